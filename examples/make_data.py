@@ -1,0 +1,162 @@
+"""Draw the prompt files of `examples/data` from the full prompt collections.
+
+    python examples/make_data.py --data FOLDER --out examples/data
+
+FOLDER holds `helpful_prompts.jsonl`, `helpful_pairs_test.jsonl`, `hh_harmless_{train,test}.jsonl` and
+`hh_harmful_prompts.jsonl`; `examples/data/README.md` names where each comes from. The result is the same on every run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+Row = dict[str, str]
+MAX_TOKENS = 80  # of the SmolLM2 tokenizer; the sources carry the count
+SEED = 0
+
+# Held-out, clearly benign, answerable in a few sentences: chosen by hand.
+DEMO_IDS = tuple(
+    f"hp-{name}"
+    for name in (
+        "a610ec3160f3 283e590f842f 05243cbf37bb 0d73389ed498 4c2c8e59b5a8 06e74b624cec e85e5decc6be 9ab4c85fcff2 "
+        "5a4b1a291b23 c23c5a014fe7 5f4723197f64 5861ffb9c2e1 45aeaf64af59 384dc121e5aa 24648ae20b5d 32d6bdb81a69 "
+        "99e3992978e4 7cd8b6ad910f 3be3b31ddba5 e9e3e434074a 5687ef9c367d 876861a4798d 06a218ad3e89 c8c32d324d9c"
+    ).split()
+)
+
+# Not self-contained (they refer to an underlined word or a map), or themselves quote abuse.
+SKIPPED_IDS = frozenset(
+    f"hp-{name}"
+    for name in "dd03839c10ef 0f03b031dd47 ab81f4aebd03 02341d7702a8 3d0ffb5f8ac1 d5301de3b44e ccca8df53d6d".split()
+)
+
+# The shippable test prompts are 11 too few: short self-contained questions of the held-out LLMBar pairs complete them.
+EXTRA_TEST_IDS = tuple(
+    f"llmbar-{name}"
+    for name in (
+        "77a079288caf 4cf765961927 721dddf78fab 12207d57dca8 dcb0353e328f 0b01c29260d9 30156d8761fe ef72c7e3854c "
+        "937c0e427c30 84d022418cb3 0611ae6743c3 a88f6915bc75 3e026d7bb470 426c9a9fcdfe 4a5f420f6243"
+    ).split()
+)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The records of a JSONL file."""
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
+    """Write one JSON record a line, UTF-8, keys in order."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def normalise(prompt: str) -> str:
+    """The form under which two prompts count as the same one: lower-cased alphanumerics."""
+    return re.sub(r"[^a-z0-9]", "", prompt.lower())
+
+
+def prompt_row(record: dict, kind: str, source: str | None = None, license: str | None = None) -> Row:
+    """The record as it is shipped; `source` and `license` fill in what the record itself does not say."""
+    return {
+        "id": record["id"],
+        "prompt": record["prompt"],
+        "source": source or record["source"],
+        "kind": kind,
+        "license": license or record["license"],
+    }
+
+
+def helpful_rows(data: Path, split: str) -> list[Row]:
+    """Shippable benign prompts of a split (HaluEval queries have non-commercial upstream terms)."""
+    records = read_jsonl(data / "helpful_prompts.jsonl")
+    return [
+        prompt_row(record, "helpful")
+        for record in records
+        if record["split"] == split
+        and record["source"] != "halueval_general"
+        and record["prompt_tokens"] <= MAX_TOKENS
+        and record["id"] not in SKIPPED_IDS
+    ]
+
+
+def extra_helpful_rows(data: Path) -> list[Row]:
+    """The hand-picked held-out LLMBar prompts."""
+    records = {record["id"]: record for record in read_jsonl(data / "helpful_pairs_test.jsonl")}
+    return [prompt_row(records[name], "helpful") for name in EXTRA_TEST_IDS if name in records]
+
+
+def harmful_rows(data: Path, split: str) -> list[Row]:
+    """First human turns of HH red-team dialogues of a split, from both collections."""
+    dialogues = read_jsonl(data / f"hh_harmless_{split}.jsonl")
+    prompts = [r for r in read_jsonl(data / "hh_harmful_prompts.jsonl") if r["split"] == split]
+    rows = [prompt_row(r, "harmful", "hh_harmless_base", "MIT") for r in dialogues if r["prompt_tokens"] <= MAX_TOKENS]
+    rows += [
+        prompt_row(r, "harmful", "stable_alignment", "Apache-2.0 (over MIT)")
+        for r in prompts
+        if r["prompt_tokens"] <= MAX_TOKENS and not (split == "train" and r["in_hh_harmless_test"])
+    ]
+    return rows
+
+
+def unique(rows: Iterable[Row], taken: set[str]) -> Iterator[Row]:
+    """Rows whose normalised prompt is not in `taken`; adds each to `taken`."""
+    for row in rows:
+        key = normalise(row["prompt"])
+        if key and key not in taken:
+            taken.add(key)
+            yield row
+
+
+def balanced(helpful: list[Row], harmful: list[Row], count: int, rng: random.Random) -> list[Row]:
+    """`count` rows in pairs of one helpful and one harmful prompt, so that every prefix is balanced.
+
+    Raises:
+        ValueError: when either list is too short.
+    """
+    half = count // 2
+    for kind, rows in (("helpful", helpful), ("harmful", harmful)):
+        if len(rows) < half:
+            raise ValueError(f"only {len(rows)} {kind} prompts found, {half} are needed: is the data folder complete?")
+    chosen: list[Row] = []
+    for pair in zip(rng.sample(helpful, half), rng.sample(harmful, half), strict=True):
+        chosen += rng.sample(pair, 2)
+    return chosen
+
+
+def make_prompts(data: Path) -> dict[str, list[Row]]:
+    """The three prompt files, by file name; no prompt is in two of them."""
+    rng = random.Random(SEED)
+    taken: set[str] = set()
+    held_out = {row["id"]: row for row in helpful_rows(data, "test")}
+    demo = list(unique((held_out[name] for name in DEMO_IDS), taken))
+    test_helpful = list(unique([*held_out.values(), *extra_helpful_rows(data)], taken))
+    test_harmful = list(unique(harmful_rows(data, "test"), taken))
+    train_helpful = list(unique(helpful_rows(data, "train"), taken))
+    train_harmful = list(unique(harmful_rows(data, "train"), taken))
+    return {
+        "demo_prompts.jsonl": demo,
+        "prompts_test.jsonl": balanced(test_helpful, test_harmful, 140, rng),
+        "prompts_train.jsonl": balanced(train_helpful, train_harmful, 700, rng),
+    }
+
+
+def main() -> None:
+    """Write the prompt files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the full collections")
+    parser.add_argument("--out", type=Path, default=Path("examples/data"), help="folder to write to")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, rows in make_prompts(args.data).items():
+        write_jsonl(args.out / name, rows)
+        print(f"{name}: {len(rows)} prompts")
+
+
+if __name__ == "__main__":
+    main()
