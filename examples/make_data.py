@@ -19,29 +19,28 @@ Row = dict[str, str]
 MAX_TOKENS = 80  # of the SmolLM2 tokenizer; the sources carry the count
 SEED = 0
 
+
+def ids(prefix: str, names: str) -> tuple[str, ...]:
+    """The ids `prefix-name` of space-separated names."""
+    return tuple(f"{prefix}-{name}" for name in names.split())
+
+
 # Held-out, clearly benign, answerable in a few sentences: chosen by hand.
-DEMO_IDS = tuple(
-    f"hp-{name}"
-    for name in (
-        "a610ec3160f3 283e590f842f 05243cbf37bb 0d73389ed498 4c2c8e59b5a8 06e74b624cec e85e5decc6be 9ab4c85fcff2 "
-        "5a4b1a291b23 c23c5a014fe7 5f4723197f64 5861ffb9c2e1 45aeaf64af59 384dc121e5aa 24648ae20b5d 32d6bdb81a69 "
-        "99e3992978e4 7cd8b6ad910f 3be3b31ddba5 e9e3e434074a 5687ef9c367d 876861a4798d 06a218ad3e89 c8c32d324d9c"
-    ).split()
+DEMO_IDS = ids(
+    "hp",
+    "a610ec3160f3 283e590f842f 05243cbf37bb 0d73389ed498 4c2c8e59b5a8 06e74b624cec e85e5decc6be 9ab4c85fcff2 "
+    "5a4b1a291b23 c23c5a014fe7 5f4723197f64 5861ffb9c2e1 45aeaf64af59 384dc121e5aa 24648ae20b5d 32d6bdb81a69 "
+    "99e3992978e4 7cd8b6ad910f 3be3b31ddba5 e9e3e434074a 5687ef9c367d 876861a4798d 06a218ad3e89 c8c32d324d9c",
 )
 
 # Not self-contained (they refer to an underlined word or a map), or themselves quote abuse.
-SKIPPED_IDS = frozenset(
-    f"hp-{name}"
-    for name in "dd03839c10ef 0f03b031dd47 ab81f4aebd03 02341d7702a8 3d0ffb5f8ac1 d5301de3b44e ccca8df53d6d".split()
-)
+SKIPPED_IDS = ids("hp", "dd03839c10ef 0f03b031dd47 ab81f4aebd03 02341d7702a8 3d0ffb5f8ac1 d5301de3b44e ccca8df53d6d")
 
 # The shippable test prompts are 11 too few: short self-contained questions of the held-out LLMBar pairs complete them.
-EXTRA_TEST_IDS = tuple(
-    f"llmbar-{name}"
-    for name in (
-        "77a079288caf 4cf765961927 721dddf78fab 12207d57dca8 dcb0353e328f 0b01c29260d9 30156d8761fe ef72c7e3854c "
-        "937c0e427c30 84d022418cb3 0611ae6743c3 a88f6915bc75 3e026d7bb470 426c9a9fcdfe 4a5f420f6243"
-    ).split()
+EXTRA_TEST_IDS = ids(
+    "llmbar",
+    "77a079288caf 4cf765961927 721dddf78fab 12207d57dca8 dcb0353e328f 0b01c29260d9 30156d8761fe ef72c7e3854c "
+    "937c0e427c30 84d022418cb3 0611ae6743c3 a88f6915bc75 3e026d7bb470 426c9a9fcdfe 4a5f420f6243",
 )
 
 
@@ -88,7 +87,7 @@ def helpful_rows(data: Path, split: str) -> list[Row]:
 def extra_helpful_rows(data: Path) -> list[Row]:
     """The hand-picked held-out LLMBar prompts."""
     records = {record["id"]: record for record in read_jsonl(data / "helpful_pairs_test.jsonl")}
-    return [prompt_row(records[name], "helpful") for name in EXTRA_TEST_IDS if name in records]
+    return [prompt_row(records[name], "helpful") for name in EXTRA_TEST_IDS]
 
 
 def harmful_rows(data: Path, split: str) -> list[Row]:
