@@ -1,0 +1,303 @@
+"""Algorithm 3, GET_DATA: sample a tree of completions for every prompt and keep the trees in a store."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mavis_logits.demo.smollm2 import load_chat_model
+from mavis_logits.fingerprint import tokenizer_fingerprint
+
+from .rollout import Extension, Rollout
+from .tree import Tree
+from .tree_store import StoreMetadata, TreeStore
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """What to sample (Algorithm 3; the defaults are section F.4's for iteration 0).
+
+    Attributes:
+        prompts: JSON-lines file with the fields `id` and `prompt`; other fields are handed on to reward functions.
+        store: folder of the tree store.
+        model: base model, by Hub id or folder; `"smollm2"` is the one the demo uses.
+        limit: at most this many prompts, from the top of the file; None for all.
+        max_new_tokens: T, length of a completion.
+        layers: L, depth of a tree.
+        root_children: K_root, completions begun at the prompt.
+        children: K, continuations of every other node.
+        two_layers: split a first-layer completion that ended, so that every tree has at least two layers (appendix C).
+        temperature: softmax temperature of the sampling policy.
+        max_prompt_tokens: longer prompts are an error.
+        prompts_per_shard: prompts sampled side by side, and written together.
+        dtype: of the base model's weights.
+        device: where to sample; None for a GPU if there is one.
+        seed: of the whole collection; the trees do not depend on where a run was interrupted.
+    """
+
+    prompts: str
+    store: str
+    model: str = "smollm2"
+    limit: int | None = None
+    max_new_tokens: int = 128
+    layers: int = 5
+    root_children: int = 4
+    children: int = 2
+    two_layers: bool = True
+    temperature: float = 1.0
+    max_prompt_tokens: int = 512
+    prompts_per_shard: int = 8
+    dtype: str = "float32"
+    device: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "layers", "root_children", "children", "prompts_per_shard", "max_prompt_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}")
+        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(f"dtype must name a torch dtype such as 'float32' or 'bfloat16', got {self.dtype!r}")
+
+    def sampling(self) -> dict[str, Any]:
+        """The settings that shape the samples, as the store records them."""
+        names = ("max_new_tokens", "layers", "root_children", "children", "two_layers", "temperature", "dtype", "seed")
+        return {name: getattr(self, name) for name in names}
+
+
+def collect(
+    config: CollectConfig,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> TreeStore:
+    """Sample one tree for every prompt that has none yet. Killed at any instant, a rerun goes on where it stood.
+
+    Args:
+        config: what to sample.
+        model: the base model, if it is loaded already (then `tokenizer` too).
+        tokenizer: its tokenizer.
+
+    Raises:
+        ValueError: a prompt is empty, too long or a duplicate, or the store was sampled with other settings. Nothing
+            has been sampled then.
+        OSError: the prompts file cannot be read.
+    """
+    rows = read_prompts(config.prompts, config.limit)
+    if model is None or tokenizer is None:
+        model, tokenizer = load_chat_model(config.model, getattr(torch, config.dtype))
+    model.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()  # type: ignore[arg-type]
+    prompts = encode_prompts(rows, tokenizer, config.max_prompt_tokens)
+
+    store = TreeStore.create(
+        config.store,
+        StoreMetadata(
+            model=model.config.name_or_path or type(model).__name__,
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+            sampling=config.sampling(),
+            versions={name: version(name) for name in ("torch", "transformers", "mavis-logits")},
+        ),
+    )
+    done = store.prompt_ids()
+    todo = [(row, ids) for row, ids in zip(rows, prompts, strict=True) if row["id"] not in done]
+    eos = eos_token_ids(model, tokenizer)
+    started, sampled = time.monotonic(), 0
+    with tqdm(total=len(rows), initial=len(rows) - len(todo), desc="collect", unit="tree") as progress:
+        for start in range(0, len(todo), config.prompts_per_shard):
+            chunk = todo[start : start + config.prompts_per_shard]
+            trees = sample_trees(model, [row for row, _ in chunk], [ids for _, ids in chunk], eos, config)
+            store.write(trees)
+            sampled += sum(len(tree.tokens) for tree in trees)
+            progress.update(len(chunk))
+            progress.set_postfix_str(f"{sampled / (time.monotonic() - started):.0f} tokens/s")
+    return store
+
+
+def read_prompts(path: str, limit: int | None = None) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file with a unique `id` and a non-empty `prompt` each.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: a line is no JSON object, lacks a field, is empty or repeats an id; the message names the line.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        if limit is not None and len(rows) >= limit:
+            break
+        try:
+            row = json.loads(line)
+            identifier, prompt = row["id"], row["prompt"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{path}, line {number}: expected a JSON object with 'id' and 'prompt' ({error!r})"
+            ) from error
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"{path}, line {number}: the prompt of {identifier!r} is empty; remove the line")
+        if identifier in rows:
+            raise ValueError(f"{path}, line {number}: the id {identifier!r} occurs twice; ids must be unique")
+        rows[identifier] = row
+    if not rows:
+        raise ValueError(f"{path} has no prompts")
+    return list(rows.values())
+
+
+def encode_prompts(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[list[int]]:
+    """Token ids of every prompt, as one user turn of the tokenizer's chat template (raw text if it has none).
+
+    Raises:
+        ValueError: prompts longer than `max_tokens`; the message names the first ones.
+    """
+    encoded = [encode_prompt(row["prompt"], tokenizer) for row in rows]
+    long = [f"{row['id']} ({len(ids)})" for row, ids in zip(rows, encoded, strict=True) if len(ids) > max_tokens]
+    if long:
+        raise ValueError(
+            f"{len(long)} prompts have more than {max_tokens} tokens: {', '.join(long[:5])}. Drop them or raise max_prompt_tokens."
+        )
+    return encoded
+
+
+def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of one prompt as the base model is to read it, up to where its answer begins."""
+    if tokenizer.chat_template is None:
+        return tokenizer(prompt)["input_ids"]  # type: ignore[return-value]
+    messages = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]  # type: ignore
+
+
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Every token that ends a sequence, from the generation config and the tokenizer."""
+    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
+    return {i for i in ids if isinstance(i, int)}
+
+
+@dataclass
+class _Growing:
+    """A tree while it grows."""
+
+    row: dict[str, Any]
+    prompt_tokens: list[int]
+    tokens: list[int] = field(default_factory=list)
+    nodes: dict[str, list[Any]] = field(
+        default_factory=lambda: {n: [] for n in ("parent", "start", "length", "logp_gen", "logp_ref", "terminal")}
+    )
+
+    def add(self, parent: int, extension: Extension, span: slice, terminal: bool) -> int:
+        """Append the node that holds `extension.tokens[span]`; returns its index."""
+        tokens = extension.tokens[span]
+        values = (
+            parent,
+            len(self.tokens),
+            len(tokens),
+            sum(extension.logp_gen[span]),
+            sum(extension.logp_ref[span]),
+            terminal,
+        )
+        for column, value in zip(self.nodes.values(), values, strict=True):
+            column.append(value)
+        self.tokens.extend(tokens)
+        return len(self.nodes["parent"]) - 1
+
+    def finish(self) -> Tree:
+        columns = {key: value for key, value in self.row.items() if key not in ("id", "prompt")}
+        return Tree(
+            str(self.row["id"]),
+            self.row["prompt"],
+            self.prompt_tokens,
+            self.tokens,
+            columns=columns,
+            **self.nodes,  # type: ignore[arg-type]
+        )
+
+
+@dataclass
+class _Leaf:
+    """A sequence to expand: where it is in its tree, how many tokens it may still get, children it has already."""
+
+    tree: _Growing
+    node: int
+    left: int
+    row: int  # of the rollout, where the state after this sequence's last token is
+    has: int = 0
+
+
+def sample_trees(
+    model: PreTrainedModel,
+    rows: list[dict[str, Any]],
+    prompts: list[list[int]],
+    eos: set[int],
+    config: CollectConfig,
+) -> list[Tree]:
+    """Algorithm 3 for a few prompts side by side, level by level; values are computed later, from the leaves."""
+    generator = torch.Generator(model.device)
+    generator.manual_seed(_seed(config.seed, rows))
+    rng = random.Random(generator.initial_seed())
+    rollout = Rollout(model, prompts, eos, generator, config.temperature)
+    trees = [_Growing(row, ids) for row, ids in zip(rows, prompts, strict=True)]
+    to_expand = [_Leaf(tree, -1, config.max_new_tokens, i) for i, tree in enumerate(trees)]
+    for layer in range(config.layers):
+        children = config.root_children if layer == 0 else config.children
+        parents = [leaf for leaf in to_expand for _ in range(children - leaf.has)]
+        if not parents:
+            break
+        spans = {id(leaf): extension_length(layer, leaf.left, config.layers, rng) for leaf in to_expand}
+        rollout.fork([leaf.row for leaf in parents])
+        extensions = rollout.extend([spans[id(leaf)] for leaf in parents])
+        to_expand = list(
+            _grow(parents, extensions, rng, rollout, split=config.two_layers and layer == 0 and config.layers > 1)
+        )
+    return [tree.finish() for tree in trees]
+
+
+def extension_length(layer: int, left: int, layers: int, rng: random.Random) -> int:
+    """Tokens that a node of `layer` (from 0) adds: Unif{1, 2 Round((T-t)/(L-l)) - 1}, all that is left at the last.
+
+    The bounds are those of appendix C's text, where the mean is an equal share of the `left` = T - t tokens.
+    """
+    if layer == layers - 1:
+        return left
+    return min(left, rng.randint(1, max(1, 2 * round(left / (layers - layer)) - 1)))
+
+
+def _grow(
+    parents: list[_Leaf], extensions: list[Extension], rng: random.Random, rollout: Rollout, split: bool
+) -> Iterator[_Leaf]:
+    """Add the extensions to their trees; yield the nodes that go on.
+
+    With `split`, an extension that ended is cut in two at random: its first part becomes a node that goes on (and gets
+    K - 1 more children at the next level), its second part that node's first child.
+    """
+    rewound: list[tuple[int, int, int]] = []
+    going_on: list[_Leaf] = []
+    for row, (parent, extension) in enumerate(zip(parents, extensions, strict=True)):
+        tree, added = parent.tree, len(extension.tokens)
+        terminal = extension.ended or added == parent.left
+        if split and extension.ended and added > 1:
+            cut = rng.randint(1, added - 1)
+            node = tree.add(parent.node, extension, slice(cut), terminal=False)
+            tree.add(node, extension, slice(cut, None), terminal=True)
+            rewound.append((row, len(tree.prompt_tokens) + cut, extension.tokens[cut - 1]))
+            going_on.append(_Leaf(tree, node, parent.left - cut, row, has=1))
+            continue
+        node = tree.add(parent.node, extension, slice(None), terminal)
+        if not terminal:
+            going_on.append(_Leaf(tree, node, parent.left - added, row))
+    rollout.rewind([r for r, _, _ in rewound], [n for _, n, _ in rewound], [t for _, _, t in rewound])
+    yield from going_on
+
+
+def _seed(seed: int, rows: list[dict[str, Any]]) -> int:
+    """A seed for these prompts alone, so that an interrupted run samples the same trees as an uninterrupted one."""
+    digest = hashlib.sha256(json.dumps([seed, *(row["id"] for row in rows)]).encode()).digest()
+    return int.from_bytes(digest[:6], "big")
