@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import textwrap
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from random_trees import random_tree
+
+from mavis_training.tree_store import FORMAT_VERSION, StoreMetadata, Tree, TreeStore
+
+
+def metadata(**changes) -> StoreMetadata:
+    fields = {"model": "tiny", "tokenizer_fingerprint": "abc", "sampling": {"max_new_tokens": 12, "seed": 0}} | changes
+    return StoreMetadata(**fields)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 4))
+def test_paths_partition_the_tree(seed, layers):
+    tree = random_tree(seed, layers=layers)
+    leaves = tree.leaves()
+    assert tree.terminal[leaves].all()
+    assert tree.terminal.sum() == len(leaves)
+    assert set().union(*(tree.path(leaf) for leaf in leaves)) == set(range(len(tree)))
+    for node in range(len(tree)):
+        assert tree.path(node)[-1] == node
+        assert tree.parent[tree.path(node)[0]] == -1
+        assert len(tree.completion(node)) == tree.end()[node]
+        for child in tree.children(node):
+            assert np.array_equal(tree.completion(child)[: tree.end()[node]], tree.completion(node))
+    assert len(tree.completion(-1)) == 0
+    assert tree.path(-1) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"parent": [1, -1]}, "parents come first"),
+        ({"parent": [-1, 0], "terminal": [True, True]}, "terminal node has children"),
+        ({"length": [2, 3]}, "outside its 4 tokens"),
+        ({"length": [2]}, "one length"),
+    ],
+)
+def test_a_malformed_tree_is_refused(change, message):
+    fields = {
+        "parent": [-1, 0],
+        "start": [0, 2],
+        "length": [2, 2],
+        "logp_gen": [0, 0],
+        "logp_ref": [0, 0],
+        "terminal": [False, True],
+    }
+    Tree("p", "x", [1], [1, 2, 3, 4], **fields)
+    with pytest.raises(ValueError, match=message):
+        Tree("p", "x", [1], [1, 2, 3, 4], **(fields | change))
+
+
+def test_store_round_trip_and_resume(tmp_path):
+    trees = [random_tree(i) for i in range(5)]
+    store = TreeStore.create(tmp_path, metadata())
+    assert len(store) == 0
+    assert store.objectives() == []
+    store.write(trees[:2])
+    assert store.write([]) is None
+    again = TreeStore.create(tmp_path, metadata(created="later", versions={"torch": "9"}))
+    again.write(trees[2:])
+    assert list(TreeStore.open(tmp_path)) == trees
+    assert len(again) == 5
+    assert again.prompt_ids() == {t.prompt_id for t in trees}
+
+
+def test_rewards_lie_beside_the_trees(tmp_path):
+    store = TreeStore.create(tmp_path, metadata())
+    trees = [random_tree(i) for i in range(4)]
+    first, second = store.write(trees[:3]), store.write(trees[3:])
+    before = first.path.read_bytes()
+    rewards = [np.arange(len(t.leaves()), dtype=float) + i for i, t in enumerate(trees)]
+    first.write_rewards("helpful", rewards[:3], source="test")
+    assert store.objectives() == []
+    with pytest.raises(ValueError, match=r"trees-00001.h5 has no rewards for 'helpful'"):
+        store.rewards("helpful")
+    second.write_rewards("helpful", rewards[3:], source="test")
+    assert store.objectives() == ["helpful"]
+    assert first.path.read_bytes() == before
+    for (tree, labels), expected_tree, expected in zip(
+        store.labelled(["helpful", "helpful"]), trees, rewards, strict=True
+    ):
+        assert tree == expected_tree
+        assert np.array_equal(labels, np.stack([expected, expected], axis=1))
+
+
+def test_bad_rewards_are_refused(tmp_path):
+    store = TreeStore.create(tmp_path, metadata())
+    tree = random_tree(0)
+    shard = store.write([tree])
+    good = np.zeros(len(tree.leaves()))
+    with pytest.raises(ValueError, match="expected"):
+        shard.write_rewards("helpful", [good[1:]], source="test")
+    with pytest.raises(ValueError, match="1 rewards that are NaN or infinite"):
+        shard.write_rewards("helpful", [np.where(np.arange(len(good)) == 1, np.nan, good)], source="test")
+    with pytest.raises(ValueError, match="file name"):
+        shard.write_rewards("../x", [good], source="test")
+    assert not store.objectives()
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"model": "other"}, "model"),
+        ({"tokenizer_fingerprint": "zzz"}, "tokenizer_fingerprint"),
+        ({"sampling": {"max_new_tokens": 12, "seed": 1}}, "sampling"),
+        ({"policy": {"beta": 5.0}}, "policy"),
+    ],
+)
+def test_other_settings_need_another_folder(tmp_path, change, field):
+    TreeStore.create(tmp_path, metadata())
+    with pytest.raises(ValueError, match=f"begun with {field} ="):
+        TreeStore.create(tmp_path, metadata(**change))
+
+
+def test_another_tokenizer_is_refused(tmp_path):
+    TreeStore.create(tmp_path, metadata())
+    assert len(TreeStore.open(tmp_path, tokenizer_fingerprint="abc")) == 0
+    with pytest.raises(ValueError, match="tokenizer abc, but the tokenizer given is xyz"):
+        TreeStore.open(tmp_path, tokenizer_fingerprint="xyz")
+
+
+def test_no_store(tmp_path):
+    with pytest.raises(FileNotFoundError, match="mavis collect"):
+        TreeStore.open(tmp_path)
+    (tmp_path / "metadata.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        TreeStore.open(tmp_path)
+    (tmp_path / "metadata.json").write_text('{"format_version": 1, "colour": 1}')
+    with pytest.raises(ValueError, match="not the metadata of a tree store"):
+        TreeStore.open(tmp_path)
+
+
+def test_newer_formats_are_refused(tmp_path):
+    store = TreeStore.create(tmp_path, metadata())
+    shard = store.write([random_tree(0)])
+    with h5py.File(shard.path, "r+") as file:
+        file.attrs["format_version"] = FORMAT_VERSION + 1
+    with pytest.raises(ValueError, match="upgrade it"):
+        list(store)
+    with pytest.raises(ValueError, match="upgrade it"):
+        TreeStore.create(tmp_path / "other", dataclasses.replace(metadata(), format_version=FORMAT_VERSION + 1))
+
+
+@given(st.floats(0.05, 0.95), st.booleans())
+def test_a_damaged_shard_is_an_error_or_harmless(tmp_path_factory, where, truncate):
+    store = TreeStore.create(tmp_path_factory.mktemp("store"), metadata())
+    trees = [random_tree(i) for i in range(3)]
+    shard = store.write(trees)
+    content = bytearray(shard.path.read_bytes())
+    at = int(len(content) * where)
+    shard.path.write_bytes(content[:at] if truncate else content[:at] + bytes([content[at] ^ 0xFF]) + content[at + 1 :])
+    try:
+        read = list(store)
+    except OSError as error:
+        message = str(error)
+    else:
+        message = "" if truncate or read != trees else "truncated or corrupt"
+    assert "truncated or corrupt" in message
+
+
+def test_a_killed_writer_loses_only_what_was_in_flight(tmp_path):
+    script = """
+        import os, sys
+        import h5py
+        from random_trees import random_tree
+        from mavis_training.tree_store import StoreMetadata, TreeStore
+
+        store = TreeStore.create(sys.argv[1], StoreMetadata("tiny", "abc", {"max_new_tokens": 12, "seed": 0}))
+        store.write([random_tree(0)])
+        create = h5py.File.create_dataset
+        def die_midway(file, name, **options):
+            if name == "tokens":
+                os.kill(os.getpid(), 9)
+            return create(file, name, **options)
+        h5py.File.create_dataset = die_midway
+        store.write([random_tree(1)])
+    """
+    paths = [p for p in sys.path if p]
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)], env={"PYTHONPATH": ":".join(paths)}
+    )
+    assert run.returncode == -9
+    assert list(tmp_path.glob("*.tmp"))
+    assert list(TreeStore.open(tmp_path)) == [random_tree(0)]
+    store = TreeStore.create(tmp_path, metadata())
+    assert not list(tmp_path.glob("*.tmp"))
+    store.write([random_tree(1)])
+    assert list(store) == [random_tree(0), random_tree(1)]

@@ -1,0 +1,1 @@
+"""Produce value models for `mavis_logits`: collect trees of rollouts, label, train, evaluate, publish."""

@@ -1,0 +1,332 @@
+"""The folder of HDF5 shards that keeps trees of rollouts and their rewards.
+
+A store is a folder:
+
+    metadata.json                      what the trees were sampled with (StoreMetadata)
+    trees-00000.h5, trees-00001.h5     shards: flat columns and offsets, compressed, checksummed
+    trees-00000.reward-helpful.h5      the leaf rewards of one objective for one shard, added later by `label`
+
+Every file appears under its name only when whole, and is never changed afterwards.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from .files import TEMPORARY_SUFFIX, read_json, replace_when_whole, write_json
+from .tree import NODE_DTYPES, Tree
+
+__all__ = ["FORMAT_VERSION", "Shard", "StoreMetadata", "Tree", "TreeStore"]
+
+FORMAT_VERSION = 1
+METADATA_FILE = "metadata.json"
+# Fields that may differ between the runs that fill one store.
+_DESCRIPTIVE_FIELDS = frozenset({"created", "versions"})
+_SHARD_NAME = re.compile(r"trees-(\d{5})\.h5")
+_OBJECTIVE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
+
+
+@dataclass
+class StoreMetadata:
+    """What a store's trees were sampled with.
+
+    Attributes:
+        model: base model id or a name for it.
+        tokenizer_fingerprint: of the base model's tokenizer (`mavis_logits.fingerprint.tokenizer_fingerprint`).
+        sampling: max_new_tokens, layers, root_children, children, temperature, seed, dtype: what shapes the samples.
+        policy: steering settings of pi_gen; empty when pi_gen is the reference.
+        revision: base model revision, if it has one.
+        versions: library versions of the run that created the store (not compared on reopening).
+        created: ISO time of creation (not compared on reopening).
+        format_version: of the files.
+    """
+
+    model: str
+    tokenizer_fingerprint: str
+    sampling: dict[str, Any]
+    policy: dict[str, Any] = field(default_factory=dict)
+    revision: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any], source: str) -> StoreMetadata:
+        """Read metadata written by `asdict`; `source` names the file in errors.
+
+        Raises:
+            ValueError: a newer format, or a missing or unknown field.
+        """
+        version = content.get("format_version") if isinstance(content, dict) else None
+        if not isinstance(version, int):
+            raise ValueError(f"{source} is not the metadata of a tree store: it has no format_version.")
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"{source} has format_version {version}, this mavis-logits reads up to {FORMAT_VERSION}: upgrade it."
+            )
+        try:
+            return cls(**content)
+        except TypeError as error:
+            raise ValueError(f"{source} is not the metadata of a tree store: {error}.") from error
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One whole file of trees; trees are read when asked for."""
+
+    path: Path
+
+    def trees(self) -> list[Tree]:
+        """All trees of the shard.
+
+        Raises:
+            OSError: the file is truncated or corrupt.
+            ValueError: it is of a newer format.
+        """
+        with _open(self.path) as file:
+            columns = {name: dataset[()] for name, dataset in file.items()}
+        return _unpack(columns)
+
+    def reward_path(self, objective: str) -> Path:
+        """Where the rewards of `objective` for this shard lie, once they exist."""
+        if not _OBJECTIVE_NAME.fullmatch(objective):
+            raise ValueError(
+                f"objective {objective!r}: use letters, digits, '_' and '.' only; it becomes part of a file name."
+            )
+        return self.path.with_name(f"{self.path.stem}.reward-{objective}.h5")
+
+    def has_rewards(self, objective: str) -> bool:
+        """Whether `objective` has been labelled for this shard."""
+        return self.reward_path(objective).exists()
+
+    def write_rewards(self, objective: str, rewards: Sequence[NDArray[np.float64]], source: str) -> None:
+        """Add the leaf rewards of one objective.
+
+        Args:
+            objective: its name.
+            rewards: per tree, one reward per leaf in the order of `Tree.leaves()`.
+            source: what computed them (kept as an attribute).
+
+        Raises:
+            ValueError: a count that does not fit the trees, or a reward that is not finite.
+        """
+        expected = [len(tree.leaves()) for tree in self.trees()]
+        if [len(r) for r in rewards] != expected:
+            raise ValueError(
+                f"{self.path.name}: {objective!r} has {sum(map(len, rewards))} rewards for {len(rewards)} trees, "
+                f"expected {sum(expected)} (one a leaf) for {len(expected)}, tree by tree."
+            )
+        flat = np.concatenate(rewards).astype(np.float64)
+        if not np.isfinite(flat).all():
+            raise ValueError(
+                f"{self.path.name}: {objective!r} has {(~np.isfinite(flat)).sum()} rewards that are NaN or infinite."
+            )
+        attributes = {"objective": objective, "source": source}
+        _write(self.reward_path(objective), {"rewards": flat, "offsets": _offsets(expected)}, attributes)
+
+    def rewards(self, objective: str) -> list[NDArray[np.float64]]:
+        """Leaf rewards of `objective`, one array per tree in the order of `Tree.leaves()`.
+
+        Raises:
+            ValueError: the shard has not been labelled for it.
+            OSError: the reward file is truncated or corrupt.
+        """
+        path = self.reward_path(objective)
+        if not path.exists():
+            raise ValueError(f"{self.path.name} has no rewards for {objective!r}: run `mavis label` for it first.")
+        with _open(path) as file:
+            flat, offsets = file["rewards"][()], file["offsets"][()]
+        return [flat[a:b] for a, b in itertools.pairwise(offsets)]
+
+
+class TreeStore:
+    """A folder of tree shards that were all sampled with the same settings. Use `create` to write, `open` to read."""
+
+    def __init__(self, folder: str | Path, metadata: StoreMetadata) -> None:
+        self.folder = Path(folder)
+        self.metadata = metadata
+
+    @classmethod
+    def create(cls, folder: str | Path, metadata: StoreMetadata) -> TreeStore:
+        """Begin a store, or go on with one begun under the same metadata. Leftovers of a killed run are removed.
+
+        Raises:
+            ValueError: the folder holds a store sampled with other settings; the message names the field.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(f"*{TEMPORARY_SUFFIX}"):
+            leftover.unlink()
+        path = folder / METADATA_FILE
+        if not path.exists():
+            write_json(path, asdict(metadata))
+        store = cls.open(folder)
+        _require_same(store.metadata, metadata, folder)
+        return store
+
+    @classmethod
+    def open(cls, folder: str | Path, tokenizer_fingerprint: str | None = None) -> TreeStore:
+        """Open a store for reading.
+
+        Args:
+            folder: the store.
+            tokenizer_fingerprint: if given, the tokenizer that the reader is about to use.
+
+        Raises:
+            OSError: there is no store in `folder`.
+            ValueError: a newer format, or trees made with another tokenizer.
+        """
+        path = Path(folder) / METADATA_FILE
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{folder} is not a tree store (it has no {METADATA_FILE}): give the folder that `mavis collect` wrote."
+            )
+        metadata = StoreMetadata.from_dict(read_json(path), str(path))
+        if tokenizer_fingerprint not in (None, metadata.tokenizer_fingerprint):
+            raise ValueError(
+                f"{folder} was sampled from {metadata.model} with tokenizer {metadata.tokenizer_fingerprint}, "
+                f"but the tokenizer given is {tokenizer_fingerprint}: use the same tokenizer, or collect new trees."
+            )
+        return cls(folder, metadata)
+
+    def shards(self) -> list[Shard]:
+        """The whole shards, in the order in which they were written."""
+        return [Shard(path) for path in sorted(self.folder.iterdir()) if _SHARD_NAME.fullmatch(path.name)]
+
+    def write(self, trees: Sequence[Tree]) -> Shard | None:
+        """Add trees as one new shard, which appears only when whole. No trees: nothing is written."""
+        if not trees:
+            return None
+        shards = self.shards()
+        last = int(_SHARD_NAME.fullmatch(shards[-1].path.name).group(1)) if shards else -1  # type: ignore[union-attr]
+        path = self.folder / f"trees-{last + 1:05d}.h5"
+        _write(path, _pack(trees), {"metadata": json.dumps(asdict(self.metadata))})
+        return Shard(path)
+
+    def __iter__(self) -> Iterator[Tree]:
+        for shard in self.shards():
+            yield from shard.trees()
+
+    def __len__(self) -> int:
+        """Number of trees."""
+        return sum(_tree_count(shard.path) for shard in self.shards())
+
+    def prompt_ids(self) -> set[str]:
+        """Ids of the prompts that already have a tree."""
+        return {tree.prompt_id for tree in self}
+
+    def objectives(self) -> list[str]:
+        """Objectives for which every shard has rewards."""
+        shards = self.shards()
+        if not shards:
+            return []
+        prefix = f"{shards[0].path.stem}.reward-"
+        names = sorted(path.stem.removeprefix(prefix) for path in self.folder.glob(f"{prefix}*.h5"))
+        return [name for name in names if all(shard.has_rewards(name) for shard in shards)]
+
+    def rewards(self, objective: str) -> list[NDArray[np.float64]]:
+        """Leaf rewards of `objective`, one array per tree, in the order of iteration. Raises as `Shard.rewards`."""
+        return [rewards for shard in self.shards() for rewards in shard.rewards(objective)]
+
+    def labelled(self, objectives: Sequence[str]) -> Iterator[tuple[Tree, NDArray[np.float64]]]:
+        """Iterate over trees with their leaf rewards `[leaves, M]` for M objectives. Raises as `Shard.rewards`."""
+        for shard in self.shards():
+            columns = [shard.rewards(objective) for objective in objectives]
+            for tree, *rewards in zip(shard.trees(), *columns, strict=True):
+                yield tree, np.stack(rewards, axis=1)
+
+
+def _require_same(stored: StoreMetadata, given: StoreMetadata, folder: Path) -> None:
+    """Refuse to mix trees sampled under different settings."""
+    for name in (f.name for f in fields(StoreMetadata) if f.name not in _DESCRIPTIVE_FIELDS):
+        # Through JSON, so that tuples and lists compare equal.
+        old, new = json.loads(json.dumps([getattr(stored, name), getattr(given, name)]))
+        if old != new:
+            raise ValueError(
+                f"{folder} was begun with {name} = {old!r}, this run has {new!r}: "
+                "use another folder or the same settings."
+            )
+
+
+def _offsets(lengths: Sequence[int]) -> NDArray[np.int64]:
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+
+
+def _pack(trees: Sequence[Tree]) -> dict[str, NDArray[Any]]:
+    """Trees to flat columns: every column is the concatenation over trees, cut by one of the offset arrays."""
+    rows = [json.dumps([t.prompt_id, t.prompt, t.columns], ensure_ascii=False).encode() for t in trees]
+    columns: dict[str, NDArray[Any]] = {
+        # Text as checksummed bytes: HDF5 keeps variable-length strings outside the checksum.
+        "rows": np.frombuffer(b"".join(rows), dtype=np.uint8),
+        "row_offsets": _offsets([len(row) for row in rows]),
+        "prompt_tokens": np.concatenate([t.prompt_tokens for t in trees]),
+        "prompt_offsets": _offsets([len(t.prompt_tokens) for t in trees]),
+        "tokens": np.concatenate([t.tokens for t in trees]),
+        "token_offsets": _offsets([len(t.tokens) for t in trees]),
+        "node_offsets": _offsets([len(t) for t in trees]),
+    }
+    return columns | {name: np.concatenate([getattr(t, name) for t in trees]) for name in NODE_DTYPES}
+
+
+def _unpack(columns: dict[str, NDArray[Any]]) -> list[Tree]:
+    def cut(name: str, offsets: str, i: int) -> NDArray[Any]:
+        return columns[name][columns[offsets][i] : columns[offsets][i + 1]]
+
+    trees = []
+    for i in range(len(columns["node_offsets"]) - 1):
+        prompt_id, prompt, others = json.loads(cut("rows", "row_offsets", i).tobytes().decode())
+        prompt_tokens, tokens = cut("prompt_tokens", "prompt_offsets", i), cut("tokens", "token_offsets", i)
+        nodes = {name: cut(name, "node_offsets", i) for name in NODE_DTYPES}
+        trees.append(Tree(prompt_id, prompt, prompt_tokens, tokens, **nodes, columns=others))
+    return trees
+
+
+def _write(path: Path, columns: dict[str, NDArray[Any]], attributes: dict[str, str]) -> None:
+    if path.exists():
+        raise FileExistsError(
+            f"{path} exists already; shards and rewards are never changed. Delete it to make it anew."
+        )
+    with replace_when_whole(path) as temporary, h5py.File(temporary, "w") as file:
+        file.attrs["format_version"] = FORMAT_VERSION
+        file.attrs.update(attributes)
+        for name, column in columns.items():
+            filters = (
+                {"compression": "gzip", "compression_opts": 1, "shuffle": True, "fletcher32": True}
+                if column.size
+                else {}
+            )
+            file.create_dataset(name, data=column, **filters)
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[h5py.File]:
+    """Open an HDF5 file of ours for reading; whatever proves wrong with it while reading becomes one clear error."""
+    try:
+        with h5py.File(path, "r") as file:
+            version = int(file.attrs["format_version"])
+            if version > FORMAT_VERSION:
+                raise ValueError(
+                    f"{path} has format_version {version}, this mavis-logits reads up to {FORMAT_VERSION}: upgrade it."
+                )
+            yield file
+    except (OSError, KeyError, TypeError, RuntimeError) as error:  # h5py raises all of these on damaged bytes
+        raise OSError(
+            f"{path} is truncated or corrupt ({error}): delete this one file and rerun the step that wrote it."
+        ) from error
+
+
+def _tree_count(path: Path) -> int:
+    with _open(path) as file:
+        return len(file["node_offsets"]) - 1
