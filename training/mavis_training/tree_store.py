@@ -11,11 +11,11 @@ Every file appears under its name only when whole, and is never changed afterwar
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -95,9 +95,7 @@ class Shard:
             OSError: the file is truncated or corrupt.
             ValueError: it is of a newer format.
         """
-        with _open(self.path) as file:
-            columns = {name: dataset[()] for name, dataset in file.items()}
-        return _unpack(columns)
+        return _unpack(_read(self.path))
 
     def reward_path(self, objective: str) -> Path:
         """Where the rewards of `objective` for this shard lie, once they exist."""
@@ -146,9 +144,8 @@ class Shard:
         path = self.reward_path(objective)
         if not path.exists():
             raise ValueError(f"{self.path.name} has no rewards for {objective!r}: run `mavis label` for it first.")
-        with _open(path) as file:
-            flat, offsets = file["rewards"][()], file["offsets"][()]
-        return [flat[a:b] for a, b in itertools.pairwise(offsets)]
+        columns = _read(path)
+        return [columns["rewards"][a:b] for a, b in itertools.pairwise(columns["offsets"])]
 
 
 class TreeStore:
@@ -221,7 +218,7 @@ class TreeStore:
 
     def __len__(self) -> int:
         """Number of trees."""
-        return sum(_tree_count(shard.path) for shard in self.shards())
+        return sum(len(shard.trees()) for shard in self.shards())
 
     def prompt_ids(self) -> set[str]:
         """Ids of the prompts that already have a tree."""
@@ -268,7 +265,6 @@ def _pack(trees: Sequence[Tree]) -> dict[str, NDArray[Any]]:
     """Trees to flat columns: every column is the concatenation over trees, cut by one of the offset arrays."""
     rows = [json.dumps([t.prompt_id, t.prompt, t.columns], ensure_ascii=False).encode() for t in trees]
     columns: dict[str, NDArray[Any]] = {
-        # Text as checksummed bytes: HDF5 keeps variable-length strings outside the checksum.
         "rows": np.frombuffer(b"".join(rows), dtype=np.uint8),
         "row_offsets": _offsets([len(row) for row in rows]),
         "prompt_tokens": np.concatenate([t.prompt_tokens for t in trees]),
@@ -294,39 +290,45 @@ def _unpack(columns: dict[str, NDArray[Any]]) -> list[Tree]:
 
 
 def _write(path: Path, columns: dict[str, NDArray[Any]], attributes: dict[str, str]) -> None:
+    """Write columns as one compressed HDF5 file, whole or not at all."""
     if path.exists():
         raise FileExistsError(
             f"{path} exists already; shards and rewards are never changed. Delete it to make it anew."
         )
     with replace_when_whole(path) as temporary, h5py.File(temporary, "w") as file:
-        file.attrs["format_version"] = FORMAT_VERSION
-        file.attrs.update(attributes)
+        file.attrs.update({"format_version": FORMAT_VERSION, "digest": _digest(columns)} | attributes)
         for name, column in columns.items():
-            filters = (
-                {"compression": "gzip", "compression_opts": 1, "shuffle": True, "fletcher32": True}
-                if column.size
-                else {}
-            )
+            filters = {"compression": "gzip", "compression_opts": 1, "shuffle": True} if column.size else {}
             file.create_dataset(name, data=column, **filters)
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[h5py.File]:
-    """Open an HDF5 file of ours for reading; whatever proves wrong with it while reading becomes one clear error."""
+def _read(path: Path) -> dict[str, NDArray[Any]]:
+    """Read all columns that `_write` wrote.
+
+    Raises:
+        OSError: the file is truncated, or differs from what was written.
+        ValueError: it is of a newer format.
+    """
     try:
         with h5py.File(path, "r") as file:
-            version = int(file.attrs["format_version"])
-            if version > FORMAT_VERSION:
-                raise ValueError(
-                    f"{path} has format_version {version}, this mavis-logits reads up to {FORMAT_VERSION}: upgrade it."
-                )
-            yield file
-    except (OSError, KeyError, TypeError, RuntimeError) as error:  # h5py raises all of these on damaged bytes
-        raise OSError(
-            f"{path} is truncated or corrupt ({error}): delete this one file and rerun the step that wrote it."
-        ) from error
+            version, digest = int(file.attrs["format_version"]), str(file.attrs["digest"])
+            columns = {name: dataset[()] for name, dataset in file.items()} if version <= FORMAT_VERSION else {}
+    except Exception as error:  # on damaged bytes h5py raises anything from OSError to SystemError
+        raise _corrupt(path, repr(error)) from error
+    if version > FORMAT_VERSION:
+        raise ValueError(f"{path} has format_version {version}, this mavis-logits reads {FORMAT_VERSION}: upgrade it.")
+    if _digest(columns) != digest:
+        raise _corrupt(path, "its checksum does not match")
+    return columns
 
 
-def _tree_count(path: Path) -> int:
-    with _open(path) as file:
-        return len(file["node_offsets"]) - 1
+def _corrupt(path: Path, why: str) -> OSError:
+    return OSError(f"{path} is truncated or corrupt ({why}): delete this one file and rerun the step that wrote it.")
+
+
+def _digest(columns: dict[str, NDArray[Any]]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(columns):
+        digest.update(f"{name} {columns[name].dtype.str} {columns[name].shape}".encode())
+        digest.update(np.ascontiguousarray(columns[name]).tobytes())
+    return digest.hexdigest()
