@@ -313,11 +313,12 @@ def _read(path: Path) -> dict[str, NDArray[Any]]:
         with h5py.File(path, "r") as file:
             version, digest = int(file.attrs["format_version"]), str(file.attrs["digest"])
             columns = {name: dataset[()] for name, dataset in file.items()} if version <= FORMAT_VERSION else {}
+            intact = version > FORMAT_VERSION or _digest(columns) == digest
     except Exception as error:  # on damaged bytes h5py raises anything from OSError to SystemError
         raise _corrupt(path, repr(error)) from error
     if version > FORMAT_VERSION:
         raise ValueError(f"{path} has format_version {version}, this mavis-logits reads {FORMAT_VERSION}: upgrade it.")
-    if _digest(columns) != digest:
+    if not intact:
         raise _corrupt(path, "its checksum does not match")
     return columns
 
