@@ -1,0 +1,197 @@
+"""Reading value models in every format in which people have them.
+
+- our own: a full repo, or an adapter repo (LoRA adapter, head and config, without the backbone);
+- `...ForSequenceClassification` with M labels, with or without a PEFT adapter: the authors' own value models, and most
+  reward models on the Hub;
+- a causal language model with a value head as TRL's `AutoModelForCausalLMWithValueHead` used to write it.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.utils import cached_file
+
+from .fingerprint import weights_fingerprint
+from .value_model import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    HEAD_WEIGHTS,
+    ValueModel,
+    ValueModelConfig,
+    load_adapter,
+    truncated_backbone,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
+_TRL_HEAD = "v_head.summary."
+
+
+def load_value_model(
+    cls: type[ValueModel],
+    name: str,
+    *,
+    backbone: PreTrainedModel | str | None,
+    merge: bool,
+    objectives: Sequence[str] | None,
+    **kwargs: Any,
+) -> ValueModel:
+    """Load the value model `name` (Hub id or folder); see `ValueModel.from_pretrained`."""
+    hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+    config = _read_json(_find(name, "config.json", hub))
+    adapter = _read_json(_find(name, ADAPTER_CONFIG, hub))
+    try:
+        if config.get("model_type") == ValueModelConfig.model_type:
+            if adapter:
+                return _load_own_adapter(cls, name, config, backbone, merge, hub, kwargs)
+            return cls._from_own_checkpoint(name, **{"use_safetensors": True} | kwargs).eval()  # type: ignore[return-value]
+        if adapter.get("task_type") == "SEQ_CLS" or _is_sequence_classifier(config):
+            return _load_sequence_classifier(cls, name, adapter, backbone, merge, objectives, kwargs)
+        head = _trl_head(name, hub)
+        if head is not None:
+            return _load_trl(cls, name, head, objectives, kwargs)
+    except SafetensorError as error:
+        raise OSError(f"{name} has a corrupt or half-written safetensors file ({error}): download or save it again") from error
+    kind = config.get("model_type") or adapter.get("task_type") or "nothing with a config.json"
+    raise ValueError(
+        f"{name} is no value model (found: {kind}). Expected a saved ValueModel, a sequence-classification checkpoint or "
+        "a causal model with TRL's value head; ValueModel.from_backbone makes a new one."
+    )
+
+
+def _find(name: str, file: str, hub: dict[str, Any]) -> Path | None:
+    found = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub)
+    return Path(found) if found else None
+
+
+def _read_json(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise OSError(f"{path} is no valid JSON ({error}): download or save it again") from error
+
+
+def _is_sequence_classifier(config: dict[str, Any]) -> bool:
+    return any("ForSequenceClassification" in name for name in config.get("architectures") or ())
+
+
+def _load_own_adapter(
+    cls: type[ValueModel],
+    name: str,
+    config_json: dict[str, Any],
+    backbone: PreTrainedModel | str | None,
+    merge: bool,
+    hub: dict[str, Any],
+    kwargs: dict[str, Any],
+) -> ValueModel:
+    config = ValueModelConfig.from_dict(config_json)
+    files = {file: _find(name, file, hub) for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEAD_WEIGHTS)}
+    missing = [file for file, path in files.items() if path is None]
+    if missing:
+        raise OSError(f"{name} is an adapter repo without {', '.join(missing)}: download or save it again")
+    folder = files[ADAPTER_WEIGHTS].parent  # type: ignore[union-attr]
+    source = config.backbone if backbone is None else backbone
+    if source is None:
+        raise ValueError(f"{name} is an adapter and its config names no backbone: pass backbone=MODEL")
+    if isinstance(source, str):
+        try:
+            source = AutoModel.from_pretrained(source, **{k: v for k, v in hub.items() if k not in ("revision", "subfolder")})
+        except OSError as error:
+            raise OSError(
+                f"{name} is an adapter on the first layers of {source}, which could not be loaded: pass the loaded model "
+                "as backbone= (a processor that is given model= does so), or download it first"
+            ) from error
+    trunk = truncated_backbone(source, config.backbone_config.num_hidden_layers)
+    if config.backbone_fingerprint not in (None, weights_fingerprint(trunk)):
+        warnings.warn(
+            f"{name} was trained on other weights of {config.backbone} than those given; its values will be off. Pass the "
+            "model it was trained on as backbone=.",
+            stacklevel=4,
+        )
+    dtype = kwargs.get("dtype") or torch.float32
+    model = cls._assemble(config, trunk.to(dtype))
+    return load_adapter(model, LoraConfig.from_pretrained(str(folder)), folder, merge).to(dtype)  # type: ignore[return-value]
+
+
+def _load_sequence_classifier(
+    cls: type[ValueModel],
+    name: str,
+    adapter: dict[str, Any],
+    backbone: PreTrainedModel | str | None,
+    merge: bool,
+    objectives: Sequence[str] | None,
+    kwargs: dict[str, Any],
+) -> ValueModel:
+    """The trunk and the `score` layer of a sequence classifier; its own pooling by padding ids is not used."""
+    kwargs = {"use_safetensors": True} | kwargs
+    if adapter:
+        base = backbone if backbone is not None else adapter["base_model_name_or_path"]
+        if isinstance(base, str):
+            labels = len(objectives) if objectives is not None else 1
+            base = AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels, **kwargs)
+        peft = PeftModel.from_pretrained(base, name, is_trainable=not merge)
+        if not merge:
+            raise ValueError(f"{name} is a PEFT sequence classifier, which is read merged: use merge=True")
+        classifier = peft.merge_and_unload()  # type: ignore[operator]
+    else:
+        classifier = AutoModelForSequenceClassification.from_pretrained(name, **kwargs)
+    score = getattr(classifier, "score", None)
+    if not isinstance(score, torch.nn.Linear):
+        raise ValueError(f"{name}: {type(classifier).__name__} has no linear `score` layer on a decoder; it cannot be read")
+    return _with_head(cls, classifier.base_model, score.weight, score.bias, _names(classifier, objectives, name))
+
+
+def _names(classifier: PreTrainedModel, objectives: Sequence[str] | None, name: str) -> list[str]:
+    count = classifier.config.num_labels
+    if objectives is not None:
+        if len(objectives) != count:
+            raise ValueError(f"{name} has {count} outputs, but {len(objectives)} objectives were named: {list(objectives)}")
+        return list(objectives)
+    labels = [classifier.config.id2label[i] for i in range(count)]
+    if count == 1 and labels[0] == "LABEL_0":
+        return ["reward"]
+    return labels
+
+
+def _trl_head(name: str, hub: dict[str, Any]) -> dict[str, Tensor] | None:
+    """The weights of TRL's value head, if the checkpoint has one."""
+    path = _find(name, "model.safetensors", hub)
+    if path is None:
+        if _find(name, "pytorch_model.bin", hub):
+            raise OSError(f"{name} has its weights only as a pickle (pytorch_model.bin), which is not loaded: convert it to safetensors")
+        return None
+    state = load_file(path)
+    head = {key.removeprefix(_TRL_HEAD): value for key, value in state.items() if key.startswith(_TRL_HEAD)}
+    return head or None
+
+
+def _load_trl(
+    cls: type[ValueModel], name: str, head: dict[str, Tensor], objectives: Sequence[str] | None, kwargs: dict[str, Any]
+) -> ValueModel:
+    causal = AutoModelForCausalLM.from_pretrained(name, **{"use_safetensors": True} | kwargs)
+    return _with_head(cls, causal.base_model, head["weight"], head.get("bias"), list(objectives or ["reward"]))
+
+
+def _with_head(
+    cls: type[ValueModel], trunk: PreTrainedModel, weight: Tensor, bias: Tensor | None, objectives: list[str]
+) -> ValueModel:
+    config = ValueModelConfig(backbone_config=trunk.config, objectives=objectives, pad_token_id=trunk.config.pad_token_id)
+    model = cls._assemble(config, trunk)
+    with torch.no_grad():
+        model.head.weight.copy_(weight)
+        model.head.bias.copy_(bias if bias is not None else torch.zeros_like(model.head.bias))
+    return model

@@ -1,0 +1,66 @@
+"""What every value function's config records: what its outputs mean and what they were made for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_objectives(objectives: Sequence[str]) -> None:
+    """Raise `ValueError` unless `objectives` is a non-empty list of distinct names."""
+    names = list(objectives) if not isinstance(objectives, str) else []
+    if not names or len(set(names)) != len(names) or not all(isinstance(n, str) and n for n in names):
+        raise ValueError(f"objectives must be a list of distinct names such as ['helpful', 'harmless'], got {objectives!r}")
+
+
+class ObjectivesMixin:
+    """Fields shared by the configs of `ValueModel` and `ValueHead`.
+
+    Attributes:
+        objectives: names of the M outputs.
+        reward_mean, reward_scale: [M] each; training regresses (reward - mean) / scale.
+        tokenizer_fingerprint: of the tokenizer whose ids the value function reads; None when unknown.
+        base_model, base_revision: the model whose rollouts it was trained on.
+        recipe: how it was trained, as a JSON-able dictionary.
+        iteration: 0 for values of the reference policy, i for those of the i-th guided policy (Algorithm 1).
+    """
+
+    objectives: list[str]
+    reward_mean: list[float]
+    reward_scale: list[float]
+
+    def _take_objectives(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Set the fields from `kwargs`; return the rest."""
+        rest = dict(kwargs)
+        self.objectives = list(rest.pop("objectives", None) or ["reward"])
+        check_objectives(self.objectives)
+        count = len(self.objectives)
+        self.reward_mean = [float(x) for x in rest.pop("reward_mean", None) or [0.0] * count]
+        self.reward_scale = [float(x) for x in rest.pop("reward_scale", None) or [1.0] * count]
+        for name in ("reward_mean", "reward_scale"):
+            if len(getattr(self, name)) != count:
+                raise ValueError(f"{name} has {len(getattr(self, name))} numbers for {count} objectives {self.objectives}")
+        self.tokenizer_fingerprint: str | None = rest.pop("tokenizer_fingerprint", None)
+        self.base_model: str | None = rest.pop("base_model", None)
+        self.base_revision: str | None = rest.pop("base_revision", None)
+        self.recipe: dict[str, Any] = rest.pop("recipe", None) or {}
+        self.iteration: int = rest.pop("iteration", 0)
+        return rest
+
+    def reward_units(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """`reward_mean` and `reward_scale` as float32 [M] tensors on `device`, kept between calls."""
+        kept = self.__dict__.get("_reward_units")
+        key = (device, tuple(self.reward_mean), tuple(self.reward_scale))
+        if kept is None or kept[0] != key:
+            tensors = tuple(torch.tensor(x, dtype=torch.float32, device=device) for x in key[1:])
+            kept = self.__dict__["_reward_units"] = (key, tensors)
+        return kept[1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as a JSON-able dictionary."""
+        content = super().to_dict()  # type: ignore[misc]
+        content.pop("_reward_units", None)
+        return content

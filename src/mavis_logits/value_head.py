@@ -1,0 +1,224 @@
+"""Value heads: Q(s, a) from the hidden state that the base model has just computed. No second language model.
+
+The base model's last hidden state summarises s; a small network over it and the candidate's embedding gives the value
+of choosing a. Nothing is prefilled or cached, so steering costs little more than plain decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+
+from .fingerprint import weights_fingerprint
+from .objectives import ObjectivesMixin, check_objectives
+
+_CHUNK_ELEMENTS = 1 << 24  # of the [R, k, width] activations that are alive at once
+
+
+class ValueHeadConfig(ObjectivesMixin, PreTrainedConfig):
+    """Configuration of a `ValueHead`.
+
+    Args:
+        hidden_size: d, width of the base model's hidden state.
+        embedding_size: width of its output embedding.
+        vocab_size: V.
+        width: of the head.
+        num_layers: residual GELU layers.
+        dropout: while training.
+        base_fingerprint: of the base model's weights (`mavis_logits.fingerprint.weights_fingerprint`).
+        objectives, reward_mean, reward_scale, tokenizer_fingerprint, base_model, base_revision, recipe, iteration:
+            see `ObjectivesMixin`.
+    """
+
+    model_type = "mavis_value_head"
+
+    def __init__(
+        self,
+        hidden_size: int = 576,
+        embedding_size: int = 576,
+        vocab_size: int = 49152,
+        width: int = 512,
+        num_layers: int = 1,
+        dropout: float = 0.0,
+        base_fingerprint: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.hidden_size, self.embedding_size, self.vocab_size = hidden_size, embedding_size, vocab_size
+        self.width, self.num_layers, self.dropout = width, num_layers, dropout
+        self.base_fingerprint = base_fingerprint
+        kwargs = self._take_objectives(kwargs)
+        super().__init__(**kwargs)
+
+
+class ValueHead(PreTrainedModel):
+    """Pairwise value head: z = LayerNorm(W_h h + W_e e_a), residual GELU layers, M outputs.
+
+    h is what enters the base model's output embedding, e_a the candidate's row of that embedding, both normalised. A
+    head belongs to one base model and must be bound to it (`bind`) before use.
+    """
+
+    config: ValueHeadConfig
+    config_class = ValueHeadConfig
+    base_model_prefix = "head"
+    main_input_name = "hidden"
+
+    def __init__(self, config: ValueHeadConfig) -> None:
+        super().__init__(config)
+        self.state = nn.Linear(config.hidden_size, config.width)
+        self.action = nn.Linear(config.embedding_size, config.width, bias=False)
+        self.norm = nn.LayerNorm(config.width)
+        self.layers = nn.ModuleList(nn.Linear(config.width, config.width) for _ in range(config.num_layers))
+        self.dropout = nn.Dropout(config.dropout)
+        self.out = nn.Linear(config.width, len(config.objectives))
+        self._embedding: list[Tensor] = []  # in a list, so that it is no parameter: it belongs to the base model
+        self._table: tuple[Any, Tensor] | None = None
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    @classmethod
+    def for_model(
+        cls,
+        model: PreTrainedModel,
+        objectives: Sequence[str],
+        width: int = 512,
+        num_layers: int = 1,
+        dropout: float = 0.0,
+        **config: Any,
+    ) -> ValueHead:
+        """A new head for `model`, bound to it.
+
+        Args:
+            model: the base causal language model.
+            objectives: names of the M outputs.
+            width, num_layers, dropout: of the head.
+            config: further fields of `ValueHeadConfig`.
+        """
+        check_objectives(objectives)
+        embedding = output_embedding(model)
+        settings = {"base_model": model.config.name_or_path or None} | config
+        head = cls(
+            ValueHeadConfig(
+                hidden_size=embedding.shape[1], embedding_size=embedding.shape[1], vocab_size=embedding.shape[0],
+                width=width, num_layers=num_layers, dropout=dropout, objectives=list(objectives),
+                base_fingerprint=weights_fingerprint(model), **settings,
+            )  # fmt: skip
+        )
+        return head.to(model.device).bind(model, check=False)  # type: ignore[arg-type]
+
+    def bind(self, model: PreTrainedModel, check: bool = True) -> ValueHead:
+        """Take candidates' embeddings from `model`; returns self.
+
+        Args:
+            model: the base model whose hidden states `forward` will be given.
+            check: refuse a model with other weights than the head was trained on.
+
+        Raises:
+            ValueError: another width, vocabulary, device or (with `check`) other weights.
+        """
+        embedding = output_embedding(model)
+        config = self.config
+        if embedding.shape != (config.vocab_size, config.embedding_size):
+            raise ValueError(
+                f"this value head is for an output embedding of {config.vocab_size} x {config.embedding_size}, but "
+                f"{type(model).__name__} has {embedding.shape[0]} x {embedding.shape[1]}: use the head's own base model, "
+                f"{config.base_model}"
+            )
+        if embedding.device != self.device:
+            raise ValueError(f"the value head is on {self.device}, the base model on {embedding.device}: move one of them")
+        if check and config.base_fingerprint is not None:
+            found = weights_fingerprint(model)
+            if found != config.base_fingerprint:
+                raise ValueError(
+                    f"this value head was trained on the hidden states of {config.base_model} (weights "
+                    f"{config.base_fingerprint}), but the model given has weights {found}: load that model, train a new "
+                    "head, or bind(model, check=False) if you know that the hidden states are the same"
+                )
+        self._embedding = [embedding]
+        self._table = None
+        return self
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether `bind` has been called."""
+        return bool(self._embedding)
+
+    def forward(self, hidden: Tensor, candidates: Tensor | None = None) -> Tensor:
+        """Values of candidates.
+
+        Args:
+            hidden: [R, d], what entered the base model's output embedding at the last position of each row.
+            candidates: [R, k] token ids, or None for the whole vocabulary.
+
+        Returns:
+            float32 [R, k, M] (k = V for None), in reward units.
+
+        Raises:
+            ValueError: the head is not bound to a base model, or `hidden` has another shape.
+        """
+        if not self.is_bound:
+            raise ValueError("this value head is bound to no base model: call head.bind(model) first")
+        if hidden.ndim != 2 or hidden.shape[1] != self.config.hidden_size:
+            raise ValueError(f"hidden must be [rows, {self.config.hidden_size}], got {list(hidden.shape)}")
+        dtype = self.state.weight.dtype
+        state = self.state(_normalised(hidden.to(dtype)))
+        if candidates is None:
+            actions = self._actions()
+            step = max(1, _CHUNK_ELEMENTS // (len(hidden) * self.config.width))
+            chunks = [self._values(state[:, None] + chunk) for chunk in actions.split(step)]
+            return torch.cat(chunks, dim=1)
+        if self.training:
+            action = self.action(_normalised(self._embedding[0][candidates].to(dtype)))
+            return self._values(state[:, None] + action)
+        actions = self._actions()
+        step = max(1, _CHUNK_ELEMENTS // (len(hidden) * self.config.width))
+        chunks = [self._values(state[:, None] + actions[part]) for part in candidates.split(step, dim=1)]
+        return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=1)
+
+    def _values(self, features: Tensor) -> Tensor:
+        features = self.dropout(self.norm(features))
+        for layer in self.layers:
+            features = features + self.dropout(nn.functional.gelu(layer(features)))
+        mean, scale = self.config.reward_units(features.device)
+        return mean + scale * self.out(features).float()
+
+    @torch.no_grad()
+    def _actions(self) -> Tensor:
+        """W_e e_a of every token, [V, width]: computed once, and again when the weights have changed."""
+        weight, embedding = self.action.weight, self._embedding[0]
+        version = (weight._version, embedding._version, weight.dtype, weight.device)
+        if self._table is None or self._table[0] != version:
+            table = torch.cat([self.action(_normalised(rows.to(weight.dtype))) for rows in embedding.split(8192)])
+            self._table = (version, table)
+        return self._table[1]
+
+
+def output_embedding(model: PreTrainedModel) -> Tensor:
+    """The weights [V, d] of a causal language model's output embedding.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    layer = model.get_output_embeddings()
+    if layer is None or getattr(layer, "weight", None) is None:
+        raise ValueError(f"{type(model).__name__} has no output embedding; a value head needs a causal language model")
+    return layer.weight.detach()
+
+
+def _normalised(x: Tensor) -> Tensor:
+    return nn.functional.layer_norm(x, x.shape[-1:])
+
+
+AutoConfig.register(ValueHeadConfig.model_type, ValueHeadConfig, exist_ok=True)
+AutoModel.register(ValueHeadConfig, ValueHead, exist_ok=True)

@@ -1,0 +1,295 @@
+"""Value models: a decoder with a linear head that predicts the final reward of every prefix (section 3.2).
+
+V_m(s) estimates the expected final reward, under objective m, of a completion that continues s. Since appending a token
+is a deterministic transition, Q_m(s, a) = V_m(s + a), so a decoder that reads s + a gives the value of choosing a.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+
+from .fingerprint import weights_fingerprint
+from .objectives import ObjectivesMixin, check_objectives
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+HEAD_WEIGHTS = "head.safetensors"
+
+
+class ValueModelConfig(ObjectivesMixin, PreTrainedConfig):
+    """Configuration of a `ValueModel`: its backbone and what it predicts.
+
+    Args:
+        backbone_config: configuration of the decoder, or the same as a dictionary.
+        backbone: Hub id of the model that an adapter repo's backbone is taken from (its first layers).
+        backbone_fingerprint: of those weights before training, so that an adapter on other weights is noticed.
+        pad_token_id: of the tokenizer; tells left padding apart.
+        objectives, reward_mean, reward_scale, tokenizer_fingerprint, base_model, base_revision, recipe, iteration:
+            see `ObjectivesMixin`.
+    """
+
+    model_type = "mavis_value"
+    sub_configs = {"backbone_config": AutoConfig}
+
+    def __init__(
+        self,
+        backbone_config: PreTrainedConfig | dict[str, Any] | None = None,
+        backbone: str | None = None,
+        backbone_fingerprint: str | None = None,
+        pad_token_id: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(backbone_config, dict):
+            settings = dict(backbone_config)
+            backbone_config = CONFIG_MAPPING[settings.pop("model_type")](**settings)
+        self.backbone_config = backbone_config if backbone_config is not None else CONFIG_MAPPING["llama"]()
+        self.backbone = backbone
+        self.backbone_fingerprint = backbone_fingerprint
+        kwargs = self._take_objectives(kwargs)
+        super().__init__(pad_token_id=pad_token_id, **kwargs)
+
+
+@dataclass
+class ValueModelOutput(ModelOutput):
+    """Output of `ValueModel`.
+
+    Attributes:
+        values: float32 [R, T, M], in reward units; `values[:, t]` belongs to the sequence that ends at token t.
+        past_key_values: the backbone's cache, if one was used.
+    """
+
+    values: Tensor | None = None
+    past_key_values: Cache | None = None
+
+
+class ValueModel(PreTrainedModel):
+    """A decoder backbone of its own and a linear head, one output per objective (section 4.1, "Value Models").
+
+    It needs nothing of the base model but its tokens. Training regresses standardised rewards; `values` are in reward
+    units: mean + scale * head(hidden state).
+    """
+
+    config: ValueModelConfig
+    config_class = ValueModelConfig
+    base_model_prefix = "backbone"
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    supports_gradient_checkpointing = True
+
+    def __init__(self, config: ValueModelConfig) -> None:
+        super().__init__(config)
+        self.backbone = AutoModel.from_config(config.backbone_config)
+        self.head = nn.Linear(config.backbone_config.hidden_size, len(config.objectives))
+        self._peft: list[PeftModel] = []  # in a list, so that it is no submodule: it wraps the backbone itself
+        self._arguments = frozenset(inspect.signature(self.backbone.forward).parameters)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """A new head says the mean reward everywhere; the backbone initialises itself."""
+        if module is getattr(self, "head", None):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif hasattr(self, "backbone"):
+            self.backbone._init_weights(module)
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: str | PreTrainedModel,
+        objectives: Sequence[str],
+        num_layers: int | None = None,
+        lora: LoraConfig | None = None,
+        **config: Any,
+    ) -> ValueModel:
+        """A new value model on (a copy of) a pretrained decoder, its head still at zero.
+
+        Args:
+            backbone: Hub id or folder of any causal decoder, or a loaded model, which is copied.
+            objectives: names of the M outputs.
+            num_layers: keep only the first layers of the backbone.
+            lora: train this adapter and the head, and nothing else; saved as an adapter repo.
+            config: further fields of `ValueModelConfig`.
+
+        Raises:
+            ValueError: `num_layers` out of range, or objectives that are no list of distinct names.
+        """
+        check_objectives(objectives)
+        source = AutoModel.from_pretrained(backbone) if isinstance(backbone, str) else backbone
+        trunk = truncated_backbone(source, num_layers)
+        settings = {"pad_token_id": trunk.config.pad_token_id, "backbone": source.config.name_or_path or None} | config
+        value_config = ValueModelConfig(
+            backbone_config=trunk.config,
+            backbone_fingerprint=weights_fingerprint(trunk),
+            objectives=list(objectives),
+            **settings,
+        )
+        model = cls._assemble(value_config, trunk)
+        if lora is not None:
+            model.add_lora(lora)
+        return model
+
+    @classmethod
+    def _assemble(cls, config: ValueModelConfig, backbone: PreTrainedModel) -> ValueModel:
+        model = cls(config)
+        model.backbone = backbone
+        return model.to(backbone.dtype).eval()  # type: ignore[arg-type]
+
+    def add_lora(self, lora: LoraConfig) -> None:
+        """Freeze the backbone and put a trainable LoRA adapter on it."""
+        if self._peft:
+            raise ValueError("this value model has a LoRA adapter already; merge it first (load it with merge=True)")
+        self._peft = [PeftModel(self.backbone, lora)]
+
+    @property
+    def lora(self) -> PeftModel | None:
+        """PEFT's view of the backbone, if an adapter is on it."""
+        return self._peft[0] if self._peft else None
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> ValueModelOutput:
+        """Values of every prefix.
+
+        Args:
+            input_ids: [R, T] tokens.
+            attention_mask: [R, T] 1 for tokens and 0 for padding, or a ready 4-D mask (a dictionary of them for
+                backbones with several kinds of attention).
+            position_ids: [R, T]; counted from the first unmasked token if a 2-D mask is given without them.
+            past_key_values: cache of the tokens before `input_ids`.
+            use_cache: whether to return the cache.
+
+        Returns:
+            `ValueModelOutput` with `values` [R, T, M] in float32.
+        """
+        if position_ids is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+            if input_ids is not None:
+                position_ids = position_ids[:, -input_ids.shape[1] :]
+        cache_name = "past_key_values" if "past_key_values" in self._arguments else "cache_params"
+        inputs = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
+            cache_name: past_key_values, "use_cache": use_cache,
+        }  # fmt: skip
+        inputs = {k: v for k, v in inputs.items() if v is not None and k in self._arguments}
+        output = self.backbone(**inputs, **kwargs)
+        return ValueModelOutput(self.values_of(output.last_hidden_state), getattr(output, cache_name, None))
+
+    def values_of(self, hidden: Tensor) -> Tensor:
+        """Values [..., M] in float32 and reward units, from the backbone's last hidden states [..., d]."""
+        standardised = nn.functional.linear(hidden.float(), self.head.weight.float(), self.head.bias.float())
+        mean, scale = self.config.reward_units(hidden.device)
+        return mean + scale * standardised
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+        """Save as transformers does; with a LoRA adapter, save an adapter repo: adapter, head and config, no backbone."""
+        if self.lora is None:
+            super().save_pretrained(save_directory, **kwargs)
+            return
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        adapter = {k: v.detach().contiguous().cpu() for k, v in get_peft_model_state_dict(self.lora).items()}
+        lora = copy.deepcopy(self.lora.active_peft_config)
+        lora.base_model_name_or_path, lora.inference_mode = self.config.backbone, True
+        lora.save_pretrained(str(folder))
+        save_file(adapter, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        head = {k: v.detach().contiguous().cpu() for k, v in self.head.state_dict().items()}
+        save_file(head, folder / HEAD_WEIGHTS, metadata={"format": "pt"})
+        self.config.architectures = [type(self).__name__]
+        self.config.save_pretrained(str(folder))
+        if kwargs.get("push_to_hub"):
+            self.push_to_hub(kwargs.get("repo_id") or folder.name)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *args: Any,
+        backbone: PreTrainedModel | str | None = None,
+        merge: bool = True,
+        objectives: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> ValueModel:
+        """Load a value model from the Hub or a folder.
+
+        Reads what `save_pretrained` writes (full or adapter repo), a `...ForSequenceClassification` checkpoint with M
+        labels, with or without a PEFT adapter, and a causal model with TRL's value head. Safetensors only.
+
+        Args:
+            pretrained_model_name_or_path: Hub id or folder.
+            backbone: for adapter repos, the model (or its id) whose first layers the adapter sits on; by default it is
+                loaded from where the config says.
+            merge: fold a LoRA adapter into the weights, which is faster; False keeps it trainable.
+            objectives: names of the outputs, for checkpoints that do not name them.
+            kwargs: as for every transformers model (`revision`, `token`, `cache_dir`, `subfolder`, `dtype`, ...).
+
+        Raises:
+            OSError: nothing there, a corrupt file, or weights only as pickles.
+            ValueError: neither a value model nor one of the formats above, or a missing backbone.
+        """
+        from .checkpoints import load_value_model
+
+        return load_value_model(
+            cls, str(pretrained_model_name_or_path), backbone=backbone, merge=merge, objectives=objectives, **kwargs
+        )
+
+    @classmethod
+    def _from_own_checkpoint(cls, name: str, **kwargs: Any) -> ValueModel:
+        return super().from_pretrained(name, **kwargs)  # type: ignore[return-value]
+
+
+def truncated_backbone(model: PreTrainedModel, num_layers: int | None) -> PreTrainedModel:
+    """A copy of the decoder inside `model` (without its language-model head), of only its first `num_layers` layers."""
+    decoder = model.base_model if isinstance(model.base_model, PreTrainedModel) else model
+    config = copy.deepcopy(decoder.config)
+    total = config.num_hidden_layers
+    if num_layers is not None and not 1 <= num_layers <= total:
+        raise ValueError(f"num_layers must be 1 to {total} (the layers that {type(decoder).__name__} has), got {num_layers}")
+    if num_layers is not None:
+        config.num_hidden_layers = num_layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:num_layers]
+    trunk = type(decoder)(config).to(decoder.dtype)
+    wanted = trunk.state_dict().keys()
+    trunk.load_state_dict({k: v for k, v in decoder.state_dict().items() if k in wanted})
+    return trunk
+
+
+def load_adapter(model: ValueModel, lora: LoraConfig, folder: Path, merge: bool) -> ValueModel:
+    """Put the adapter and head in `folder` on `model`; fold the adapter into the weights if `merge`."""
+    model.add_lora(lora)
+    assert model.lora is not None
+    result = set_peft_model_state_dict(model.lora, load_file(folder / ADAPTER_WEIGHTS))
+    if result.unexpected_keys:
+        raise ValueError(f"{folder / ADAPTER_WEIGHTS} does not fit the backbone: unexpected {result.unexpected_keys[:3]}")
+    model.head.load_state_dict(load_file(folder / HEAD_WEIGHTS))
+    if merge:
+        model.backbone = model.lora.merge_and_unload()
+        model._peft = []
+        model.requires_grad_(False)
+    return model.eval()
+
+
+AutoConfig.register(ValueModelConfig.model_type, ValueModelConfig, exist_ok=True)
+AutoModel.register(ValueModelConfig, ValueModel, exist_ok=True)
