@@ -1,0 +1,241 @@
+"""``mavis demo``: a real language model answers everyday questions at several weightings of two objectives.
+
+The reward models that judge the answers are those whose verdict the value functions were trained to foresee. Model,
+prompts, value functions and reward models come with the repository and its packages: nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from mavis_logits import MavisLogitsProcessor
+    from mavis_training.rewards import Reward
+
+OBJECTIVES = ("helpful", "humour")
+VALUE_HEAD = "model_cards/smollm2-135m-value-head"
+VALUE_MODEL = "model_cards/smollm2-135m-value-{objective}"
+REWARD_MODEL = "examples/rewards/{objective}"
+PROMPTS = "examples/data/demo_prompts.jsonl"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to answer: weight of each objective and strength beta. No weights: the model by itself."""
+
+    name: str
+    weights: dict[str, float] = field(default_factory=dict)
+    beta: float = 0.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What stays the same in all settings."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[str]
+    judges: dict[str, Reward]
+    seeds: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Answers for S seeds and P prompts in one setting, and arrays [S, P]: reward by objective, KL in nats."""
+
+    setting: Setting
+    answers: list[list[str]]
+    rewards: dict[str, np.ndarray]
+    kl: np.ndarray
+
+
+def main(argv: list[str]) -> int:
+    """Run the demo: answers side by side, a table of rewards, a figure of the trade-off."""
+    arguments = parser().parse_args(argv)
+
+    # Imported only here, so that `--help` and a mistyped option answer at once.
+    import transformers
+    from rich.console import Console
+
+    from mavis_logits.demo.checkout import checkout_path
+    from mavis_logits.demo.smollm2 import load_smollm2
+    from mavis_training import demo_report as report
+    from mavis_training.rewards import load_reward
+
+    transformers.utils.logging.disable_progress_bar()
+    console = Console()
+    console.print(report.introduction(OBJECTIVES, arguments.top_k))
+    prompts = read_prompts(Path(arguments.prompts) if arguments.prompts else checkout_path(PROMPTS), arguments.limit)
+    with console.status("Loading the language model (the first time it is unpacked: half a minute)"):
+        model, tokenizer = load_smollm2()
+    with console.status("Loading value functions and reward models"):
+        judges = {name: load_reward(str(checkout_path(REWARD_MODEL.format(objective=name)))) for name in OBJECTIVES}
+        steer = load_steering(arguments.kind, model, tokenizer, arguments.top_k)
+
+    settings = weightings(OBJECTIVES, arguments.beta, arguments.top_k)
+    stage = Stage(model, tokenizer, prompts, judges, arguments.seeds, arguments.max_new_tokens)
+    measured = []
+    with report.progress(console, len(settings) * stage.seeds * stage.max_new_tokens) as advance:
+        for setting in settings:
+            processor = steer(setting) if setting.weights else None
+            measured.append(measure(stage, setting, processor, advance))
+
+    for index in range(min(arguments.show, len(prompts))):
+        console.print(report.side_by_side(prompts[index], measured, index, console.width))
+    console.print(report.table(measured, OBJECTIVES))
+    console.print(report.reading(measured, OBJECTIVES))
+    report.draw(measured, OBJECTIVES, Path(arguments.out))
+    console.print(report.closing(arguments.out, VALUE_HEAD))
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of ``mavis demo``."""
+    result = argparse.ArgumentParser(
+        prog="mavis demo",
+        description="A real language model answers everyday questions at several weightings of helpful and humour; "
+        "reward models judge the answers.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = result.add_argument
+    add(
+        "--kind",
+        choices=["head", "model"],
+        default="head",
+        help="what foresees the rewards: one value head on the language model, or separate value models",
+    )
+    add("--prompts", metavar="FILE", help='questions to answer, one JSON object {"prompt": ...} a line')
+    add("--limit", type=positive, default=24, metavar="N", help="answer at most this many questions")
+    add("--seeds", type=positive, default=3, metavar="N", help="samples of every answer")
+    add("--beta", type=float, default=5.0, help="strength of the steering")
+    add("--top-k", type=positive, default=15, help="how many of the likeliest tokens to choose among")
+    add("--max-new-tokens", type=positive, default=48, help="length at which answers are cut off")
+    add("--show", type=int, default=3, metavar="N", help="print the answers to this many questions")
+    add("--out", default="demo.png", metavar="PNG", help="where to write the figure")
+    return result
+
+
+def positive(text: str) -> int:
+    """Parse a whole number of at least 1, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
+
+
+def weightings(objectives: tuple[str, str], beta: float, top_k: int) -> list[Setting]:
+    """Return the settings that the demo compares.
+
+    Cutting to the top k changes the answers by itself, so that it has its own setting: beta 0.
+    """
+    first, second = objectives
+    return [
+        Setting("unsteered"),
+        Setting(f"cut to top {top_k}", {first: 0.5, second: 0.5}, beta=0.0),
+        Setting(f"{first} 1", {first: 1.0, second: 0.0}, beta),
+        Setting(f"{first} ½, {second} ½", {first: 0.5, second: 0.5}, beta),
+        Setting(f"{second} 1", {first: 0.0, second: 1.0}, beta),
+    ]
+
+
+def read_prompts(file: Path, limit: int) -> list[str]:
+    """Return the first `limit` prompts of a JSON-lines file.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: A line is no JSON object with a text under "prompt", or there is none.
+    """
+    prompts = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            prompt = json.loads(line)["prompt"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f'{file}, line {number}: expected a JSON object like {{"prompt": "..."}}') from error
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"{file}, line {number}: the prompt is {prompt!r}; expected a text")
+        prompts.append(prompt)
+    if not prompts:
+        raise ValueError(f"{file} has no prompts; expected one JSON object a line")
+    return prompts[:limit]
+
+
+def load_steering(
+    kind: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, top_k: int
+) -> Callable[[Setting], MavisLogitsProcessor]:
+    """Load the value head or value models once; the result returns the processor set to the setting asked for."""
+    from mavis_logits import MavisLogitsProcessor
+    from mavis_logits.demo.checkout import checkout_path
+
+    values: str | dict[str, str] = (
+        str(checkout_path(VALUE_HEAD))
+        if kind == "head"
+        else {name: str(checkout_path(VALUE_MODEL.format(objective=name))) for name in OBJECTIVES}
+    )
+    mavis = MavisLogitsProcessor.from_pretrained(
+        values, weights={OBJECTIVES[0]: 1.0}, top_k=top_k, model=model, tokenizer=tokenizer
+    )
+
+    def steer(setting: Setting) -> MavisLogitsProcessor:
+        mavis.weights, mavis.beta = setting.weights, setting.beta
+        return mavis
+
+    return steer
+
+
+def measure(
+    stage: Stage, setting: Setting, processor: MavisLogitsProcessor | None, advance: Callable[[str, int], None]
+) -> Measured:
+    """Answer every prompt once per seed in one setting and let the reward models judge; `advance` shows progress."""
+    answers, kl = [], []
+    for seed in range(stage.seeds):
+        texts, divergence = answer(stage, processor, seed, lambda: advance(setting.name, 1))
+        answers.append(texts)
+        kl.append(divergence)
+    rewards = {
+        name: np.array([judge(stage.prompts, texts) for texts in answers]) for name, judge in stage.judges.items()
+    }
+    return Measured(setting, answers, rewards, np.array(kl))
+
+
+def answer(
+    stage: Stage, processor: MavisLogitsProcessor | None, seed: int, tick: Callable[[], None]
+) -> tuple[list[str], list[float]]:
+    """Sample one answer to each of P prompts in one batch.
+
+    Returns:
+        P texts, and their P divergences from the unsteered model in nats: the KL of every step, summed over an answer.
+    """
+    import torch
+    from transformers import StoppingCriteriaList
+
+    from mavis_logits.demo.chat import answers, chat_inputs
+
+    def step(input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        tick()
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    inputs = chat_inputs(stage.tokenizer, stage.prompts)
+    torch.manual_seed(seed)
+    output = stage.model.generate(  # type: ignore[operator]
+        **inputs,
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=stage.max_new_tokens,
+        logits_processor=[processor] if processor else [],
+        stopping_criteria=StoppingCriteriaList([step]),
+        pad_token_id=stage.tokenizer.pad_token_id,
+    )
+    texts = answers(stage.tokenizer, output, inputs["input_ids"].shape[1])
+    return texts, processor.stats.kl_per_row.tolist() if processor else [0.0] * len(texts)

@@ -1,0 +1,160 @@
+"""What ``mavis demo`` shows: answers side by side, the table of rewards, the figure, and how to do it in Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.syntax import Syntax
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from mavis_training.demo import Measured
+
+# Narrower columns than this are hard to read.
+_COLUMN_WIDTH = 28
+
+
+def mean_and_error(samples: np.ndarray) -> tuple[float, float]:
+    """Return the mean of samples [S, P] (S seeds, P prompts) and its standard error.
+
+    Answers to one prompt resemble each other, so that the error is taken over the P means per prompt.
+    """
+    per_prompt = samples.mean(axis=0)
+    error = per_prompt.std(ddof=1) / np.sqrt(per_prompt.size) if per_prompt.size > 1 else float("nan")
+    return float(samples.mean()), float(error)
+
+
+def introduction(objectives: Sequence[str], top_k: int) -> RenderableType:
+    """Say in a few lines what is about to happen."""
+    first, second = objectives
+    return Panel(
+        "A small language model answers everyday questions: first by itself, then steered.\n"
+        f"At every step a [bold]value function[/bold] looks at the {top_k} likeliest next tokens (pieces of words) and "
+        f"foresees, for each, how high the answer would score on [bold]{first}[/bold] and [bold]{second}[/bold]. "
+        "The choice is shifted towards the mix asked for. The language model itself is never changed.",
+        title="mavis demo",
+    )
+
+
+@contextmanager
+def progress(console: Console, total: int) -> Iterator[Callable[[str, int], None]]:
+    """Show a bar of `total` steps; yields the function that says what is being done and moves the bar on."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda description, steps: bar.update(task, description=description, advance=steps)
+
+
+def side_by_side(prompt: str, measured: Sequence[Measured], index: int, width: int) -> Table:
+    """Return the answers to prompt `index` under every setting (first seed): columns, or rows on a narrow screen."""
+    title = Text(f"“{prompt}”", style="bold")
+    names = [one.setting.name for one in measured]
+    answers = [Text(one.answers[0][index]) for one in measured]
+    if width >= _COLUMN_WIDTH * len(measured):
+        table = Table(*names, title=title, title_justify="left", expand=True)
+        table.add_row(*answers)
+        return table
+    table = Table("weights", "answer", title=title, title_justify="left", expand=True, show_lines=True)
+    for name, answer in zip(names, answers, strict=True):
+        table.add_row(name, answer)
+    return table
+
+
+def table(measured: Sequence[Measured], objectives: Sequence[str]) -> RenderableType:
+    """Return mean rewards and mean KL per setting with standard errors."""
+    seeds, prompts = measured[0].kl.shape
+    result = Table(title="Mean reward of an answer ± standard error", title_justify="left", title_style="bold")
+    result.add_column("setting")
+    for name in [*objectives, "KL (nats)"]:
+        result.add_column(name, justify="right")
+    for one in measured:
+        cells = [_plus_minus(one.rewards[name]) for name in objectives]
+        result.add_row(one.setting.name, *cells, _plus_minus(one.kl) if one.setting.weights else "0")
+    note = (
+        f"{prompts} prompts x {seeds} samples. Higher is better. KL says how far the answers have moved from what the "
+        "model would say by itself: 0 is not at all."
+    )
+    return Group(result, Text(note, style="dim"))
+
+
+def reading(measured: Sequence[Measured], objectives: Sequence[str]) -> str:
+    """Say in words, for each objective, how much its reward rose where it has all the weight."""
+    lines = []
+    unsteered = measured[0]
+    for name in objectives:
+        alone = next((one for one in measured if one.setting.beta and one.setting.weights.get(name) == 1.0), None)
+        if alone is None:
+            continue
+        spread = unsteered.rewards[name].std(ddof=1)
+        gain = (alone.rewards[name].mean() - unsteered.rewards[name].mean()) / spread
+        lines.append(
+            f"With all the weight on {name}, the mean {name} reward moves by {gain:+.1f} standard deviations "
+            "of unsteered answers."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw(measured: Sequence[Measured], objectives: Sequence[str], path: Path) -> None:
+    """Write a PNG of the trade-off: one objective's mean reward against the other's, with standard errors."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    first, second = objectives
+    figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
+    for one in measured:
+        (x, x_error), (y, y_error) = mean_and_error(one.rewards[first]), mean_and_error(one.rewards[second])
+        colour = "tab:blue" if one.setting.beta else "tab:grey"
+        axes.errorbar(x, y, xerr=x_error, yerr=y_error, fmt="o", color=colour, capsize=3)
+        axes.annotate(one.setting.name, (x, y), xytext=(6, 6), textcoords="offset points")
+    steered = [one for one in measured if one.setting.beta]
+    axes.plot(
+        [one.rewards[first].mean() for one in steered],
+        [one.rewards[second].mean() for one in steered],
+        color="tab:blue",
+        alpha=0.4,
+        zorder=0,
+    )
+    axes.margins(0.2)
+    seeds, prompts = measured[0].kl.shape
+    axes.set_xlabel(f"mean {first} reward")
+    axes.set_ylabel(f"mean {second} reward")
+    axes.set_title(f"One language model, several weightings\n{prompts} prompts x {seeds} samples, bars: standard error")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def closing(out: str, values: str) -> RenderableType:
+    """Say where the figure is and how to do the same in Python and on the command line."""
+    code = (
+        f'mavis = MavisLogitsProcessor.from_pretrained("{values}", model=model,\n'
+        '                                             weights={"helpful": 0.5, "humour": 0.5}, beta=5.0)\n'
+        "model.generate(**inputs, do_sample=True, max_new_tokens=48, logits_processor=[mavis])"
+    )
+    return Group(
+        Text(f"The trade-off as a picture: {out}\n"),
+        Text("The same in Python (from mavis_logits import MavisLogitsProcessor):"),
+        Syntax(code, "python", background_color="default"),
+        Text('Your own question: mavis generate --prompt "..." --weights helpful=0.3,humour=0.7 --unsteered'),
+    )
+
+
+def _plus_minus(samples: np.ndarray) -> str:
+    mean, error = mean_and_error(samples)
+    return f"{mean:.2f} ± {error:.2f}"
