@@ -1,7 +1,8 @@
 """How much longer decoding takes when it is steered: both sides in one run, as ratios to plain `generate`.
 
 Compared are plain sampling, sampling steered by a value head, by two value models of four layers each, and by the same
-two models without a cache (the slow twin: every candidate is re-forwarded from scratch, as the tests do). The time does not depend on what the value functions have learned, so that they are random here.
+two models without a cache (the slow twin: every candidate is re-forwarded from scratch, as the tests do). The time
+does not depend on what the value functions have learned, so that they are random here.
 
 All variants take turns (A B C D, A B C D, ...), so that a machine which slows down slows all of them, and every round
 gives one ratio. Run it on a machine that does nothing else:
