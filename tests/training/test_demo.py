@@ -1,0 +1,139 @@
+"""The demo: what it compares, how it computes means and errors, what it prints and draws."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console, RenderableType
+
+from mavis_training import demo
+from mavis_training import demo_report as report
+
+OBJECTIVES = demo.OBJECTIVES
+
+
+@pytest.fixture
+def measured() -> list[demo.Measured]:
+    """Two prompts, three seeds; the reward of an objective rises with its weight."""
+    random = np.random.default_rng(0)
+    result = []
+    for setting in demo.weightings(OBJECTIVES, beta=5.0, top_k=15):
+        rewards = {
+            name: random.normal(size=(3, 2)) + 10 * setting.beta * setting.weights.get(name, 0.0) for name in OBJECTIVES
+        }
+        answers = [[f"[answer] of {setting.name}", "other"]] * 3
+        result.append(demo.Measured(setting, answers, rewards, np.full((3, 2), setting.beta)))
+    return result
+
+
+def rendered(renderable: RenderableType, width: int = 200) -> str:
+    console = Console(width=width)
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get()
+
+
+def test_the_settings_isolate_each_effect() -> None:
+    unsteered, cut, first, both, second = demo.weightings(("a", "b"), beta=3.0, top_k=7)
+    assert not unsteered.weights
+    assert cut.beta == 0.0
+    assert "7" in cut.name
+    assert [first.weights, both.weights, second.weights] == [
+        {"a": 1.0, "b": 0.0},
+        {"a": 0.5, "b": 0.5},
+        {"a": 0.0, "b": 1.0},
+    ]
+    assert {first.beta, both.beta, second.beta} == {3.0}
+
+
+def test_prompts_are_read_in_order(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n\n" for text in "abc"))
+    assert demo.read_prompts(file, limit=2) == ["a", "b"]
+
+
+@pytest.mark.parametrize("line", ["not json", "[]", "{}", '{"prompt": 3}', '{"prompt": " "}', ""])
+def test_a_file_without_prompts_is_refused(line: str, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(line)
+    with pytest.raises(ValueError, match=r"prompts\.jsonl.*(expected|no prompts)"):
+        demo.read_prompts(file, limit=2)
+
+
+@given(st.integers(1, 4), st.integers(2, 6), st.integers(0, 99))
+def test_error_is_over_prompts_and_repeating_a_sample_gains_nothing(seeds: int, prompts: int, seed: int) -> None:
+    samples = np.random.default_rng(seed).normal(size=(seeds, prompts))
+    mean, error = report.mean_and_error(samples)
+    assert mean == pytest.approx(samples.mean())
+    assert report.mean_and_error(np.repeat(samples, 3, axis=0)) == pytest.approx((mean, error))
+    assert report.mean_and_error(2 * samples + 1) == pytest.approx((2 * mean + 1, 2 * error))
+
+
+@pytest.mark.parametrize("width", [200, 60])
+def test_answers_are_shown_as_written_at_any_width(measured: list[demo.Measured], width: int) -> None:
+    shown = rendered(report.side_by_side("Why [so]?", measured, 0, width), width)
+    assert "Why [so]?" in shown
+    assert shown.count("[answer]") == len(measured)
+
+
+def test_the_table_has_every_setting_and_says_what_kl_is(measured: list[demo.Measured]) -> None:
+    shown = rendered(report.table(measured, OBJECTIVES))
+    for one in measured:
+        assert one.setting.name in shown
+    assert "2 prompts x 3 samples" in shown
+    assert "KL says" in shown
+
+
+def test_the_reading_names_the_gain_of_each_objective(measured: list[demo.Measured]) -> None:
+    text = report.reading(measured, OBJECTIVES)
+    for name in OBJECTIVES:
+        assert f"all the weight on {name}" in text
+    assert "+" in text
+
+
+def test_the_figure_is_a_png(measured: list[demo.Measured], tmp_path: Path) -> None:
+    report.draw(measured, OBJECTIVES, tmp_path / "out.png")
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_closing_shows_python(tmp_path: Path) -> None:
+    shown = rendered(report.closing("demo.png", "folder"))
+    assert "MavisLogitsProcessor.from_pretrained" in shown
+    assert "demo.png" in shown
+
+
+def test_progress_counts_up(measured: list[demo.Measured]) -> None:
+    with report.progress(Console(quiet=True), total=3) as advance:
+        advance("one", 1)
+
+
+def test_bad_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for options in (["--seeds", "0"], ["--kind", "other"], ["--top-k", "x"]):
+        with pytest.raises(SystemExit):
+            demo.main(options)
+    assert "invalid" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["head", "model"])
+def test_the_whole_demo_runs(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [
+        "--kind",
+        kind,
+        "--limit",
+        "4",
+        "--seeds",
+        "1",
+        "--max-new-tokens",
+        "8",
+        "--out",
+        str(tmp_path / "d.png"),
+    ]
+    assert demo.main(options) == 0
+    assert (tmp_path / "d.png").is_file()
+    assert "Mean reward" in capsys.readouterr().out
