@@ -95,7 +95,8 @@ def main(argv: list[str]) -> int:
     console.print(report.table(measured, OBJECTIVES))
     console.print(report.reading(measured, OBJECTIVES))
     report.draw(measured, OBJECTIVES, Path(arguments.out))
-    console.print(report.closing(arguments.out, VALUE_HEAD))
+    closing = report.closing(arguments.out, value_sources(arguments.kind))
+    console.print(closing, soft_wrap=True, markup=False, highlight=False)
     return 0
 
 
@@ -171,6 +172,11 @@ def read_prompts(file: Path, limit: int) -> list[str]:
     return prompts[:limit]
 
 
+def value_sources(kind: str) -> str | dict[str, str]:
+    """Return the folder of the value functions, relative to the repository: one for all objectives, or one for each."""
+    return VALUE_HEAD if kind == "head" else {name: VALUE_MODEL.format(objective=name) for name in OBJECTIVES}
+
+
 def load_steering(
     kind: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, top_k: int
 ) -> Callable[[Setting], MavisLogitsProcessor]:
@@ -178,10 +184,11 @@ def load_steering(
     from mavis_logits import MavisLogitsProcessor
     from mavis_logits.demo.checkout import checkout_path
 
+    sources = value_sources(kind)
     values: str | dict[str, str] = (
-        str(checkout_path(VALUE_HEAD))
-        if kind == "head"
-        else {name: str(checkout_path(VALUE_MODEL.format(objective=name))) for name in OBJECTIVES}
+        str(checkout_path(sources))
+        if isinstance(sources, str)
+        else {name: str(checkout_path(source)) for name, source in sources.items()}
     )
     mavis = MavisLogitsProcessor.from_pretrained(
         values, weights={OBJECTIVES[0]: 1.0}, top_k=top_k, model=model, tokenizer=tokenizer

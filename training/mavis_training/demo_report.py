@@ -11,7 +11,6 @@ import numpy as np
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
@@ -61,11 +60,12 @@ def progress(console: Console, total: int) -> Iterator[Callable[[str, int], None
 
 
 def side_by_side(prompt: str, measured: Sequence[Measured], index: int, width: int) -> Table:
-    """Return the answers to prompt `index` under every setting (first seed): columns, or rows on a narrow screen."""
+    """Return the answers to prompt `index`, unsteered and steered (first seed): columns, or rows on a narrow screen."""
     title = Text(f"“{prompt}”", style="bold")
-    names = [one.setting.name for one in measured]
-    answers = [Text(one.answers[0][index]) for one in measured]
-    if width >= _COLUMN_WIDTH * len(measured):
+    shown = [one for one in measured if one.setting.beta or not one.setting.weights]
+    names = [one.setting.name for one in shown]
+    answers = [Text(one.answers[0][index]) for one in shown]
+    if width >= _COLUMN_WIDTH * len(shown):
         table = Table(*names, title=title, title_justify="left", expand=True)
         table.add_row(*answers)
         return table
@@ -87,7 +87,8 @@ def table(measured: Sequence[Measured], objectives: Sequence[str]) -> Renderable
         result.add_row(one.setting.name, *cells, _plus_minus(one.kl) if one.setting.weights else "0")
     note = (
         f"{prompts} prompts x {seeds} samples. Higher is better. KL says how far the answers have moved from what the "
-        "model would say by itself: 0 is not at all."
+        "model would say by itself: 0 is not at all. The second row is not steered either: it only shows what limiting "
+        "the choice to the likeliest tokens does, as every steered row does too."
     )
     return Group(result, Text(note, style="dim"))
 
@@ -122,7 +123,10 @@ def draw(measured: Sequence[Measured], objectives: Sequence[str], path: Path) ->
         (x, x_error), (y, y_error) = mean_and_error(one.rewards[first]), mean_and_error(one.rewards[second])
         colour = "tab:blue" if one.setting.beta else "tab:grey"
         axes.errorbar(x, y, xerr=x_error, yerr=y_error, fmt="o", color=colour, capsize=3)
-        axes.annotate(one.setting.name, (x, y), xytext=(6, 6), textcoords="offset points")
+        offset = (
+            (6, -14) if one.setting.weights and not one.setting.beta else (6, 6)
+        )  # apart from "unsteered" beside it
+        axes.annotate(one.setting.name, (x, y), xytext=offset, textcoords="offset points")
     steered = [one for one in measured if one.setting.beta]
     axes.plot(
         [one.rewards[first].mean() for one in steered],
@@ -140,18 +144,21 @@ def draw(measured: Sequence[Measured], objectives: Sequence[str], path: Path) ->
     pyplot.close(figure)
 
 
-def closing(out: str, values: str) -> RenderableType:
+def closing(out: str, values: str | dict[str, str]) -> str:
     """Say where the figure is and how to do the same in Python and on the command line."""
-    code = (
-        f'mavis = MavisLogitsProcessor.from_pretrained("{values}", model=model,\n'
-        '                                             weights={"helpful": 0.5, "humour": 0.5}, beta=5.0)\n'
-        "model.generate(**inputs, do_sample=True, max_new_tokens=48, logits_processor=[mavis])"
-    )
-    return Group(
-        Text(f"The trade-off as a picture: {out}\n"),
-        Text("The same in Python (from mavis_logits import MavisLogitsProcessor):"),
-        Syntax(code, "python", background_color="default"),
-        Text('Your own question: mavis generate --prompt "..." --weights helpful=0.3,humour=0.7 --unsteered'),
+    return "\n".join(
+        [
+            f"The trade-off as a picture: {out}",
+            "",
+            "The same in Python, with a model and tokenized inputs of your own:",
+            "    from mavis_logits import MavisLogitsProcessor",
+            f"    mavis = MavisLogitsProcessor.from_pretrained({values!r}, "
+            "weights={'helpful': 0.5, 'humour': 0.5}, model=model)",
+            "    model.generate(**inputs, do_sample=True, max_new_tokens=48, logits_processor=[mavis])",
+            "",
+            "Your own question:",
+            '    mavis generate --prompt "How do I make good tea?" --weights helpful=0.3,humour=0.7 --unsteered',
+        ]
     )
 
 
