@@ -42,7 +42,7 @@ def test_paths_partition_the_tree(seed, layers):
     [
         ({"parent": [1, -1]}, "parents come first"),
         ({"parent": [-1, 0], "terminal": [True, True]}, "terminal node has children"),
-        ({"length": [2, 3]}, "outside its 4 tokens"),
+        ({"length": [2, 3]}, "outside the tree's 4"),
         ({"length": [2]}, "one length"),
     ],
 )

@@ -118,10 +118,11 @@ class Tree:
                 f"tree {self.prompt_id!r}: node {late[0]} has parent {self.parent[late[0]]}; "
                 "parents come first (-1: the prompt)."
             )
-        outside = np.flatnonzero((self.start < 0) | (self.length < 0) | (self.start + self.length > len(self.tokens)))
+        outside = np.flatnonzero((self.start < 0) | (self.length < 1) | (self.start + self.length > len(self.tokens)))
         if outside.size:
             raise ValueError(
-                f"tree {self.prompt_id!r}: node {outside[0]} points outside its {len(self.tokens)} tokens."
+                f"tree {self.prompt_id!r}: node {outside[0]} has no tokens, or points outside "
+                f"the tree's {len(self.tokens)}."
             )
         extended = np.flatnonzero(self.terminal[self.parent[self.parent >= 0]])
         if extended.size:

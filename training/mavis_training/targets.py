@@ -1,0 +1,89 @@
+"""Regression targets of equation 6, computed on a tree's arrays. Pure functions."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .tree import Tree
+
+
+def log_ratios(tree: Tree) -> NDArray[np.float64]:
+    """log pi_gen / pi_ref of the whole completion that ends at each node, `[n]` (nats)."""
+    ratios = tree.logp_gen - tree.logp_ref
+    for node in range(len(tree)):  # parents come first
+        if tree.parent[node] >= 0:
+            ratios[node] += ratios[tree.parent[node]]
+    return ratios
+
+
+def node_targets(tree: Tree, rewards: NDArray[np.float64], zeta: float = 0.0) -> NDArray[np.float64]:
+    """Value target of every node (Algorithm 3, equation 6): leaves get R - zeta log pi_gen/pi_ref, others their
+    children's mean.
+
+    Args:
+        tree: n nodes.
+        rewards: `[leaves, M]`, in the order of `tree.leaves()`.
+        zeta: KL penalty multiplier; 0 ignores the log probabilities.
+
+    Returns:
+        `[n, M]`, in reward units.
+
+    Raises:
+        ValueError: rewards of another shape.
+    """
+    leaves = tree.leaves()
+    if rewards.ndim != 2 or len(rewards) != len(leaves):
+        raise ValueError(
+            f"tree {tree.prompt_id!r} has {len(leaves)} leaves: expected rewards [leaves, M], got {rewards.shape}."
+        )
+    targets = np.zeros((len(tree), rewards.shape[1]))
+    targets[leaves] = rewards
+    if zeta:
+        targets[leaves] -= zeta * log_ratios(tree)[leaves, None]
+    counts = np.bincount(tree.parent[tree.parent >= 0], minlength=len(tree))
+    for node in range(len(tree) - 1, -1, -1):  # children before parents
+        if counts[node]:
+            targets[node] /= counts[node]
+        if tree.parent[node] >= 0:
+            targets[tree.parent[node]] += targets[node]
+    return targets
+
+
+def root_target(tree: Tree, targets: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Value target of the prompt itself, `[M]`: the mean of its children's `targets` `[n, M]`."""
+    return targets[tree.parent == -1].mean(axis=0)
+
+
+def kept_nodes(tree: Tree, drop_leaves: float, seed: int) -> NDArray[np.bool_]:
+    """Which nodes train, `[n]`: all but a random share of the leaves (section F.4, balancing).
+
+    The choice depends on the seed and the prompt's id alone, not on the order of trees.
+
+    Args:
+        tree: n nodes.
+        drop_leaves: share of the leaves to drop, 0 to 1; the paper's is 0.5.
+        seed: of the choice.
+
+    Raises:
+        ValueError: a share outside 0 to 1.
+    """
+    if not 0 <= drop_leaves <= 1:
+        raise ValueError(f"drop_leaves must be from 0 to 1, got {drop_leaves}.")
+    leaves = tree.leaves()
+    rng = np.random.default_rng([seed, stable_hash(tree.prompt_id)])
+    kept = np.ones(len(tree), dtype=bool)
+    kept[rng.permutation(leaves)[: int(len(leaves) * drop_leaves)]] = False
+    return kept
+
+
+def is_validation(prompt_id: str, share: float, seed: int = 0) -> bool:
+    """Whether a prompt's tree is held out for validation: by hash, so the same for every objective."""
+    return stable_hash(f"{seed}/{prompt_id}") / 2**32 < share
+
+
+def stable_hash(text: str) -> int:
+    """A 32-bit hash that is the same in every process."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
