@@ -62,7 +62,7 @@ def preference_loss(rewards: torch.Tensor, smoothing: float, centering: float) -
 
 
 def fraction_loss(rewards: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
-    """Binary cross entropy of sigmoid(rewards) `[R]` against fractions `[R]`, these kept `smoothing` away from 0 and 1."""
+    """Binary cross entropy of sigmoid(rewards) `[R]` against fractions `[R]` kept `smoothing` away from 0 and 1."""
     return F.binary_cross_entropy_with_logits(rewards, labels * (1 - 2 * smoothing) + smoothing)
 
 
