@@ -101,6 +101,15 @@ def test_the_figure_is_a_png(measured: list[demo.Measured], tmp_path: Path) -> N
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_run_is_written_as_json(measured: list[demo.Measured], tmp_path: Path) -> None:
+    report.write_json(tmp_path / "demo.json", ["a", "b"], measured, {"beta": 5.0, "out": "demo.png"})
+    content = json.loads((tmp_path / "demo.json").read_text(encoding="utf-8"))
+    assert content["prompts"] == ["a", "b"]
+    assert content["options"] == {"beta": 5.0}
+    assert [one["name"] for one in content["settings"]] == [one.setting.name for one in measured]
+    assert content["settings"][2]["rewards"]["helpful"]["mean"] == pytest.approx(measured[2].rewards["helpful"].mean())
+
+
 def test_the_closing_shows_python(tmp_path: Path) -> None:
     shown = rendered(report.closing("demo.png", "folder"))
     assert "MavisLogitsProcessor.from_pretrained" in shown

@@ -95,6 +95,8 @@ def main(argv: list[str]) -> int:
     console.print(report.table(measured, OBJECTIVES))
     console.print(report.reading(measured, OBJECTIVES))
     report.draw(measured, OBJECTIVES, Path(arguments.out))
+    if arguments.json:
+        report.write_json(Path(arguments.json), prompts, measured, vars(arguments))
     closing = report.closing(arguments.out, value_sources(arguments.kind))
     console.print(closing, soft_wrap=True, markup=False, highlight=False)
     return 0
@@ -123,6 +125,7 @@ def parser() -> argparse.ArgumentParser:
     add("--max-new-tokens", type=positive, default=48, help="length at which answers are cut off")
     add("--show", type=int, default=3, metavar="N", help="print the answers to this many questions")
     add("--out", default="demo.png", metavar="PNG", help="where to write the figure")
+    add("--json", metavar="FILE", help="also write answers, rewards and settings to this file")
     return result
 
 

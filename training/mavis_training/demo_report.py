@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -144,6 +147,28 @@ def draw(measured: Sequence[Measured], objectives: Sequence[str], path: Path) ->
     pyplot.close(figure)
 
 
+def write_json(path: Path, prompts: Sequence[str], measured: Sequence[Measured], options: dict[str, object]) -> None:
+    """Write the run: options, package versions, and for every setting its answers (first seed) and mean rewards."""
+    content = {
+        "date": date.today().isoformat(),
+        "versions": {name: version(name) for name in ("mavis-logits", "torch", "transformers")},
+        "options": {name: value for name, value in options.items() if name not in ("out", "json", "prompts")},
+        "prompts": list(prompts),
+        "settings": [
+            {
+                "name": one.setting.name,
+                "weights": one.setting.weights,
+                "beta": one.setting.beta,
+                "rewards": {name: _json_mean(samples) for name, samples in one.rewards.items()},
+                "kl": _json_mean(one.kl),
+                "answers": one.answers[0],
+            }
+            for one in measured
+        ],
+    }
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def closing(out: str, values: str | dict[str, str]) -> str:
     """Say where the figure is and how to do the same in Python and on the command line."""
     return "\n".join(
@@ -160,6 +185,11 @@ def closing(out: str, values: str | dict[str, str]) -> str:
             '    mavis generate --prompt "How do I make good tea?" --weights helpful=0.3,humour=0.7 --unsteered',
         ]
     )
+
+
+def _json_mean(samples: np.ndarray) -> dict[str, float | None]:
+    mean, error = mean_and_error(samples)
+    return {"mean": mean, "error": error if np.isfinite(error) else None, "deviation": float(samples.std())}
 
 
 def _plus_minus(samples: np.ndarray) -> str:

@@ -1,0 +1,112 @@
+"""Fill the tables of README.md from docs/results/*.json: no number there is written by hand.
+
+python docs/fill_readme.py           # write README.md
+python docs/fill_readme.py --check   # exit with 1 if README.md is not what the results say
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "docs" / "results"
+SHOWN_PROMPTS = 2
+
+
+def main(argv: Sequence[str]) -> int:
+    """Fill, or with ``--check`` compare."""
+    old = README.read_text(encoding="utf-8")
+    new = filled(old, RESULTS)
+    if "--check" in argv:
+        if new != old:
+            print("README.md differs from docs/results. Run: make readme", file=sys.stderr)
+        return int(new != old)
+    README.write_text(new, encoding="utf-8")
+    return 0
+
+
+def filled(text: str, results: Path) -> str:
+    """Return `text` with every section between its markers made anew from the files in `results`."""
+    for name, section in SECTIONS.items():
+        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(f"README.md has no section {begin} ... {end}")
+        body = section(results)
+        text = pattern.sub(lambda _, body=body, begin=begin, end=end: f"{begin}\n{body}{end}", text)
+    return text
+
+
+def demo(results: Path) -> str:
+    """Return the demo's first questions with their answers, and its table of rewards."""
+    run = read(results / "demo.json")
+    if run is None:
+        return ""
+    settings, objectives = run["settings"], list(run["settings"][0]["rewards"])
+    shown = [one for one in settings if one["beta"] or not one["weights"]]
+    lines = []
+    for index, prompt in enumerate(run["prompts"][:SHOWN_PROMPTS]):
+        rows = [(one["name"], one["answers"][index]) for one in shown]
+        lines += [f"“{cell(prompt)}”", "", *table(["weights", "answer"], rows), ""]
+    rows = [
+        (one["name"], *(plus_minus(one["rewards"][name]) for name in objectives), plus_minus(one["kl"]))
+        for one in settings
+    ]
+    options = run["options"]
+    lines += [
+        f"Mean rewards ± standard error of {len(run['prompts'])} questions x {options['seeds']} samples "
+        f"(β {options['beta']:g}, k {options['top_k']}); KL is the distance in nats from what the model would say by "
+        "itself:",
+        "",
+        *table(["setting", *objectives, "KL"], rows),
+        "",
+        "![Mean reward of one objective against the other's, for several weightings](docs/results/demo.png)",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def decode(results: Path) -> str:
+    """Return the ratios of decoding times."""
+    run = read(results / "decode.json")
+    if run is None:
+        return ""
+    rows = [
+        (row["batch"], row["variant"], f"{row['median']:.2f} ({row['low']:.2f} to {row['high']:.2f})")
+        for row in run["results"]
+    ]
+    note = f"{run['machine']}; {run['settings']['new_tokens']} new tokens, k {run['settings']['top_k']}, {run['date']}."
+    return "\n".join([*table(["batch", "decoding", "time over plain: median (range)"], rows), "", note, ""])
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Return a Markdown table as lines."""
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(cell(str(part)) for part in line) + " |" for line in lines]
+
+
+def cell(text: str) -> str:
+    """Return text that cannot break a table or become Markdown."""
+    return re.sub(r"([\\`*_<>|#\[\]])", r"\\\1", " ".join(text.split()))
+
+
+def plus_minus(number: dict[str, float]) -> str:
+    """Return ``mean ± error``."""
+    return f"{number['mean']:.2f} ± {number['error']:.2f}"
+
+
+def read(file: Path) -> dict[str, Any] | None:
+    """Return a results file, or None where it has not been measured."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+SECTIONS: dict[str, Callable[[Path], str]] = {"demo": demo, "steering": lambda results: "", "decode": decode}
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
