@@ -51,20 +51,6 @@ def test_the_settings_isolate_each_effect() -> None:
     assert {first.beta, both.beta, second.beta} == {3.0}
 
 
-def test_prompts_are_read_in_order(tmp_path: Path) -> None:
-    file = tmp_path / "prompts.jsonl"
-    file.write_text("".join(json.dumps({"prompt": text}) + "\n\n" for text in "abc"))
-    assert demo.read_prompts(file, limit=2) == ["a", "b"]
-
-
-@pytest.mark.parametrize("line", ["not json", "[]", "{}", '{"prompt": 3}', '{"prompt": " "}', ""])
-def test_a_file_without_prompts_is_refused(line: str, tmp_path: Path) -> None:
-    file = tmp_path / "prompts.jsonl"
-    file.write_text(line)
-    with pytest.raises(ValueError, match=r"prompts\.jsonl.*(expected|no prompts)"):
-        demo.read_prompts(file, limit=2)
-
-
 @given(st.integers(1, 4), st.integers(2, 6), st.integers(0, 99))
 def test_error_is_over_prompts_and_repeating_a_sample_gains_nothing(seeds: int, prompts: int, seed: int) -> None:
     samples = np.random.default_rng(seed).normal(size=(seeds, prompts))
@@ -102,7 +88,7 @@ def test_the_figure_is_a_png(measured: list[demo.Measured], tmp_path: Path) -> N
 
 
 def test_the_run_is_written_as_json(measured: list[demo.Measured], tmp_path: Path) -> None:
-    report.write_json(tmp_path / "demo.json", ["a", "b"], measured, {"beta": 5.0, "out": "demo.png"})
+    report.write_results(tmp_path / "demo.json", ["a", "b"], measured, {"beta": 5.0, "out": "demo.png"})
     content = json.loads((tmp_path / "demo.json").read_text(encoding="utf-8"))
     assert content["prompts"] == ["a", "b"]
     assert content["options"] == {"beta": 5.0}

@@ -7,7 +7,6 @@ prompts, value functions and reward models come with the repository and its pack
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,12 +69,14 @@ def main(argv: list[str]) -> int:
     from mavis_logits.demo.checkout import checkout_path
     from mavis_logits.demo.smollm2 import load_smollm2
     from mavis_training import demo_report as report
+    from mavis_training.collect import read_prompts
     from mavis_training.rewards import load_reward
 
     transformers.utils.logging.disable_progress_bar()
     console = Console()
     console.print(report.introduction(OBJECTIVES, arguments.top_k))
-    prompts = read_prompts(Path(arguments.prompts) if arguments.prompts else checkout_path(PROMPTS), arguments.limit)
+    rows = read_prompts(arguments.prompts or str(checkout_path(PROMPTS)), arguments.limit)
+    prompts = [row["prompt"] for row in rows]
     with console.status("Loading the language model (the first time it is unpacked: half a minute)"):
         model, tokenizer = load_smollm2()
     with console.status("Loading value functions and reward models"):
@@ -96,7 +97,7 @@ def main(argv: list[str]) -> int:
     console.print(report.reading(measured, OBJECTIVES))
     report.draw(measured, OBJECTIVES, Path(arguments.out))
     if arguments.json:
-        report.write_json(Path(arguments.json), prompts, measured, vars(arguments))
+        report.write_results(Path(arguments.json), prompts, measured, vars(arguments))
     closing = report.closing(arguments.out, value_sources(arguments.kind))
     console.print(closing, soft_wrap=True, markup=False, highlight=False)
     return 0
@@ -117,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
         default="head",
         help="what foresees the rewards: one value head on the language model, or separate value models",
     )
-    add("--prompts", metavar="FILE", help='questions to answer, one JSON object {"prompt": ...} a line')
+    add("--prompts", metavar="FILE", help='questions to answer, one JSON object {"id": ..., "prompt": ...} a line')
     add("--limit", type=positive, default=24, metavar="N", help="answer at most this many questions")
     add("--seeds", type=positive, default=3, metavar="N", help="samples of every answer")
     add("--beta", type=float, default=5.0, help="strength of the steering")
@@ -150,29 +151,6 @@ def weightings(objectives: tuple[str, str], beta: float, top_k: int) -> list[Set
         Setting(f"{first} ½, {second} ½", {first: 0.5, second: 0.5}, beta),
         Setting(f"{second} 1", {first: 0.0, second: 1.0}, beta),
     ]
-
-
-def read_prompts(file: Path, limit: int) -> list[str]:
-    """Return the first `limit` prompts of a JSON-lines file.
-
-    Raises:
-        OSError: The file cannot be read.
-        ValueError: A line is no JSON object with a text under "prompt", or there is none.
-    """
-    prompts = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            prompt = json.loads(line)["prompt"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f'{file}, line {number}: expected a JSON object like {{"prompt": "..."}}') from error
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"{file}, line {number}: the prompt is {prompt!r}; expected a text")
-        prompts.append(prompt)
-    if not prompts:
-        raise ValueError(f"{file} has no prompts; expected one JSON object a line")
-    return prompts[:limit]
 
 
 def value_sources(kind: str) -> str | dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
@@ -16,6 +15,8 @@ from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from mavis_training.files import write_json
 
 if TYPE_CHECKING:
     from mavis_training.demo import Measured
@@ -147,7 +148,7 @@ def draw(measured: Sequence[Measured], objectives: Sequence[str], path: Path) ->
     pyplot.close(figure)
 
 
-def write_json(path: Path, prompts: Sequence[str], measured: Sequence[Measured], options: dict[str, object]) -> None:
+def write_results(path: Path, prompts: Sequence[str], measured: Sequence[Measured], options: dict[str, object]) -> None:
     """Write the run: options, package versions, and for every setting its answers (first seed) and mean rewards."""
     content = {
         "date": date.today().isoformat(),
@@ -166,7 +167,7 @@ def write_json(path: Path, prompts: Sequence[str], measured: Sequence[Measured],
             for one in measured
         ],
     }
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, content)
 
 
 def closing(out: str, values: str | dict[str, str]) -> str:
