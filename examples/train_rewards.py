@@ -74,7 +74,11 @@ class RewardTrainer(Trainer):
         self.recipe = recipe
 
     def compute_loss(
-        self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **_: Any
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The recipe's loss on one batch."""
         labels = inputs.pop("labels", None)
@@ -139,7 +143,7 @@ def add_lora(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
 def save(model: PeftModel, folder: Path, objective: str, recipe: Recipe) -> None:
     """Write the adapter (safetensors) and `reward_config.json`; the base is named by its Hub id."""
     model.peft_config["default"].base_model_name_or_path = BASE_ID
-    model.save_pretrained(folder, save_embedding_layers=False)
+    model.save_pretrained(str(folder), save_embedding_layers=False)
     config = {"objective": objective, "max_length": MAX_LENGTH, "pair": recipe.pair, "mean": 0.0, "scale": 1.0}
     (folder / "reward_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -150,7 +154,7 @@ def train(objective: str, data: Path, out: Path, recipe: Recipe) -> None:
     base, tokenizer = load_base()
     rows = make_rows(objective, data, recipe.rows, recipe.seed)
     arguments = TrainingArguments(
-        output_dir=str(out / "checkpoints"),
+        output_dir=str(out / objective),
         per_device_train_batch_size=recipe.batch_size,
         learning_rate=recipe.learning_rate,
         warmup_steps=0.05,
