@@ -18,6 +18,7 @@ import json
 import platform
 import statistics
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.metadata import version
@@ -105,7 +106,7 @@ def make_variants(model: PreTrainedModel, top_k: int) -> dict[str, LogitsProcess
     steering: dict[str, Any] = {"weights": {"a": 0.5, "b": 0.5}, "beta": 5.0, "top_k": top_k}
     return {
         PLAIN: None,
-        "value head": MavisLogitsProcessor(head, **steering, model=model),
+        "value head": MavisLogitsProcessor(head, **steering),
         "two 4-layer value models": MavisLogitsProcessor(models, **steering),
         TWIN: SlowTwin(models, **steering, pad_token_id=model.config.eos_token_id),
     }
@@ -160,17 +161,19 @@ def measure(
 def decode(model: PreTrainedModel, inputs: BatchEncoding, processor: LogitsProcessor | None, new_tokens: int) -> float:
     """Return the seconds that `generate` takes for exactly `new_tokens` tokens a row."""
     torch.manual_seed(SEED)
-    start = time.perf_counter()
-    model.generate(
-        **inputs,
-        do_sample=True,
-        top_k=0,
-        min_new_tokens=new_tokens,
-        max_new_tokens=new_tokens,
-        logits_processor=[processor] if processor else [],
-        pad_token_id=model.config.eos_token_id,
-    )
-    return time.perf_counter() - start
+    # A head's hook on the model is there for its own turn only.
+    with processor.attach(model) if isinstance(processor, MavisLogitsProcessor) else nullcontext():
+        start = time.perf_counter()
+        model.generate(
+            **inputs,
+            do_sample=True,
+            top_k=0,
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+            logits_processor=[processor] if processor else [],
+            pad_token_id=model.config.eos_token_id,
+        )
+        return time.perf_counter() - start
 
 
 def summary(name: str, seconds: dict[str, list[float]], batch: int, new_tokens: int) -> Ratio:

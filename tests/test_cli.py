@@ -111,9 +111,11 @@ def test_a_weight_given_twice_is_refused() -> None:
 
 
 def test_values_are_read() -> None:
-    assert parse_values(["org/head"]) == "org/head"
+    assert parse_values(["org/head"]) == ["org/head"]
+    assert parse_values(["org/a", "./b"]) == ["org/a", "./b"]
     assert parse_values(["a=org/a", "b=./b"]) == {"a": "org/a", "b": "./b"}
-    with pytest.raises(ValueError, match="expected NAME=FOLDER_OR_ID"):
-        parse_values(["org/a", "org/b"])
+    for mixed in (["a=org/a", "org/b"], ["=org/a"], ["a="]):
+        with pytest.raises(ValueError, match="expected NAME=FOLDER_OR_ID"):
+            parse_values(mixed)
     with pytest.raises(ValueError, match="'a' twice"):
         parse_values(["a=x", "a=y"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,9 +20,10 @@ EXAMPLES = """examples:
 
 
 def main(argv: list[str]) -> int:
-    """Answer a prompt as the arguments say, on standard output; figures go to standard error."""
+    """Answer a prompt as the arguments say, on standard output; headings and figures go to standard error."""
     arguments = parser().parse_args(argv)
-    weights = parse_weights(arguments.weights)
+    weights = parse_weights(arguments.weights) if arguments.weights else None
+    values = parse_values(arguments.values) if arguments.values else None
 
     # Imported only here, so that `--help` and a mistyped option answer at once.
     import torch
@@ -35,11 +35,10 @@ def main(argv: list[str]) -> int:
     from mavis_logits.demo.smollm2 import load_chat_model
 
     transformers.utils.logging.disable_progress_bar()
-    values = parse_values(arguments.values) if arguments.values else str(checkout_path(DEFAULT_VALUES))
     model, tokenizer = load_chat_model(arguments.model)
     inputs = chat_inputs(tokenizer, [arguments.prompt])
     mavis = MavisLogitsProcessor.from_pretrained(
-        values,
+        values or str(checkout_path(DEFAULT_VALUES)),
         weights=weights,
         beta=arguments.beta,
         top_k=arguments.top_k,
@@ -47,28 +46,29 @@ def main(argv: list[str]) -> int:
         tokenizer=tokenizer,
     )
 
-    def answer(processor: MavisLogitsProcessor | None) -> None:
+    def answer(processors: list[MavisLogitsProcessor]) -> None:
         torch.manual_seed(arguments.seed)
-        with processor.attach(model) if processor else nullcontext():
-            model.generate(
-                **inputs,
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=arguments.max_new_tokens,
-                logits_processor=[processor] if processor else [],
-                pad_token_id=tokenizer.pad_token_id,
-                streamer=transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-            )
+        model.generate(  # type: ignore[operator]
+            **inputs,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=arguments.max_new_tokens,
+            logits_processor=processors,
+            pad_token_id=tokenizer.pad_token_id,
+            streamer=transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        )
 
     if arguments.unsteered:
         print("--- unsteered", file=sys.stderr)
-        answer(None)
-        print("--- steered", file=sys.stderr)
-    answer(mavis)
-    stats = mavis.stats
-    print(f"--- {stats.tokens} tokens, KL from the unsteered model {float(stats.kl):.1f} nats", file=sys.stderr)
+        answer([])
+    shown = ", ".join(
+        f"{name} {weight:g}" for name, weight in zip(mavis.objectives, mavis.weights.tolist(), strict=True)
+    )
+    print(f"--- steered: {shown}, beta {arguments.beta:g}", file=sys.stderr)
+    answer([mavis])
+    print(f"--- {mavis.stats.tokens} tokens, {mavis.stats.kl:.1f} nats from the unsteered model", file=sys.stderr)
     return 0
 
 
@@ -84,9 +84,8 @@ def parser() -> argparse.ArgumentParser:
     add("--prompt", required=True, metavar="TEXT", help="what to ask")
     add(
         "--weights",
-        default="helpful=1",
         metavar="NAME=NUMBER,...",
-        help="weight of each objective, e.g. helpful=0.7,humour=0.3; those left out get 0 (default: %(default)s)",
+        help="weight of each objective, e.g. helpful=0.7,humour=0.3; those left out get 0 (default: equal weights)",
     )
     add("--beta", type=float, default=5.0, help="strength: 0 is no steering, 1 to 8 is usual (default: %(default)s)")
     add("--top-k", type=int, default=15, help="how many of the likeliest tokens to choose among (default: %(default)s)")
@@ -94,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
         "--values",
         nargs="+",
         metavar="[NAME=]FOLDER_OR_ID",
-        help="value functions, each a folder or Hub id; with several, give each a name "
+        help="value functions, each a folder or Hub id, under their own objectives' names or under those given "
         f"(default: the value head for SmolLM2 in {DEFAULT_VALUES})",
     )
     add(
@@ -130,19 +129,19 @@ def parse_weights(text: str) -> dict[str, float]:
     return weights
 
 
-def parse_values(parts: Sequence[str]) -> str | dict[str, str]:
-    """Parse ``["a=org/value-a", "b=folder"]`` into a mapping, or one unnamed folder or id into itself.
+def parse_values(parts: Sequence[str]) -> list[str] | dict[str, str]:
+    """Parse ``["a=org/value-a", "b=folder"]`` into a mapping, and names without ``=`` into a list.
 
     Raises:
-        ValueError: Several value functions are given and one has no name, or a name occurs twice.
+        ValueError: Some are named and some are not, a name or a source is empty, or a name occurs twice.
     """
-    if len(parts) == 1 and "=" not in parts[0]:
-        return parts[0]
+    if not any("=" in part for part in parts):
+        return list(parts)
     values: dict[str, str] = {}
     for part in parts:
-        name, sign, source = part.partition("=")
-        if not (name and sign and source):
-            raise ValueError(f"--values got {part!r} among several; expected NAME=FOLDER_OR_ID for each")
+        name, _, source = part.partition("=")
+        if not (name and source):
+            raise ValueError(f"--values got {part!r}; expected NAME=FOLDER_OR_ID for each value function, or for none")
         if name in values:
             raise ValueError(f"--values names {name!r} twice; give each value function a name of its own")
         values[name] = source

@@ -171,12 +171,10 @@ def load_steering(
         if isinstance(sources, str)
         else {name: str(checkout_path(source)) for name, source in sources.items()}
     )
-    mavis = MavisLogitsProcessor.from_pretrained(
-        values, weights={OBJECTIVES[0]: 1.0}, top_k=top_k, model=model, tokenizer=tokenizer
-    )
+    mavis = MavisLogitsProcessor.from_pretrained(values, top_k=top_k, model=model, tokenizer=tokenizer, trace=True)
 
     def steer(setting: Setting) -> MavisLogitsProcessor:
-        mavis.weights, mavis.beta = setting.weights, setting.beta
+        mavis.weights, mavis.beta = setting.weights, setting.beta  # type: ignore[assignment]
         return mavis
 
     return steer
@@ -215,6 +213,8 @@ def answer(
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
     inputs = chat_inputs(stage.tokenizer, stage.prompts)
+    if processor is not None:
+        processor.reset()  # so that the trace holds this call alone
     torch.manual_seed(seed)
     output = stage.model.generate(  # type: ignore[operator]
         **inputs,
@@ -225,5 +225,11 @@ def answer(
         stopping_criteria=StoppingCriteriaList([step]),
         pad_token_id=stage.tokenizer.pad_token_id,
     )
-    texts = answers(stage.tokenizer, output, inputs["input_ids"].shape[1])
-    return texts, processor.stats.kl_per_row.tolist() if processor else [0.0] * len(texts)
+    prompt_length = inputs["input_ids"].shape[1]
+    texts = answers(stage.tokenizer, output, prompt_length)
+    if processor is None or processor.trace is None:
+        return texts, [0.0] * len(texts)
+    ends = (output[:, prompt_length:] == stage.tokenizer.eos_token_id).int()
+    going = ends.cumsum(dim=1) - ends == 0  # [P, T]: up to and with the first EOS
+    steps = torch.stack([step.kl for step in processor.trace.steps], dim=1)  # [P, T]
+    return texts, (steps * going).sum(dim=1).tolist()
