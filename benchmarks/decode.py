@@ -57,6 +57,7 @@ class Ratio:
 def main() -> None:
     """Measure, write the results, print them."""
     arguments = parser().parse_args()
+    transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     model, tokenizer = load_smollm2()
     variants = make_variants(model, arguments.top_k)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points, version
 
@@ -38,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if arguments.command not in commands:
         return fail(unknown_command(arguments.command, commands))
+    if not arguments.debug:  # what libraries will change in future is no concern of a command's user
+        warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         return commands[arguments.command].load()(arguments.arguments) or 0
     except ModuleNotFoundError as error:

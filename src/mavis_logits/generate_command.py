@@ -34,6 +34,7 @@ def main(argv: list[str]) -> int:
     from mavis_logits.demo.checkout import checkout_path
     from mavis_logits.demo.smollm2 import load_chat_model
 
+    transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     model, tokenizer = load_chat_model(arguments.model)
     inputs = chat_inputs(tokenizer, [arguments.prompt])

@@ -72,6 +72,7 @@ def main(argv: list[str]) -> int:
     from mavis_training.collect import read_prompts
     from mavis_training.rewards import load_reward
 
+    transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     console = Console()
     console.print(report.introduction(OBJECTIVES, arguments.top_k))
