@@ -63,7 +63,9 @@ def attention_windows(config: PreTrainedConfig) -> dict[str, int | None]:
 def supports_ragged_cache(config: PreTrainedConfig) -> bool:
     """Whether the decoder's whole state is keys and values addressed by token (not so for Mamba and its kin)."""
     kinds = set(getattr(config, "layer_types", None) or ATTENTION_LAYERS)
-    recurrent = any(hasattr(config, name) for name in ("state_size", "mamba_d_state", "ssm_state_size", "attn_layer_indices"))
+    recurrent = any(
+        hasattr(config, name) for name in ("state_size", "mamba_d_state", "ssm_state_size", "attn_layer_indices")
+    )
     return kinds <= ATTENTION_LAYERS and not recurrent and getattr(config, "num_attention_heads", None) is not None
 
 

@@ -63,7 +63,9 @@ def load_value_model(
         if head is not None:
             return _load_trl(cls, name, head, objectives, kwargs)
     except SafetensorError as error:
-        raise OSError(f"{name} has a corrupt or half-written safetensors file ({error}): download or save it again") from error
+        raise OSError(
+            f"{name} has a corrupt or half-written safetensors file ({error}): download or save it again"
+        ) from error
     kind = config.get("model_type") or adapter.get("task_type") or "nothing with a config.json"
     raise ValueError(
         f"{name} is no value model (found: {kind}). Expected a saved ValueModel, a sequence-classification checkpoint or "
@@ -109,7 +111,9 @@ def _load_own_adapter(
         raise ValueError(f"{name} is an adapter and its config names no backbone: pass backbone=MODEL")
     if isinstance(source, str):
         try:
-            source = AutoModel.from_pretrained(source, **{k: v for k, v in hub.items() if k not in ("revision", "subfolder")})
+            source = AutoModel.from_pretrained(
+                source, **{k: v for k, v in hub.items() if k not in ("revision", "subfolder")}
+            )
         except OSError as error:
             raise OSError(
                 f"{name} is an adapter on the first layers of {source}, which could not be loaded: pass the loaded model "
@@ -151,7 +155,9 @@ def _load_sequence_classifier(
         classifier = AutoModelForSequenceClassification.from_pretrained(name, **kwargs)
     score = getattr(classifier, "score", None)
     if not isinstance(score, torch.nn.Linear):
-        raise ValueError(f"{name}: {type(classifier).__name__} has no linear `score` layer on a decoder; it cannot be read")
+        raise ValueError(
+            f"{name}: {type(classifier).__name__} has no linear `score` layer on a decoder; it cannot be read"
+        )
     return _with_head(cls, classifier.base_model, score.weight, score.bias, _names(classifier, objectives, name))
 
 
@@ -159,7 +165,9 @@ def _names(classifier: PreTrainedModel, objectives: Sequence[str] | None, name: 
     count = classifier.config.num_labels
     if objectives is not None:
         if len(objectives) != count:
-            raise ValueError(f"{name} has {count} outputs, but {len(objectives)} objectives were named: {list(objectives)}")
+            raise ValueError(
+                f"{name} has {count} outputs, but {len(objectives)} objectives were named: {list(objectives)}"
+            )
         return list(objectives)
     labels = [classifier.config.id2label[i] for i in range(count)]
     if count == 1 and labels[0] == "LABEL_0":
@@ -172,7 +180,9 @@ def _trl_head(name: str, hub: dict[str, Any]) -> dict[str, Tensor] | None:
     path = _find(name, "model.safetensors", hub)
     if path is None:
         if _find(name, "pytorch_model.bin", hub):
-            raise OSError(f"{name} has its weights only as a pickle (pytorch_model.bin), which is not loaded: convert it to safetensors")
+            raise OSError(
+                f"{name} has its weights only as a pickle (pytorch_model.bin), which is not loaded: convert it to safetensors"
+            )
         return None
     state = load_file(path)
     head = {key.removeprefix(_TRL_HEAD): value for key, value in state.items() if key.startswith(_TRL_HEAD)}
@@ -189,7 +199,9 @@ def _load_trl(
 def _with_head(
     cls: type[ValueModel], trunk: PreTrainedModel, weight: Tensor, bias: Tensor | None, objectives: list[str]
 ) -> ValueModel:
-    config = ValueModelConfig(backbone_config=trunk.config, objectives=objectives, pad_token_id=trunk.config.pad_token_id)
+    config = ValueModelConfig(
+        backbone_config=trunk.config, objectives=objectives, pad_token_id=trunk.config.pad_token_id
+    )
     model = cls._assemble(config, trunk)
     with torch.no_grad():
         model.head.weight.copy_(weight)

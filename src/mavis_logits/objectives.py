@@ -13,7 +13,9 @@ def check_objectives(objectives: Sequence[str]) -> None:
     """Raise `ValueError` unless `objectives` is a non-empty list of distinct names."""
     names = list(objectives) if not isinstance(objectives, str) else []
     if not names or len(set(names)) != len(names) or not all(isinstance(n, str) and n for n in names):
-        raise ValueError(f"objectives must be a list of distinct names such as ['helpful', 'harmless'], got {objectives!r}")
+        raise ValueError(
+            f"objectives must be a list of distinct names such as ['helpful', 'harmless'], got {objectives!r}"
+        )
 
 
 class ObjectivesMixin:
@@ -42,7 +44,9 @@ class ObjectivesMixin:
         self.reward_scale = [float(x) for x in rest.pop("reward_scale", None) or [1.0] * count]
         for name in ("reward_mean", "reward_scale"):
             if len(getattr(self, name)) != count:
-                raise ValueError(f"{name} has {len(getattr(self, name))} numbers for {count} objectives {self.objectives}")
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} numbers for {count} objectives {self.objectives}"
+                )
         self.tokenizer_fingerprint: str | None = rest.pop("tokenizer_fingerprint", None)
         self.base_model: str | None = rest.pop("base_model", None)
         self.base_revision: str | None = rest.pop("base_revision", None)

@@ -110,9 +110,15 @@ class ValueHead(PreTrainedModel):
         settings = {"base_model": model.config.name_or_path or None} | config
         head = cls(
             ValueHeadConfig(
-                hidden_size=embedding.shape[1], embedding_size=embedding.shape[1], vocab_size=embedding.shape[0],
-                width=width, num_layers=num_layers, dropout=dropout, objectives=list(objectives),
-                base_fingerprint=weights_fingerprint(model), **settings,
+                hidden_size=embedding.shape[1],
+                embedding_size=embedding.shape[1],
+                vocab_size=embedding.shape[0],
+                width=width,
+                num_layers=num_layers,
+                dropout=dropout,
+                objectives=list(objectives),
+                base_fingerprint=weights_fingerprint(model),
+                **settings,
             )  # fmt: skip
         )
         return head.to(model.device).bind(model, check=False)  # type: ignore[arg-type]
@@ -136,7 +142,9 @@ class ValueHead(PreTrainedModel):
                 f"{config.base_model}"
             )
         if embedding.device != self.device:
-            raise ValueError(f"the value head is on {self.device}, the base model on {embedding.device}: move one of them")
+            raise ValueError(
+                f"the value head is on {self.device}, the base model on {embedding.device}: move one of them"
+            )
         if check and config.base_fingerprint is not None:
             found = weights_fingerprint(model)
             if found != config.base_fingerprint:

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
@@ -265,12 +264,14 @@ def truncated_backbone(model: PreTrainedModel, num_layers: int | None) -> PreTra
     config = copy.deepcopy(decoder.config)
     total = config.num_hidden_layers
     if num_layers is not None and not 1 <= num_layers <= total:
-        raise ValueError(f"num_layers must be 1 to {total} (the layers that {type(decoder).__name__} has), got {num_layers}")
+        raise ValueError(
+            f"num_layers must be 1 to {total} (the layers that {type(decoder).__name__} has), got {num_layers}"
+        )
     if num_layers is not None:
         config.num_hidden_layers = num_layers
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:num_layers]
-    trunk = type(decoder)(config).to(decoder.dtype)
+    trunk = type(decoder)._from_config(config, attn_implementation=decoder.config._attn_implementation, dtype=decoder.dtype)
     wanted = trunk.state_dict().keys()
     trunk.load_state_dict({k: v for k, v in decoder.state_dict().items() if k in wanted})
     return trunk
@@ -282,7 +283,9 @@ def load_adapter(model: ValueModel, lora: LoraConfig, folder: Path, merge: bool)
     assert model.lora is not None
     result = set_peft_model_state_dict(model.lora, load_file(folder / ADAPTER_WEIGHTS))
     if result.unexpected_keys:
-        raise ValueError(f"{folder / ADAPTER_WEIGHTS} does not fit the backbone: unexpected {result.unexpected_keys[:3]}")
+        raise ValueError(
+            f"{folder / ADAPTER_WEIGHTS} does not fit the backbone: unexpected {result.unexpected_keys[:3]}"
+        )
     model.head.load_state_dict(load_file(folder / HEAD_WEIGHTS))
     if merge:
         model.backbone = model.lora.merge_and_unload()

@@ -1,0 +1,179 @@
+"""A set of value functions as one: which objectives it has, from which value function each comes, and its weights."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from .fingerprint import tokenizer_fingerprint
+from .value_head import ValueHead, ValueHeadConfig
+from .value_model import ValueModel, ValueModelConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class ValueFunctions:
+    """M objectives over any number of value models and value heads.
+
+    Args:
+        given: one value function, several, or a mapping from objective to value function.
+        tokenizer: of the base model; value functions made for another are refused.
+
+    Raises:
+        ValueError: none given, an objective twice, one that its value function has not, or another tokenizer.
+    """
+
+    def __init__(self, given: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        self._outputs = _outputs(given)
+        self.objectives = [name for name, _, _ in self._outputs]
+        self.all: list[ValueModel | ValueHead] = list({id(f): f for _, f, _ in self._outputs}.values())
+        self.models = [f for f in self.all if isinstance(f, ValueModel)]
+        self.heads = [f for f in self.all if isinstance(f, ValueHead)]
+        for function in self.all:
+            function.eval()
+            if tokenizer is not None:
+                _check_tokenizer(function, tokenizer)
+
+    def gather(self, parts: Mapping[int, Tensor]) -> Tensor:
+        """Values [R, k, M] of all objectives, from those of each value function by its id."""
+        if len(self.all) == 1 and [output for _, _, output in self._outputs] == list(
+            range(len(self.all[0].config.objectives))
+        ):
+            return parts[id(self.all[0])]
+        return torch.stack([parts[id(function)][..., output] for _, function, output in self._outputs], dim=-1)
+
+    def weights(self, given: Mapping[str, float] | Sequence[float] | Tensor | None) -> Tensor:
+        """lambda as float32 [M] or [R, M].
+
+        Raises:
+            ValueError: an unknown objective, another number of weights than objectives, or one that is not finite.
+        """
+        count = len(self.objectives)
+        if given is None:
+            return torch.full((count,), 1 / count)
+        if isinstance(given, Mapping):
+            for name in given:
+                if name not in self.objectives:
+                    near = difflib.get_close_matches(str(name), self.objectives, n=1)
+                    hint = f" (did you mean {near[0]!r}?)" if near else ""
+                    raise ValueError(
+                        f"weights name the objective {name!r}{hint}; there are values for {self.objectives}"
+                    )
+            given = [given.get(name, 0.0) for name in self.objectives]
+        try:
+            weights = torch.as_tensor(given, dtype=torch.float32)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"weights must be numbers, by objective or in the order {self.objectives}, got {given!r}"
+            ) from error
+        if weights.ndim not in (1, 2) or weights.shape[-1] != count:
+            raise ValueError(
+                f"weights must be [{count}] or [rows, {count}] for {self.objectives}, got {list(weights.shape)}"
+            )
+        if not torch.isfinite(weights).all():
+            raise ValueError(f"weights must be finite, got {weights.tolist()} for {self.objectives}")
+        return weights
+
+    def check_vocabulary(self, size: int) -> None:
+        """Raise `ValueError` if a value model's vocabulary is smaller than the scores' (`size` tokens)."""
+        for model in self.models:
+            own = model.backbone.config.vocab_size
+            if own < size:
+                raise ValueError(
+                    f"the value model for {model.config.objectives} knows {own} tokens, but the base model's scores have "
+                    f"{size}: it was made for another tokenizer; use one made for this base model"
+                )
+
+
+def _outputs(given: Any) -> list[tuple[str, ValueModel | ValueHead, int]]:
+    """(objective, value function, which of its outputs) of every objective."""
+    outputs: list[tuple[str, ValueModel | ValueHead, int]] = []
+    if isinstance(given, Mapping):
+        for name, function in given.items():
+            _check_kind(function)
+            names = function.config.objectives
+            if len(names) > 1 and name not in names:
+                raise ValueError(f"{name!r} is none of the objectives {names} of its value function: use these names")
+            outputs.append((name, function, names.index(name) if len(names) > 1 else 0))
+    else:
+        for function in [given] if isinstance(given, ValueModel | ValueHead) else given:
+            _check_kind(function)
+            outputs += [(name, function, i) for i, name in enumerate(function.config.objectives)]
+    names = [name for name, _, _ in outputs]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise ValueError(
+            f"several value functions predict {sorted(twice)}: pass a mapping that gives each its own name"
+        )
+    if not outputs:
+        raise ValueError("no value function given: pass at least one ValueModel or ValueHead")
+    return outputs
+
+
+def _check_kind(function: Any) -> None:
+    if not isinstance(function, ValueModel | ValueHead):
+        raise ValueError(
+            f"expected a ValueModel or a ValueHead, got {type(function).__name__}; from_pretrained loads ids and folders"
+        )
+
+
+def _check_tokenizer(function: ValueModel | ValueHead, tokenizer: PreTrainedTokenizerBase) -> None:
+    expected, found = function.config.tokenizer_fingerprint, tokenizer_fingerprint(tokenizer)
+    if expected is not None and expected != found:
+        raise ValueError(
+            f"the value function for {function.config.objectives} reads tokens of another tokenizer ({expected}, of "
+            f"{function.config.base_model}) than the one given ({found}, {tokenizer.name_or_path}): use a value function "
+            "made for this base model"
+        )
+
+
+def load_value_functions(
+    given: str | Sequence[Any] | Mapping[str, Any],
+    model: PreTrainedModel | None,
+    device: torch.device | str | None,
+    loading: Mapping[str, Any],
+) -> Any:
+    """`given` with every Hub id or folder replaced by the loaded value function; each id is loaded once.
+
+    Raises:
+        ValueError: a value head without its base model, or something that is no value function.
+        OSError: nothing there.
+    """
+    loaded: dict[str, ValueModel | ValueHead] = {}
+
+    def get(item: Any) -> Any:
+        if isinstance(item, ValueModel | ValueHead):
+            return item
+        if str(item) not in loaded:
+            function = _load(str(item), model, loading)
+            loaded[str(item)] = function.to(device) if device is not None else function  # type: ignore[arg-type]
+        return loaded[str(item)]
+
+    if isinstance(given, Mapping):
+        return {name: get(item) for name, item in given.items()}
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        return [get(item) for item in given]
+    return get(given)
+
+
+def _load(name: str, model: PreTrainedModel | None, loading: Mapping[str, Any]) -> ValueModel | ValueHead:
+    hub = {k: v for k, v in loading.items() if k != "dtype"}
+    config = None
+    try:
+        config = AutoConfig.from_pretrained(name, **hub)
+    except ValueError:  # a bare PEFT adapter has no config.json of a known kind; ValueModel reads it
+        pass
+    if isinstance(config, ValueHeadConfig):
+        if model is None:
+            raise ValueError(f"{name} is a value head, which needs its base model's hidden states: pass model=")
+        return ValueHead.from_pretrained(name, use_safetensors=True, **hub)
+    backbone = None
+    if isinstance(config, ValueModelConfig) and model is not None and config.backbone == model.config.name_or_path:
+        backbone = model
+    return ValueModel.from_pretrained(name, backbone=backbone, **loading)

@@ -1,0 +1,417 @@
+"""MAVIS decoding as a logits processor: `model.generate(logits_processor=[mavis])`."""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from .config import MavisConfig
+from .functions import ValueFunctions, load_value_functions
+from .hidden import HiddenStates
+from .rows import RowTracker, ended_rows, strip_padding
+from .scorer import ValueScorer, make_scorer
+from .tilting import combine, kl_divergence, normalize, solve_beta, tilt
+from .trace import MavisStats, MavisTrace
+from .value_head import ValueHead
+from .value_model import ValueModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    ValueFunction = ValueModel | ValueHead
+
+
+class MavisLogitsProcessor(LogitsProcessor):
+    """Tilts next-token scores by the values of the top candidates (Algorithm 2).
+
+    Args:
+        value_functions: one `ValueModel` or `ValueHead`, several of them, or a mapping from objective to the one that
+            predicts it. Without a mapping the objectives bear the names in the value functions' configs.
+        weights: lambda: by objective (absent ones are 0), [M], or [R, M] for weights per sequence; equal by default.
+        beta: strength of the tilt, one number or [R].
+        model: the base model; needed for value heads, whose hidden states it provides.
+        tokenizer: the base model's tokenizer; if given, value functions made for another one are refused.
+        pad_token_id: tells left padding apart; by default the base model's, else the value models'.
+        eos_token_id: by default the base model's; lets finished rows go unscored.
+        trace: keep every step in `self.trace`.
+        config: all other settings; see `MavisConfig`, whose fields may also be given by name.
+
+    Attributes:
+        objectives: names of the M objectives, in the order of `weights` as a tensor.
+        config: the settings as a `MavisConfig`.
+        stats: totals (`MavisStats`).
+        trace: steps of the latest `generate` call (`MavisTrace`), or None.
+
+    `generate` runs processors before temperature, top-k and top-p; with temperature T it samples from
+    softmax((log pi_ref + beta v) / T). To tilt a reference of temperature T instead, as the paper does, pass
+    `reference_temperature=T` here and leave generate's at 1. The processor returns log-probabilities, so that beams may
+    be compared by their sums. One object serves any number of `generate` calls, and threads.
+
+    Raises:
+        ValueError: unknown objective, weights or settings out of range, a value function of another vocabulary,
+            tokenizer, device or base model, a NaN value. Raised before anything is generated where it can be.
+    """
+
+    def __init__(
+        self,
+        value_functions: ValueFunction | Sequence[ValueFunction] | Mapping[str, ValueFunction],
+        weights: Mapping[str, float] | Sequence[float] | Tensor | None = None,
+        beta: float | Tensor | None = None,
+        *,
+        model: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        pad_token_id: int | None = None,
+        eos_token_id: int | Iterable[int] | None = None,
+        trace: bool = False,
+        config: MavisConfig | None = None,
+        **settings: Any,
+    ) -> None:
+        self._functions = ValueFunctions(value_functions, tokenizer)
+        config = config if config is not None else MavisConfig()
+        self.config = MavisConfig.from_dict({**vars(config), **settings})
+        if self.config.top_k is None and self._functions.models:
+            raise ValueError(
+                "top_k=None scores the whole vocabulary, which only value heads can: give top_k for value models"
+            )
+        self.weights = weights if weights is not None else self.config.weights
+        self.beta = beta if beta is not None else self.config.beta
+        self.pad_token_id, self._eos = _special_tokens(self._functions.models, model, pad_token_id, eos_token_id)
+        self.stats = MavisStats()
+        self.trace = MavisTrace(self.objectives) if trace else None
+        self._local = threading.local()
+        self._lock = threading.Lock()
+        self._hidden: HiddenStates | None = None
+        if model is not None:
+            self.attach(model)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        value_functions: str | Sequence[str] | Mapping[str, Any],
+        weights: Mapping[str, float] | Sequence[float] | Tensor | None = None,
+        beta: float | Tensor | None = None,
+        *,
+        model: PreTrainedModel | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        load: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> MavisLogitsProcessor:
+        """Load value functions by Hub id or folder (or take them as objects) and make a processor of them.
+
+        Args:
+            value_functions: one id, several, or a mapping from objective to id or object; an id that occurs twice is
+                loaded once.
+            weights, beta, kwargs: as for the class.
+            model: the base model; also the backbone of adapter repos that were trained on its first layers.
+            device: of the value functions; by default the base model's.
+            dtype: of the value models' weights.
+            load: further arguments of `from_pretrained` (`revision`, `token`, `cache_dir`, ...).
+        """
+        loading = dict(load or {}) | ({} if dtype is None else {"dtype": dtype})
+        if device is None and model is not None:
+            device = model.device
+        functions = load_value_functions(value_functions, model, device, loading)
+        return cls(functions, weights, beta, model=model, **kwargs)
+
+    @property
+    def objectives(self) -> list[str]:
+        """Names of the M objectives."""
+        return self._functions.objectives
+
+    @property
+    def weights(self) -> Tensor:
+        """lambda, float32 [M] or [R, M]. May be set between steps, to anything that the constructor takes."""
+        return self._weights
+
+    @weights.setter
+    def weights(self, weights: Mapping[str, float] | Sequence[float] | Tensor | None) -> None:
+        self._weights = self._functions.weights(weights)
+
+    @property
+    def beta(self) -> Tensor:
+        """Strength of the tilt, float32 [] or [R]. May be set between steps."""
+        return self._beta
+
+    @beta.setter
+    def beta(self, beta: float | Tensor) -> None:
+        given = torch.as_tensor(beta, dtype=torch.float32)
+        if given.ndim > 1 or not torch.isfinite(given).all() or (given < 0).any():
+            raise ValueError(f"beta must be a finite number of at least 0, or one a row [R], got {beta!r}")
+        self._beta = given
+
+    def attach(self, model: PreTrainedModel) -> MavisLogitsProcessor:
+        """Take hidden states from `model` until `detach`; usable as `with mavis.attach(model): ...`.
+
+        Raises:
+            ValueError: a value head was trained on another model.
+        """
+        self.detach()
+        for head in self._functions.heads:
+            head.bind(model)
+        if self._functions.heads:
+            self._hidden = HiddenStates(model)
+        temperature = getattr(model.generation_config, "temperature", None) or 1.0
+        if temperature != 1.0 and self.config.reference_temperature != 1.0:
+            warnings.warn(
+                f"reference_temperature={self.config.reference_temperature} and the base model's generation config has "
+                f"temperature={temperature}: both will be applied. Pass temperature=1.0 to generate to tilt as the paper does.",
+                stacklevel=3,
+            )
+        return self
+
+    def detach(self) -> None:
+        """Remove the hooks that `attach` put on the base model."""
+        if self._hidden is not None:
+            self._hidden.remove()
+            self._hidden = None
+
+    def __enter__(self) -> MavisLogitsProcessor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def reset(self) -> None:
+        """Free the value models' caches, and begin `stats` and `trace` anew."""
+        self._local = threading.local()
+        self.stats = MavisStats()
+        if self.trace is not None:
+            self.trace = MavisTrace(self.objectives)
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Tilted log-probabilities.
+
+        Args:
+            input_ids: [R, T] tokens so far, padded on the left.
+            scores: [R, V] the base model's next-token scores.
+
+        Returns:
+            [R, V] in the dtype of `scores`.
+        """
+        self._check(input_ids, scores)
+        if _is_probe(scores):
+            self.stats.passed_through += 1
+            return scores
+        hidden = None
+        if self._functions.heads:
+            if self._hidden is None:
+                raise ValueError(
+                    "a value head needs the base model's hidden states: pass model=model, or use mavis.attach(model)"
+                )
+            hidden = self._hidden.take(input_ids.shape[1])
+            if hidden is None or len(hidden) != len(scores):
+                self.stats.passed_through += 1
+                return scores
+        reference = torch.log_softmax(scores.float() / self.config.reference_temperature, dim=-1)
+        log_ref, candidates = self._candidates(reference)
+        started = time.perf_counter()
+        values, live = self._values(input_ids, hidden, candidates)
+        seconds = time.perf_counter() - started
+        mask = torch.isfinite(log_ref)
+        self._check_values(values, mask & live[:, None])
+
+        weights, beta = self._per_row(self._weights, 1, scores), self._per_row(self._beta, 0, scores)
+        combined = combine(values, weights)
+        normalised = normalize(combined, mask, self.config.normalize, self.config.gap_floor)
+        policy, base = self._policy(reference, log_ref, candidates, normalised)
+        if self.config.kl_budget is not None:
+            beta = solve_beta(base, policy, self.config.kl_budget)
+        tilted = torch.log_softmax(tilt(base, policy, beta), dim=-1)
+        kl = torch.where(live, kl_divergence(tilted, base), 0.0)
+        with self._lock:
+            self.stats.add(len(scores), kl, seconds)
+        if self.trace is not None:
+            at = tilted if tilted.shape == log_ref.shape else tilted.gather(1, candidates)
+            self._record(input_ids, live, candidates, log_ref, at, values, beta.expand(len(scores)), kl)
+        if self._leaves_scores_alone(log_ref.shape[1], scores.shape[1]):
+            return scores
+        if tilted.shape != scores.shape:
+            tilted = torch.full_like(reference, -torch.inf).scatter(1, candidates, tilted)
+        return torch.where(live[:, None], tilted.to(scores.dtype), scores)
+
+    def _candidates(self, reference: Tensor) -> tuple[Tensor, Tensor]:
+        """log pi_ref [R, k] of the k likeliest tokens, and their ids [R, k] (Algorithm 2, line 2)."""
+        if self.config.top_k is None:
+            return reference, torch.arange(reference.shape[1], device=reference.device).expand_as(reference)
+        top = reference.topk(min(self.config.top_k, reference.shape[1]), dim=-1)
+        return top.values, top.indices
+
+    def _policy(self, reference: Tensor, log_ref: Tensor, candidates: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The normalised values and reference of the tokens that keep a probability."""
+        if self.config.unscored == "drop":
+            return values, log_ref
+        return torch.zeros_like(reference).scatter(1, candidates, values), reference
+
+    def _values(self, input_ids: Tensor, hidden: Tensor | None, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        """Values [R, k, M] of the candidates, and which rows [R] are still being generated."""
+        rows, k = candidates.shape
+        live = torch.ones(rows, dtype=torch.bool, device=candidates.device)
+        parts: dict[int, Tensor] = {}
+        for head in self._functions.heads:
+            assert hidden is not None
+            parts[id(head)] = head(hidden, None if self.config.top_k is None else candidates)
+        if self._functions.models:
+            sequences = strip_padding(input_ids.cpu().numpy(), self.pad_token_id)
+            ended = ended_rows(sequences, self._eos, self.pad_token_id)
+            if not ended.all():
+                live = torch.from_numpy(~ended).to(candidates.device)
+                going = [s for s, e in zip(sequences, ended, strict=True) if not e]
+                for model, scored in self._score(going, candidates[live] if ended.any() else candidates).items():
+                    if ended.any():
+                        scored = scored.new_zeros(rows, *scored.shape[1:]).index_put((live,), scored)
+                    parts[model] = scored
+            else:  # nothing but closed rows is no continuation: a new call with these very sequences
+                parts |= self._score(sequences, candidates)
+        return self._functions.gather(parts), live
+
+    def _score(self, sequences: list[Any], candidates: Tensor) -> dict[int, Tensor]:
+        """Values [R, k, M] of every value model, by its id."""
+        tracker, scorers = self._session()
+        for model in self._functions.models:
+            _check_context(model, max(map(len, sequences)) + 1)
+        plan = tracker.plan(sequences)
+        try:
+            values = {id(scorer.model): scorer.score(plan, candidates) for scorer in scorers}
+        except BaseException:  # the caches may be half updated
+            del self._local.session
+            raise
+        tracker.update(sequences, candidates.cpu().numpy())
+        return values
+
+    def _session(self) -> tuple[RowTracker, list[ValueScorer]]:
+        """This thread's caches. They outlive a `generate` call: a next chat turn goes on from them."""
+        if not hasattr(self._local, "session"):
+            self._local.session = (RowTracker(), [make_scorer(model) for model in self._functions.models])
+        return self._local.session
+
+    def _per_row(self, setting: Tensor, shared_dims: int, scores: Tensor) -> Tensor:
+        """Weights or beta on the scores' device; those given per request are repeated for its beams or samples.
+
+        `shared_dims` is the number of dimensions of a setting that all rows share.
+        """
+        setting = setting.to(scores.device)
+        if setting.ndim == shared_dims or len(setting) == len(scores):
+            return setting
+        if len(scores) % len(setting):
+            name = "weights" if shared_dims else "beta"
+            raise ValueError(f"{name} are given for {len(setting)} requests, but the batch has {len(scores)} rows")
+        return setting.repeat_interleave(len(scores) // len(setting), dim=0)
+
+    def _leaves_scores_alone(self, k: int, vocabulary: int) -> bool:
+        """With beta 0 and nothing cut, generate's own scores are handed back: not a bit changes."""
+        config = self.config
+        plain = config.kl_budget is None and config.reference_temperature == 1.0 and not self._beta.any()
+        return plain and (k == vocabulary or config.unscored == "keep")
+
+    def _record(
+        self,
+        input_ids: Tensor,
+        live: Tensor,
+        candidates: Tensor,
+        log_ref: Tensor,
+        tilted: Tensor,
+        values: Tensor,
+        beta: Tensor,
+        kl: Tensor,
+    ) -> None:
+        assert self.trace is not None
+        steps = self.trace.steps
+        before = getattr(self._local, "traced", None)
+        goes_on = (
+            steps and before is not None and before.shape[0] == input_ids.shape[0] and before.shape[1] < input_ids.shape[1]
+            and torch.equal(before, input_ids[:, : before.shape[1]])
+        )  # fmt: skip
+        if goes_on:
+            self.trace.took(input_ids[:, steps[-1].length])
+        elif not steps or not self._same_prompt(input_ids):
+            self.trace = MavisTrace(self.objectives)
+            self._local.prompt = input_ids.clone()
+        self._local.traced = input_ids.clone()
+        self.trace.add(
+            length=input_ids.shape[1], live=live, candidates=candidates, reference=log_ref, tilted=tilted, values=values,
+            beta=beta, kl=kl, taken=torch.full_like(candidates[:, 0], -1),
+        )  # fmt: skip
+
+    def _same_prompt(self, input_ids: Tensor) -> bool:
+        """Whether the traced call's prompt begins these rows, and they are longer (reordered beams, rejected drafts)."""
+        prompt: Tensor | None = getattr(self._local, "prompt", None)
+        return (
+            prompt is not None and prompt.shape[0] == input_ids.shape[0] and prompt.shape[1] < input_ids.shape[1]
+            and torch.equal(prompt, input_ids[:, : prompt.shape[1]])
+        )  # fmt: skip
+
+    def _check(self, input_ids: Tensor, scores: Tensor) -> None:
+        if (
+            not isinstance(input_ids, Tensor)
+            or input_ids.ndim != 2
+            or scores.ndim != 2
+            or len(input_ids) != len(scores)
+        ):
+            raise ValueError(
+                "MavisLogitsProcessor needs the tokens so far, [rows, length], beside scores [rows, vocabulary]; got "
+                f"{getattr(input_ids, 'shape', None)} and {tuple(scores.shape)}. Continuous batching gives processors no "
+                "history: use generate, or generate_batch without this processor."
+            )
+        if input_ids.shape[1] == 0:
+            raise ValueError("the prompt is empty: give generate at least one token to go on from")
+        for function in self._functions.all:
+            if function.device != scores.device:
+                raise ValueError(
+                    f"the scores are on {scores.device}, the value function for {function.config.objectives} on "
+                    f"{function.device}: pass device={str(scores.device)!r} or move it with .to()"
+                )
+        self._functions.check_vocabulary(scores.shape[1])
+
+    def _check_values(self, values: Tensor, mask: Tensor) -> None:
+        bad = ~torch.isfinite(values) & mask[..., None]
+        if bad.any():
+            row, candidate, m = torch.nonzero(bad)[0].tolist()
+            raise ValueError(
+                f"the value function for {self.objectives[m]!r} gave {float(values[row, candidate, m])} (row {row}, candidate "
+                f"{candidate}): its weights are damaged or it overflows in its dtype; load it in float32 or bfloat16"
+            )
+
+
+def _is_probe(scores: Tensor) -> bool:
+    """Whether the scores are all the same: prompt lookup asks in this way which tokens are forbidden. None is."""
+    first = scores[0, 0]
+    return bool((scores[0, :8] == first).all()) and bool((scores == first).all())
+
+
+def _special_tokens(
+    models: Sequence[ValueModel],
+    base: PreTrainedModel | None,
+    pad_token_id: int | None,
+    eos_token_id: int | Iterable[int] | None,
+) -> tuple[int | None, frozenset[int]]:
+    """The padding token and the EOS tokens: as given, else the base model's, else the value models'."""
+    configs = [base.generation_config, base.config] if base is not None else []
+    configs += [model.config for model in models] + [model.backbone.config for model in models]
+
+    def first(name: str, given: Any) -> Any:
+        found = (getattr(config, name, None) for config in configs)
+        return given if given is not None else next((value for value in found if value is not None), None)
+
+    eos = first("eos_token_id", eos_token_id)
+    eos_ids = frozenset([eos] if isinstance(eos, int) else eos or ())
+    pad = first("pad_token_id", pad_token_id)
+    # generate pads with EOS where there is no padding token
+    return (pad if pad is not None else min(eos_ids, default=None)), eos_ids
+
+
+def _check_context(model: ValueModel, length: int) -> None:
+    limit = getattr(model.backbone.config, "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"a sequence of {length} tokens is longer than the {limit} that the value model for {model.config.objectives} can "
+            "read: shorten the prompt or max_new_tokens, or use a value model with a longer context"
+        )

@@ -1,0 +1,123 @@
+"""Which cached row each incoming sequence continues.
+
+A logits processor sees only token ids. New prompts, the next token, reordered beams, rejected drafts and a second chat
+turn are told apart by one rule: every incoming sequence goes on from the cached row with which it shares the longest
+prefix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Tokens = NDArray[np.int64]
+_ABSENT = -1  # fills the matrix of cached rows; no token has this id
+
+
+@dataclass
+class Plan:
+    """What to do with a cache so that its rows become the incoming sequences.
+
+    Attributes:
+        sequences: the R incoming sequences, without padding.
+        source: [R] cached row that each is made from; None if nothing cached is of use.
+        kept: [R] tokens of that row that stay.
+        chosen: [R] which of that row's last candidates comes next, -1 for none.
+        pending: the tokens after these, which the cache has not seen.
+    """
+
+    sequences: list[Tokens]
+    source: Tokens | None
+    kept: Tokens
+    chosen: Tokens
+    pending: list[Tokens]
+
+    @property
+    def in_place(self) -> bool:
+        """Whether every sequence goes on from the cached row of its own number, all of which are used."""
+        return self.source is not None and self.source.tolist() == list(range(self._cached))
+
+    _cached: int = 0
+
+
+class RowTracker:
+    """The tokens of the cached rows, and the candidates scored after each of them."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all rows."""
+        self._rows: NDArray[np.int64] = np.empty((0, 0), dtype=np.int64)
+        self._lengths: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._candidates: NDArray[np.int64] = np.empty((0, 0), dtype=np.int64)
+
+    def plan(self, sequences: list[Tokens]) -> Plan:
+        """How to turn the cached rows into `sequences`, each of at least one token."""
+        count = len(sequences)
+        if not len(self._rows):
+            return Plan(sequences, None, np.zeros(count, np.int64), np.full(count, -1), sequences)
+        shared = np.stack([self._shared(sequence) for sequence in sequences])  # [R, cached rows]
+        # Among equals prefer the row of the same number: then nothing moves.
+        own = np.arange(count) % len(self._rows)
+        is_own = shared[np.arange(count), own] == shared.max(axis=1)
+        source = np.where(is_own, own, shared.argmax(axis=1))
+        kept = shared[np.arange(count), source]
+        if not kept.any():
+            return Plan(sequences, None, kept, np.full(count, -1), sequences)
+        chosen = np.full(count, -1)
+        for i, sequence in enumerate(sequences):
+            if kept[i] == self._lengths[source[i]] and len(sequence) > kept[i]:
+                hits = np.flatnonzero(self._candidates[source[i]] == sequence[kept[i]])
+                if len(hits):
+                    chosen[i] = hits[0]
+        pending = [sequence[kept[i] + (chosen[i] >= 0) :] for i, sequence in enumerate(sequences)]
+        return Plan(sequences, source, kept, chosen, pending, _cached=len(self._rows))
+
+    def update(self, sequences: list[Tokens], candidates: Tokens) -> None:
+        """Remember that the cached rows are now `sequences`, with `candidates` [R, k] scored after them."""
+        lengths = np.array([len(s) for s in sequences])
+        rows = np.full((len(sequences), lengths.max(initial=0)), _ABSENT, dtype=np.int64)
+        for row, sequence in zip(rows, sequences, strict=True):
+            row[: len(sequence)] = sequence
+        self._rows, self._lengths, self._candidates = rows, lengths, candidates
+
+    def _shared(self, sequence: Tokens) -> Tokens:
+        """Length of the prefix that `sequence` shares with every cached row."""
+        width = min(len(sequence), self._rows.shape[1])
+        same = self._rows[:, :width] == sequence[:width]
+        return np.where(same.all(axis=1), width, (~same).argmax(axis=1)).astype(np.int64)
+
+
+def strip_padding(input_ids: Tokens, pad_token_id: int | None) -> list[Tokens]:
+    """Rows of `input_ids` [R, T] without their leading padding.
+
+    Raises:
+        ValueError: a row holds nothing but padding.
+    """
+    if pad_token_id is None:
+        return list(input_ids)
+    real = input_ids != pad_token_id
+    starts = real.argmax(axis=1)
+    if not real.any(axis=1).all():
+        row = int(np.flatnonzero(~real.any(axis=1))[0])
+        # A prompt of the single token that is also the padding token (a lone EOS, say) is a prompt.
+        if input_ids.shape[1] > 1:
+            raise ValueError(
+                f"row {row} of the batch is an empty prompt: it holds nothing but padding (token {pad_token_id})"
+            )
+        starts = np.zeros(len(input_ids), dtype=np.int64)
+    return [row[start:] for row, start in zip(input_ids, starts, strict=True)]
+
+
+def ended_rows(sequences: list[Tokens], eos_token_ids: frozenset[int], pad_token_id: int | None) -> NDArray[np.bool_]:
+    """[R] whether `generate` has closed the row: its last token is padding that follows EOS or other padding.
+
+    A lone EOS is no proof (a prompt, or a chat turn, may end with it), so a row is scored once more after its EOS.
+    """
+    if pad_token_id is None:
+        return np.zeros(len(sequences), dtype=bool)
+    closing = eos_token_ids | {pad_token_id}
+    return np.array([len(s) > 2 and s[-1] == pad_token_id and int(s[-2]) in closing for s in sequences])

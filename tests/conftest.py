@@ -1,0 +1,36 @@
+"""Fixtures of the whole suite. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import pytest
+import torch
+from mavis_logits import ValueModel
+from tiny import PAD, make_base, make_value_model
+from transformers import PreTrainedModel
+
+
+@pytest.fixture
+def base() -> PreTrainedModel:
+    return make_base()
+
+
+@pytest.fixture
+def value_model() -> ValueModel:
+    return make_value_model("a", "b")
+
+
+@pytest.fixture
+def prompts() -> dict[str, torch.Tensor]:
+    """Three prompts of different lengths, padded on the left."""
+    rows = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14, 15]]
+    width = max(map(len, rows))
+    return {
+        "input_ids": torch.tensor([[PAD] * (width - len(r)) + r for r in rows]),
+        "attention_mask": torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows]),
+    }

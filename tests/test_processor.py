@@ -1,0 +1,326 @@
+"""In every way in which `generate` runs, the distribution is Algorithm 2 as the slow twin computes it."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from tiny import EOS, PAD, VOCABULARY, make_base, make_head, make_value_model
+from mavis_logits import MavisLogitsProcessor
+from mavis_logits.testing import algorithm_2, recompute_head_values, recompute_values
+from torch import Tensor
+from transformers import LogitsProcessor
+
+K, BETA = 6, 3.0
+WEIGHTS = {"a": 0.7, "b": 0.3}
+
+
+class Recorder(LogitsProcessor):
+    """Stands before and behind a processor, and keeps what went in and came out."""
+
+    def __init__(self, inner: MavisLogitsProcessor) -> None:
+        self.inner = inner
+        self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        out = self.inner(input_ids, scores)
+        self.calls.append((input_ids.clone(), scores.clone(), out.clone()))
+        return out
+
+
+def functions(kind: str, base: Any) -> Any:
+    if kind == "model":
+        return make_value_model("a", "b")
+    if kind == "head":
+        return make_head(base, "a", "b")
+    return {"a": make_head(base, "a"), "b": make_value_model("b")}
+
+
+def slow_policy(mavis: MavisLogitsProcessor, base: Any, sequence: Tensor, scores: Tensor, k: int = K, beta: float = BETA) -> Tensor:
+    """pi_MAVIS [V] after `sequence` (no padding), by re-forwarding everything."""
+    log_ref = torch.log_softmax(scores.double(), dim=-1)
+    candidates = log_ref.argsort(descending=True)[:k]
+    per_objective = []
+    for name, function, output in mavis._functions._outputs:
+        if function in mavis._functions.heads:
+            values = recompute_head_values(function, base, sequence, candidates)
+        else:
+            values = recompute_values(function, sequence, candidates)
+        per_objective.append(WEIGHTS[name] * values[:, output])
+    combined = dict(zip(candidates.tolist(), sum(per_objective).tolist(), strict=True))
+    return algorithm_2(log_ref, combined.__getitem__, k, beta)
+
+
+def strip(row: Tensor) -> Tensor:
+    return row[int((row != PAD).int().argmax()) :]
+
+
+def assert_algorithm_2(recorder: Recorder, base: Any, steered: int | None = None) -> None:
+    """Every call's result is the slow policy, or (a finished row, a draft) the scores untouched."""
+    compared = 0
+    for input_ids, scores, out in recorder.calls:
+        for row in range(len(input_ids)):
+            if torch.equal(out[row], scores[row]):
+                continue
+            expected = slow_policy(recorder.inner, base, strip(input_ids[row]), scores[row])
+            torch.testing.assert_close(out[row].double().exp(), expected, atol=1e-4, rtol=1e-3)
+            compared += 1
+    assert compared >= (len(recorder.calls) // 2 if steered is None else steered)
+
+
+def steer(kind: str, base: Any, **settings: Any) -> Recorder:
+    model = base if kind != "model" else None
+    return Recorder(
+        MavisLogitsProcessor(functions(kind, base), WEIGHTS, BETA, model=model, top_k=K, pad_token_id=PAD, eos_token_id=EOS, **settings)
+    )
+
+
+MODES = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True},
+    "several sequences": {"do_sample": True, "num_return_sequences": 3},
+    "beams": {"num_beams": 3, "do_sample": False},
+    "beam sampling": {"num_beams": 3, "do_sample": True, "num_return_sequences": 2},
+    "temperature and top-p": {"do_sample": True, "temperature": 0.7, "top_p": 0.9},
+    "repetition penalty": {"do_sample": True, "repetition_penalty": 1.3},
+}
+
+
+@pytest.mark.parametrize("kind", ["model", "head", "mixed"])
+@pytest.mark.parametrize("mode", MODES)
+def test_generate_samples_from_algorithm_2(kind: str, mode: str, base: Any, prompts: dict[str, Tensor]) -> None:
+    recorder = steer(kind, base)
+    torch.manual_seed(0)
+    base.generate(**prompts, max_new_tokens=8, logits_processor=[recorder], **MODES[mode])
+    assert len(recorder.calls) >= 4
+    assert_algorithm_2(recorder, base)
+
+
+@pytest.mark.parametrize("kind", ["model", "head"])
+def test_assisted_decoding_with_rejections(kind: str, base: Any) -> None:
+    recorder = steer(kind, base)
+    torch.manual_seed(0)
+    prompt = torch.tensor([[5, 6, 7, 8, 9]])
+    out = base.generate(prompt, assistant_model=make_base(seed=9), do_sample=False, max_new_tokens=16, logits_processor=[recorder])
+    if kind == "head":  # a draft has no state of the base model behind it; the result is exact all the same
+        assert recorder.inner.stats.passed_through > 0
+    assert_algorithm_2(recorder, base)
+    plain = steer(kind, base)
+    assert torch.equal(out, base.generate(prompt, do_sample=False, max_new_tokens=16, logits_processor=[plain]))
+
+
+@pytest.mark.parametrize("kind", ["model", "head"])
+def test_prompt_lookup(kind: str, base: Any) -> None:
+    prompt = torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6]])
+    recorder = steer(kind, base)
+    out = base.generate(prompt, prompt_lookup_num_tokens=3, do_sample=False, max_new_tokens=12, logits_processor=[recorder])
+    assert_algorithm_2(recorder, base)
+    assert torch.equal(out, base.generate(prompt, do_sample=False, max_new_tokens=12, logits_processor=[steer(kind, base)]))
+
+
+@pytest.mark.parametrize("kind", ["model", "head"])
+def test_static_cache(kind: str, base: Any, prompts: dict[str, Tensor]) -> None:
+    recorder = steer(kind, base)
+    out = base.generate(**prompts, do_sample=False, max_new_tokens=6, cache_implementation="static", logits_processor=[recorder])
+    assert_algorithm_2(recorder, base)
+    assert torch.equal(out, base.generate(**prompts, do_sample=False, max_new_tokens=6, logits_processor=[steer(kind, base)]))
+
+
+@pytest.mark.parametrize("kind", ["model", "head"])
+def test_rows_that_end_at_different_times(kind: str, base: Any, prompts: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        base.get_output_embeddings().weight[EOS] *= 2  # end often
+    recorder = steer(kind, base)
+    torch.manual_seed(1)
+    out = base.generate(**prompts, do_sample=True, max_new_tokens=30, num_return_sequences=4, logits_processor=[recorder])
+    lengths = {(row != PAD).sum().item() for row in out}
+    assert len(lengths) > 2
+    assert_algorithm_2(recorder, base)
+
+
+def test_a_second_chat_turn_goes_on_from_the_cache(base: Any) -> None:
+    recorder = steer("model", base)
+    model = recorder.inner._functions.models[0]
+    out = base.generate(torch.tensor([[5, 6, 7, 8, 9]]), do_sample=False, max_new_tokens=5, logits_processor=[recorder])
+    queries: list[int] = []
+    hook = model.backbone.register_forward_pre_hook(
+        lambda _, args, kwargs: queries.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    turn = torch.cat([out, torch.tensor([[20, 21, 22]])], dim=1)
+    base.generate(turn, do_sample=False, max_new_tokens=5, logits_processor=[recorder])
+    hook.remove()
+    assert queries[0] <= 4 + K  # the new turn (the last token of the old one was never scored) and the candidates
+    assert_algorithm_2(recorder, base)
+
+
+def test_two_hundred_steps(base: Any) -> None:
+    recorder = steer("model", base)
+    torch.manual_seed(0)
+    base.generate(torch.tensor([[5, 6, 7], [8, 9, 10]]), do_sample=True, max_new_tokens=200, eos_token_id=-1, logits_processor=[recorder])
+    recorder.calls = recorder.calls[::40] + recorder.calls[-1:]
+    assert_algorithm_2(recorder, base, steered=10)
+
+
+def test_a_step_feeds_exactly_k_queries_per_live_row(base: Any, prompts: dict[str, Tensor]) -> None:
+    models = {"a": make_value_model("a", seed=3), "b": make_value_model("b", seed=4)}
+    mavis = MavisLogitsProcessor(models, WEIGHTS, BETA, top_k=K, pad_token_id=PAD, eos_token_id=EOS)
+    mavis(prompts["input_ids"], torch.randn(3, VOCABULARY))  # construct scorers, which try the backbone once
+    mavis.reset()
+    fed: dict[str, list[tuple[int, ...]]] = {"a": [], "b": []}
+    base.generate(**prompts, do_sample=False, max_new_tokens=1, logits_processor=[mavis])
+    for name, model in models.items():
+        model.backbone.register_forward_pre_hook(
+            lambda _, args, kwargs, name=name: fed[name].append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+        )
+    recorder = Recorder(mavis)
+    out = base.generate(**prompts, do_sample=True, max_new_tokens=12, logits_processor=[recorder])
+    steps = out.shape[1] - prompts["input_ids"].shape[1]
+    for shapes in fed.values():
+        assert len(shapes) == steps
+        assert all(q == K for _, q in shapes[1:])
+
+
+@pytest.mark.parametrize("kind", ["model", "head", "mixed"])
+def test_beta_zero_over_the_whole_vocabulary_changes_nothing(kind: str, base: Any, prompts: dict[str, Tensor]) -> None:
+    model = base if kind != "model" else None
+    mavis = MavisLogitsProcessor(functions(kind, base), beta=0.0, model=model, top_k=VOCABULARY, pad_token_id=PAD)
+    torch.manual_seed(3)
+    plain = base.generate(**prompts, do_sample=True, max_new_tokens=10)
+    torch.manual_seed(3)
+    steered = base.generate(**prompts, do_sample=True, max_new_tokens=10, logits_processor=[mavis])
+    assert torch.equal(plain, steered)
+    assert mavis.stats.steps == 10
+    assert mavis.stats.kl == pytest.approx(0, abs=1e-3)
+
+
+def test_top_k_none_scores_the_vocabulary_with_a_head(base: Any, prompts: dict[str, Tensor]) -> None:
+    head = make_head(base, "a")
+    both = []
+    for top_k in (None, VOCABULARY):
+        mavis = MavisLogitsProcessor(head, beta=BETA, model=base, top_k=top_k, pad_token_id=PAD)
+        with mavis:
+            both.append(base.generate(**prompts, do_sample=False, max_new_tokens=6, logits_processor=[mavis]))
+    assert torch.equal(*both)
+
+
+def test_one_object_serves_many_calls(base: Any, prompts: dict[str, Tensor]) -> None:
+    mavis = steer("mixed", base)
+    for rows in ([0, 1, 2], [1], [2, 0]):
+        batch = {name: tensor[rows] for name, tensor in prompts.items()}
+        for sample in (False, True):
+            base.generate(**batch, do_sample=sample, max_new_tokens=5, logits_processor=[mavis])
+    assert_algorithm_2(mavis, base)
+
+
+def test_two_threads_get_correct_results(base: Any) -> None:
+    recorder = steer("mixed", base)
+    batches = [torch.tensor([[5, 6, 7, 8]]), torch.tensor([[9, 10, 11]])]
+    expected = [base.generate(b, do_sample=False, max_new_tokens=12, logits_processor=[recorder]) for b in batches]
+    results: dict[int, Tensor] = {}
+
+    def work(i: int) -> None:
+        for _ in range(3):
+            results[i] = base.generate(batches[i], do_sample=False, max_new_tokens=12, logits_processor=[recorder])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(results[i], expected[i]) for i in range(2))
+
+
+def test_weights_per_request_reach_their_samples(base: Any, prompts: dict[str, Tensor]) -> None:
+    mavis = steer("model", base).inner
+    mavis.weights = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
+    together = base.generate(**prompts, do_sample=False, max_new_tokens=6, logits_processor=[mavis])
+    for row, weights in enumerate([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]):
+        mavis.weights = weights
+        alone = base.generate(strip(prompts["input_ids"][row])[None], do_sample=False, max_new_tokens=6, logits_processor=[mavis])
+        assert torch.equal(strip(together[row])[: alone.shape[1]], alone[0])
+
+
+def test_kl_budget_is_spent_exactly(base: Any, prompts: dict[str, Tensor]) -> None:
+    mavis = MavisLogitsProcessor(make_value_model("a"), top_k=VOCABULARY, kl_budget=0.25, trace=True, pad_token_id=PAD)
+    base.generate(**prompts, do_sample=True, max_new_tokens=5, eos_token_id=-1, logits_processor=[mavis])
+    assert mavis.trace is not None
+    for step in mavis.trace:
+        torch.testing.assert_close(step.kl, torch.full((3,), 0.25), atol=1e-3, rtol=0)
+
+
+def test_unscored_keep_leaves_other_tokens_their_score(base: Any, prompts: dict[str, Tensor]) -> None:
+    mavis = MavisLogitsProcessor(make_value_model("a"), beta=2.0, top_k=4, normalize="center", unscored="keep", pad_token_id=PAD)
+    scores = torch.randn(3, VOCABULARY)
+    out = mavis(prompts["input_ids"], scores)
+    others = torch.ones_like(scores, dtype=torch.bool).scatter(1, scores.topk(4).indices, False)
+    shift = (out - torch.log_softmax(scores, -1))[others].reshape(3, -1)
+    torch.testing.assert_close(shift, shift[:, :1].expand_as(shift))
+    assert torch.isfinite(out).all()
+
+
+def test_reference_temperature_divides_the_reference_only(base: Any, prompts: dict[str, Tensor]) -> None:
+    value_model = make_value_model("a")
+    scores = torch.randn(3, VOCABULARY)
+    hot = MavisLogitsProcessor(value_model, beta=2.0, top_k=5, reference_temperature=2.0, pad_token_id=PAD)
+    plain = MavisLogitsProcessor(value_model, beta=2.0, top_k=5, pad_token_id=PAD)
+    torch.testing.assert_close(hot(prompts["input_ids"], scores), plain(prompts["input_ids"], scores / 2))
+
+
+def test_masked_candidates_take_no_part(base: Any, prompts: dict[str, Tensor]) -> None:
+    mavis = steer("model", base).inner
+    scores = torch.full((3, VOCABULARY), -torch.inf)
+    scores[:, 7:10] = torch.randn(3, 3)
+    out = mavis(prompts["input_ids"], scores)
+    assert torch.isfinite(out[:, 7:10]).all()
+    assert torch.isneginf(out[:, :7]).all()
+    torch.testing.assert_close(out.exp().sum(-1), torch.ones(3))
+
+
+def test_trace_and_stats_agree_with_equation_7(base: Any, prompts: dict[str, Tensor]) -> None:
+    recorder = steer("model", base, trace=True)
+    torch.manual_seed(0)
+    width = prompts["input_ids"].shape[1]
+    out = base.generate(**prompts, do_sample=True, max_new_tokens=6, logits_processor=[recorder])
+    trace = recorder.inner.trace
+    assert trace is not None
+    ratios = trace.log_ratios(out[:, width:])
+    for row in range(3):
+        for t, (_, scores, tilted) in enumerate(recorder.calls):
+            token = out[row, width + t]
+            if t and out[row, width + t - 1] in (EOS, PAD):
+                break
+            expected = torch.log_softmax(tilted[row], -1)[token] - torch.log_softmax(scores[row], -1)[token]
+            torch.testing.assert_close(ratios[row, t], expected, atol=1e-5, rtol=1e-4)
+    assert torch.equal(trace[0].taken, out[:, width])
+    assert recorder.inner.stats.kl == pytest.approx(sum(float(step.kl.sum()) for step in trace.steps), rel=1e-4)
+    base.generate(**prompts, do_sample=True, max_new_tokens=3, logits_processor=[recorder])
+    assert len(recorder.inner.trace) == 3
+
+
+def test_streamer_and_pipeline(base: Any) -> None:
+    from transformers.generation.streamers import BaseStreamer
+
+    class Keep(BaseStreamer):
+        def __init__(self) -> None:
+            self.tokens: list[int] = []
+
+        def put(self, value: Tensor) -> None:
+            self.tokens += value.flatten().tolist()
+
+        def end(self) -> None:
+            pass
+
+    streamer, mavis = Keep(), steer("mixed", base)
+    out = base.generate(torch.tensor([[5, 6, 7]]), do_sample=False, max_new_tokens=6, streamer=streamer, logits_processor=[mavis])
+    assert streamer.tokens == out[0].tolist()
+
+
+def test_half_precision_base_and_value_models(prompts: dict[str, Tensor]) -> None:
+    base = make_base().to(torch.bfloat16)
+    mavis = MavisLogitsProcessor(
+        {"a": make_value_model("a").to(torch.bfloat16), "b": make_head(base, "b").to(torch.bfloat16)}, model=base, top_k=K, pad_token_id=PAD
+    )
+    out = base.generate(**prompts, do_sample=True, max_new_tokens=5, logits_processor=[mavis])
+    assert out.shape == (3, 10)
