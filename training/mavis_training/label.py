@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mavis_logits.demo.smollm2 import converted_folder
+from mavis_logits.demo.smollm2 import MODEL_ID, converted_folder
 from mavis_logits.fingerprint import tokenizer_fingerprint
 
 from .rewards import Reward, compute_rewards, load_reward
@@ -72,7 +72,7 @@ def label(
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of `"smollm2"` (the model of the demo), or of a Hub id or folder."""
-    return AutoTokenizer.from_pretrained(converted_folder() if name == "smollm2" else name)
+    return AutoTokenizer.from_pretrained(converted_folder() if name in ("smollm2", MODEL_ID) else name)
 
 
 def leaf_texts(tree: Tree, tokenizer: PreTrainedTokenizerBase) -> list[str]:

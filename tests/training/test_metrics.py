@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from random_trees import random_tree
+
+from mavis_training.metrics import Prediction, correlation, r_squared, validation_metrics
+from mavis_training.packing import pack
+from mavis_training.targets import node_targets, root_target
+
+
+def prediction(seed, transform=lambda x: x, prompt=True):
+    tree = random_tree(seed)
+    rewards = np.random.default_rng(seed).normal(size=(len(tree.leaves()), 2))
+    targets = node_targets(tree, rewards)
+    layout = pack(tree)
+    values = transform(targets[layout.node[layout.new]])
+    return Prediction(tree, targets, rewards, values, transform(root_target(tree, targets)) if prompt else None)
+
+
+def test_a_perfect_value_function():
+    metrics = validation_metrics([prediction(seed) for seed in range(5)], ["a", "b"])
+    for objective in ("a", "b"):
+        m = metrics[objective]
+        assert m["r2"] == pytest.approx(1)
+        assert m["inner_correlation"] == pytest.approx(1)
+        assert m["ranking"]["accuracy"] == 1
+        assert m["ranking"]["pairs"] > 20
+        by_fraction = [m["by_fraction"][f]["correlation"] for f in ("0.0", "0.5", "1.0")]
+        assert by_fraction[-1] == pytest.approx(1)
+        assert by_fraction[0] < by_fraction[1] < 1
+
+
+def test_scale_matters_to_r2_alone():
+    metrics = validation_metrics([prediction(seed, lambda x: 3 * x + 1) for seed in range(5)], ["a", "b"])["a"]
+    assert metrics["correlation"] == pytest.approx(1)
+    assert metrics["ranking"]["accuracy"] == 1
+    assert metrics["r2"] < 0
+
+
+def test_a_wrong_sign_and_a_constant():
+    assert validation_metrics([prediction(1, lambda x: -x)], ["a", "b"])["a"]["ranking"]["accuracy"] == 0
+    constant = validation_metrics([prediction(1, lambda x: 0 * x, prompt=False)], ["a", "b"])["a"]
+    assert constant["ranking"]["accuracy"] == 0.5
+    assert constant["correlation"] == 0
+
+
+def test_nothing_varies():
+    flat, line = np.ones(3), np.arange(3.0)
+    assert correlation(flat, line) == 0
+    assert r_squared(line, flat) == 0

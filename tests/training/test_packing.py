@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_trees import random_tree
+from tiny_models import tiny_llama
+from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, Qwen2Config, Qwen2ForCausalLM
+
+from mavis_logits.value_model import ValueModel
+from mavis_training.packing import (
+    node_examples,
+    pack,
+    packed_inputs,
+    plain_inputs,
+    require_packable,
+    term_inputs,
+    tree_example,
+)
+from mavis_training.targets import kept_nodes, node_targets
+from mavis_training.train_model import value_loss
+
+SCALE = torch.tensor([0.7, 1.9])
+
+
+def value_model(backbone):
+    model = ValueModel.from_backbone(backbone, objectives=["a", "b"], reward_mean=[0.1, 0.2], reward_scale=[0.7, 1.9])
+    torch.manual_seed(1)
+    torch.nn.init.normal_(model.head.weight)
+    return model
+
+
+def backbones():
+    torch.manual_seed(0)
+    gpt2 = GPT2LMHeadModel(
+        GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3)
+    )
+    sliding = Qwen2Config(
+        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, use_sliding_window=True, sliding_window=4, max_window_layers=1, initializer_range=0.3,
+    )  # fmt: skip
+    return {"llama": tiny_llama(), "gpt2": gpt2.eval(), "sliding": Qwen2ForCausalLM(sliding).eval()}
+
+
+def targets_of(tree):
+    return node_targets(tree, np.random.default_rng(1).normal(size=(len(tree.leaves()), 2)))
+
+
+@given(st.integers(0, 10_000))
+def test_the_layout_spells_every_path(seed):
+    tree = random_tree(seed)
+    layout = pack(tree)
+    visible = layout.visible()
+    for node in range(len(tree)):
+        whole = np.concatenate([tree.prompt_tokens, tree.completion(node)])
+        seen = np.flatnonzero(visible[layout.last[node]])
+        np.testing.assert_array_equal(layout.input_ids[seen], whole)
+        np.testing.assert_array_equal(layout.position_ids[seen], np.arange(len(whole)))
+        walked, at = [], layout.last[node]
+        while at >= len(tree.prompt_tokens):
+            walked.append(at)
+            at = layout.previous[at - len(tree.prompt_tokens)]
+        np.testing.assert_array_equal([*range(len(tree.prompt_tokens)), *walked[::-1]], seen)
+
+
+@pytest.mark.parametrize("every_token", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "sliding"])
+def test_packed_loss_and_gradients_equal_one_sequence_per_node(kind, attention, every_token):
+    trees = [random_tree(seed) for seed in range(3)]
+    prepared = [(tree, targets_of(tree), kept_nodes(tree, 0.5, 0), every_token) for tree in trees]
+    packed = [tree_example(*parts) for parts in prepared]
+    plain = [example for parts in prepared for example in node_examples(*parts)]
+    assert sum(len(e.terms) for e in packed) == sum(len(e.terms) for e in plain)
+
+    model = value_model(backbones()[kind])
+    model.backbone.set_attn_implementation(attention)
+    inputs = packed_inputs(packed, model.config.backbone_config, torch.float32)
+    loss = value_loss(model(**inputs).values, term_inputs(packed), SCALE)
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    twin = value_loss(model(**plain_inputs(plain)).values, term_inputs(plain), SCALE)
+    twin.backward()
+    assert loss.item() == pytest.approx(twin.item(), rel=1e-5)
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(gradients[name], p.grad, rtol=1e-3, atol=1e-5)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 4))
+def test_values_at_every_token_are_those_of_its_path(seed, layers):
+    tree = random_tree(seed, layers=layers)
+    layout = pack(tree)
+    model = value_model(tiny_llama())
+    with torch.inference_mode():
+        values = model(**packed_inputs([layout], model.config.backbone_config, torch.float32)).values[0]
+        for leaf in tree.leaves():
+            seen = np.flatnonzero(layout.visible()[layout.last[leaf]])
+            alone = model(torch.from_numpy(layout.input_ids[seen])[None]).values[0]
+            torch.testing.assert_close(values[seen], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_refusals():
+    tree = random_tree(0)
+    tree.prompt_tokens = tree.prompt_tokens[:0]
+    with pytest.raises(ValueError, match="empty prompt"):
+        pack(tree)
+    with pytest.raises(ValueError, match="set packing to 'nodes'"):
+        require_packable(MambaConfig())

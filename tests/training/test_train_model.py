@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from random_trees import random_tree
+from tiny_models import tiny_llama, tiny_tokenizer
+
+from mavis_logits.fingerprint import tokenizer_fingerprint
+from mavis_logits.value_model import ValueModel
+from mavis_training.data import load_trees, reward_units, split_by_prompt
+from mavis_training.train_model import LoraSettings, TrainModelConfig, ValueTrainer, train_model
+from mavis_training.tree_store import StoreMetadata, TreeStore
+
+TREES = 80
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Trees that speak in low or in high token ids, and rewards for the one and the other."""
+    metadata = StoreMetadata("tiny", tokenizer_fingerprint(tiny_tokenizer()), {"max_new_tokens": 12})
+    store = TreeStore.create(tmp_path_factory.mktemp("trees"), metadata)
+    trees = [random_tree(i) for i in range(TREES)]
+    for i, tree in enumerate(trees):
+        tree.tokens = 3 + tree.tokens % 20 + 25 * (i % 2)
+    shard = store.write(trees)
+    low = [np.array([(t.completion(leaf) < 25).mean() + 0.01 * leaf for leaf in t.leaves()]) for t in trees]
+    shard.write_rewards("low", [10 * r for r in low], "test")
+    shard.write_rewards("high", [1 - r for r in low], "test")
+    return store
+
+
+@pytest.fixture
+def config(store, tmp_path):
+    return TrainModelConfig(
+        store=str(store.folder),
+        objectives=["low", "high"],
+        output=str(tmp_path / "value"),
+        lora=LoraSettings(rank=4, alpha=8, dropout=0.0),
+        learning_rate=0.05,
+        warmup_steps=0,
+        epochs=4,
+        batch_size=8,
+        device="cpu",
+        validation_share=0.2,
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"targets": "tokens"},
+        {"packing": "nodes", "batch_size": 32},
+        {"lora": LoraSettings(rank=0), "learning_rate": 0.02},
+    ],
+)
+def test_training_learns_and_saves(config, changes):
+    config = dataclasses.replace(config, **changes)
+    backbone = tiny_llama()
+    model = train_model(config, backbone)
+    metrics = json.loads(Path(config.output, "metrics.json").read_text())
+    assert metrics["low"]["correlation"] > 0.15
+    assert metrics["low"]["ranking"]["pairs"] > 10
+    assert metrics["trees"] + metrics["training_trees"] == TREES
+    loaded = (
+        ValueModel.from_pretrained(config.output, backbone=backbone)
+        if config.lora.rank
+        else ValueModel.from_pretrained(config.output)
+    )
+    tokens = torch.arange(3, 12)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(tokens).values, model(tokens).values, rtol=1e-4, atol=1e-4)
+    assert loaded.config.objectives == ["low", "high"]
+    assert loaded.config.base_model == "tiny"
+    assert loaded.config.tokenizer_fingerprint == tokenizer_fingerprint(tiny_tokenizer())
+    assert loaded.config.recipe["zeta"] == 0.0
+    assert config.store not in json.dumps(loaded.config.to_dict())
+
+
+def test_reward_units_come_from_the_training_trees_alone(store):
+    _, trees = load_trees(str(store.folder), ["low", "high"], zeta=0.0)
+    training, validation = split_by_prompt(trees, 0.2)
+    mean, scale = reward_units(training)
+    leaves = np.concatenate([item.rewards for item in training])
+    np.testing.assert_allclose(mean, leaves.mean(axis=0))
+    np.testing.assert_allclose(scale, leaves.std(axis=0))
+    assert {t.tree.prompt_id for t in training}.isdisjoint(t.tree.prompt_id for t in validation)
+
+
+def test_a_killed_training_goes_on(config, monkeypatch):
+    whole = train_model(dataclasses.replace(config, output=config.output + "-whole"), tiny_llama())
+
+    class Killed(Exception):
+        pass
+
+    save = ValueTrainer._save_checkpoint
+
+    def die_after_saving(self, *arguments, **options):
+        save(self, *arguments, **options)
+        if self.state.epoch == 3:
+            raise Killed
+
+    monkeypatch.setattr(ValueTrainer, "_save_checkpoint", die_after_saving)
+    with pytest.raises(Killed):
+        train_model(config, tiny_llama())
+    monkeypatch.setattr(ValueTrainer, "_save_checkpoint", save)
+    steps = []
+    step = ValueTrainer.training_step
+    monkeypatch.setattr(ValueTrainer, "training_step", lambda self, *a, **k: steps.append(1) or step(self, *a, **k))
+    resumed = train_model(config, tiny_llama())
+    assert 0 < len(steps) < 12  # one epoch of four remained
+    tokens = torch.arange(3, 12)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(resumed(tokens).values, whole(tokens).values, rtol=1e-3, atol=1e-3)
+
+
+def test_bad_input(config, store):
+    with pytest.raises(ValueError, match=r"no complete rewards for \['funny'\] \(it has \['high', 'low'\]\)"):
+        train_model(dataclasses.replace(config, objectives=["funny"]), tiny_llama())
+    with pytest.raises(ValueError, match="validation_share"):
+        train_model(dataclasses.replace(config, validation_share=0.0), tiny_llama())
+    with pytest.raises(ValueError, match="packing must be one of"):
+        dataclasses.replace(config, packing="forest")
+    with pytest.raises(ValueError, match="objectives is empty"):
+        dataclasses.replace(config, objectives=[])
