@@ -4,8 +4,8 @@ Compared are plain sampling, sampling steered by a value head, by two value mode
 two models without a cache (the slow twin: every candidate is re-forwarded from scratch, as the tests do). The time
 does not depend on what the value functions have learned, so that they are random here.
 
-All variants take turns (A B C D, A B C D, ...), so that a machine which slows down slows all of them, and every round
-gives one ratio. Run it on a machine that does nothing else:
+All variants take turns (A B C D, A B C D, ...), so that a machine which slows down slows all of them. Every round has
+other prompts and gives one ratio; processors live through all rounds, as they do in a user's program. Run it on a machine that does nothing else:
 
     python benchmarks/decode.py                                          # writes docs/results/decode.{json,md}
     python benchmarks/decode.py --new-tokens 4 --repeats 1 --out runs/quick  # a quick look
@@ -18,7 +18,6 @@ import json
 import platform
 import statistics
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.metadata import version
@@ -63,8 +62,8 @@ def main() -> None:
     variants = make_variants(model, arguments.top_k)
     results: list[Ratio] = []
     for batch in arguments.batches:
-        inputs = chat_inputs(tokenizer, demo_prompts(batch))
-        results += measure(model, inputs, variants, arguments.new_tokens, arguments.repeats, arguments.twin_repeats)
+        rounds = [chat_inputs(tokenizer, demo_prompts(batch, turn)) for turn in range(arguments.repeats + 1)]
+        results += measure(model, rounds, variants, arguments.new_tokens, arguments.twin_repeats)
     report = {
         "date": date.today().isoformat(),
         "machine": machine(),
@@ -107,7 +106,7 @@ def make_variants(model: PreTrainedModel, top_k: int) -> dict[str, LogitsProcess
     steering: dict[str, Any] = {"weights": {"a": 0.5, "b": 0.5}, "beta": 5.0, "top_k": top_k}
     return {
         PLAIN: None,
-        "value head": MavisLogitsProcessor(head, **steering),
+        "value head": MavisLogitsProcessor(head, **steering, model=model),
         "two 4-layer value models": MavisLogitsProcessor(models, **steering),
         TWIN: SlowTwin(models, **steering, pad_token_id=model.config.eos_token_id),
     }
@@ -139,42 +138,38 @@ class SlowTwin(LogitsProcessor):
 
 def measure(
     model: PreTrainedModel,
-    inputs: BatchEncoding,
+    rounds: list[BatchEncoding],
     variants: dict[str, LogitsProcessor | None],
     new_tokens: int,
-    repeats: int,
     twin_repeats: int,
 ) -> list[Ratio]:
-    """Time all variants in turns at one batch size, after one untimed round of two tokens."""
-    for processor in variants.values():
-        decode(model, inputs, processor, new_tokens=2)
+    """Time all variants in turns at one batch size; the first round, of two tokens, is not counted."""
+    batch = len(rounds[0]["input_ids"])
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(repeats):
+    for processor in variants.values():
+        decode(model, rounds[0], processor, new_tokens=2)
+    for turn, inputs in enumerate(rounds[1:], start=1):
         for name, processor in variants.items():
-            if name != TWIN or turn < twin_repeats:
+            if name != TWIN or turn <= twin_repeats:
                 seconds[name].append(decode(model, inputs, processor, new_tokens))
-                print(
-                    f"batch {len(inputs['input_ids'])}, round {turn + 1}, {name}: {seconds[name][-1]:.2f} s", flush=True
-                )
-    return [summary(name, seconds, len(inputs["input_ids"]), new_tokens) for name in variants]
+                print(f"batch {batch}, round {turn}, {name}: {seconds[name][-1]:.2f} s", flush=True)
+    return [summary(name, seconds, batch, new_tokens) for name in variants]
 
 
 def decode(model: PreTrainedModel, inputs: BatchEncoding, processor: LogitsProcessor | None, new_tokens: int) -> float:
     """Return the seconds that `generate` takes for exactly `new_tokens` tokens a row."""
     torch.manual_seed(SEED)
-    # A head's hook on the model is there for its own turn only.
-    with processor.attach(model) if isinstance(processor, MavisLogitsProcessor) else nullcontext():
-        start = time.perf_counter()
-        model.generate(
-            **inputs,
-            do_sample=True,
-            top_k=0,
-            min_new_tokens=new_tokens,
-            max_new_tokens=new_tokens,
-            logits_processor=[processor] if processor else [],
-            pad_token_id=model.config.eos_token_id,
-        )
-        return time.perf_counter() - start
+    start = time.perf_counter()
+    model.generate(
+        **inputs,
+        do_sample=True,
+        top_k=0,
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+        logits_processor=[processor] if processor else [],
+        pad_token_id=model.config.eos_token_id,
+    )
+    return time.perf_counter() - start
 
 
 def summary(name: str, seconds: dict[str, list[float]], batch: int, new_tokens: int) -> Ratio:
@@ -184,10 +179,10 @@ def summary(name: str, seconds: dict[str, list[float]], batch: int, new_tokens: 
     return Ratio(name, batch, statistics.median(ratios), min(ratios), max(ratios), len(ratios), speed)
 
 
-def demo_prompts(count: int) -> list[str]:
-    """Return the first `count` prompts of the demo."""
+def demo_prompts(count: int, turn: int) -> list[str]:
+    """Return `count` prompts of the demo, others every turn until all have been used."""
     lines = (ROOT / "examples" / "data" / "demo_prompts.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["prompt"] for line in lines[:count]]
+    return [json.loads(lines[(turn * count + i) % len(lines)])["prompt"] for i in range(count)]
 
 
 def machine() -> str:
