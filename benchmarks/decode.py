@@ -5,7 +5,8 @@ two models without a cache (the slow twin: every candidate is re-forwarded from 
 does not depend on what the value functions have learned, so that they are random here.
 
 All variants take turns (A B C D, A B C D, ...), so that a machine which slows down slows all of them. Every round has
-other prompts and gives one ratio; processors live through all rounds, as they do in a user's program. Run it on a machine that does nothing else:
+other prompts and gives one ratio; processors live through all rounds, as they do in a user's program. Run it on a
+machine that does nothing else:
 
     python benchmarks/decode.py                                          # writes docs/results/decode.{json,md}
     python benchmarks/decode.py --new-tokens 4 --repeats 1 --out runs/quick  # a quick look
