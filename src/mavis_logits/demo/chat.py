@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -18,9 +19,15 @@ def chat_inputs(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> B
     if empty or not prompts:
         raise ValueError(f"Prompt {empty[0] if empty else 0} is empty. Give each prompt at least one word.")
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    return tokenizer.apply_chat_template(
-        chats, add_generation_prompt=True, padding=True, padding_side="left", return_tensors="pt", return_dict=True
+    encoded = tokenizer.apply_chat_template(
+        chats,
+        add_generation_prompt=True,
+        padding=True,
+        return_tensors="pt",
+        return_dict=True,
+        tokenizer_kwargs={"padding_side": "left"},
     )
+    return cast(BatchEncoding, encoded)
 
 
 def answers(tokenizer: PreTrainedTokenizerBase, output: torch.Tensor, prompt_length: int) -> list[str]:
