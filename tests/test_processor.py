@@ -62,7 +62,7 @@ def assert_algorithm_2(recorder: Recorder, base: Any, steered: int | None = None
     compared = 0
     for input_ids, scores, out in recorder.calls:
         for row in range(len(input_ids)):
-            if torch.equal(out[row], scores[row]):
+            if torch.equal(out[row], scores[row]):  # closed, a draft of the assistant, or prompt lookup asking
                 continue
             expected = slow_policy(recorder.inner, base, strip(input_ids[row]), scores[row])
             torch.testing.assert_close(out[row].double().exp(), expected, atol=1e-4, rtol=1e-3)
@@ -244,7 +244,7 @@ def test_weights_per_request_reach_their_samples(base: Any, prompts: dict[str, T
 
 def test_kl_budget_is_spent_exactly(base: Any, prompts: dict[str, Tensor]) -> None:
     mavis = MavisLogitsProcessor(make_value_model("a"), top_k=VOCABULARY, kl_budget=0.25, trace=True, pad_token_id=PAD)
-    base.generate(**prompts, do_sample=True, max_new_tokens=5, eos_token_id=-1, logits_processor=[mavis])
+    base.generate(**prompts, do_sample=True, max_new_tokens=5, suppress_tokens=[EOS], logits_processor=[mavis])
     assert mavis.trace is not None
     for step in mavis.trace:
         torch.testing.assert_close(step.kl, torch.full((3,), 0.25), atol=1e-3, rtol=0)

@@ -84,7 +84,7 @@ class MavisLogitsProcessor(LogitsProcessor):
         self.beta = beta if beta is not None else self.config.beta
         self.pad_token_id, self._eos = _special_tokens(self._functions.models, model, pad_token_id, eos_token_id)
         self.stats = MavisStats()
-        self.trace = MavisTrace(self.objectives) if trace else None
+        self.trace = MavisTrace(self.objectives, self._eos) if trace else None
         self._local = threading.local()
         self._lock = threading.Lock()
         self._hidden: HiddenStates | None = None
@@ -184,7 +184,7 @@ class MavisLogitsProcessor(LogitsProcessor):
         self._local = threading.local()
         self.stats = MavisStats()
         if self.trace is not None:
-            self.trace = MavisTrace(self.objectives)
+            self.trace = MavisTrace(self.objectives, self._eos)
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -214,7 +214,8 @@ class MavisLogitsProcessor(LogitsProcessor):
         reference = torch.log_softmax(scores.float() / self.config.reference_temperature, dim=-1)
         log_ref, candidates = self._candidates(reference)
         started = time.perf_counter()
-        values, live = self._values(input_ids, hidden, candidates)
+        live = ~ended_rows(input_ids, self._eos, self.pad_token_id)
+        values = self._values(input_ids, hidden, candidates, live)
         seconds = time.perf_counter() - started
         mask = torch.isfinite(log_ref)
         self._check_values(values, mask & live[:, None])
@@ -222,19 +223,23 @@ class MavisLogitsProcessor(LogitsProcessor):
         weights, beta = self._per_row(self._weights, 1, scores), self._per_row(self._beta, 0, scores)
         combined = combine(values, weights)
         normalised = normalize(combined, mask, self.config.normalize, self.config.gap_floor)
-        policy, base = self._policy(reference, log_ref, candidates, normalised)
+        keep = self.config.unscored == "keep"
+        policy, base = normalised, log_ref  # of all tokens that keep a probability
+        if keep:
+            policy, base = torch.zeros_like(reference).scatter(1, candidates, normalised), reference
         if self.config.kl_budget is not None:
             beta = solve_beta(base, policy, self.config.kl_budget)
         tilted = torch.log_softmax(tilt(base, policy, beta), dim=-1)
-        kl = torch.where(live, kl_divergence(tilted, base), 0.0)
+        counted = live & ~torch.isin(input_ids[:, -1], torch.tensor(sorted(self._eos), device=scores.device))
+        kl = torch.where(counted, kl_divergence(tilted, base), 0.0)
         with self._lock:
             self.stats.add(len(scores), kl, seconds)
         if self.trace is not None:
-            at = tilted if tilted.shape == log_ref.shape else tilted.gather(1, candidates)
+            at = tilted.gather(1, candidates) if keep else tilted
             self._record(input_ids, live, candidates, log_ref, at, values, beta.expand(len(scores)), kl)
         if self._leaves_scores_alone(log_ref.shape[1], scores.shape[1]):
             return scores
-        if tilted.shape != scores.shape:
+        if not keep:
             tilted = torch.full_like(reference, -torch.inf).scatter(1, candidates, tilted)
         return torch.where(live[:, None], tilted.to(scores.dtype), scores)
 
@@ -245,33 +250,22 @@ class MavisLogitsProcessor(LogitsProcessor):
         top = reference.topk(min(self.config.top_k, reference.shape[1]), dim=-1)
         return top.values, top.indices
 
-    def _policy(self, reference: Tensor, log_ref: Tensor, candidates: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The normalised values and reference of the tokens that keep a probability."""
-        if self.config.unscored == "drop":
-            return values, log_ref
-        return torch.zeros_like(reference).scatter(1, candidates, values), reference
-
-    def _values(self, input_ids: Tensor, hidden: Tensor | None, candidates: Tensor) -> tuple[Tensor, Tensor]:
-        """Values [R, k, M] of the candidates, and which rows [R] are still being generated."""
-        rows, k = candidates.shape
-        live = torch.ones(rows, dtype=torch.bool, device=candidates.device)
+    def _values(self, input_ids: Tensor, hidden: Tensor | None, candidates: Tensor, live: Tensor) -> Tensor:
+        """Values [R, k, M] of the candidates; those of rows that are not `live` mean nothing."""
         parts: dict[int, Tensor] = {}
         for head in self._functions.heads:
             assert hidden is not None
             parts[id(head)] = head(hidden, None if self.config.top_k is None else candidates)
         if self._functions.models:
             sequences = strip_padding(input_ids.cpu().numpy(), self.pad_token_id)
-            ended = ended_rows(sequences, self._eos, self.pad_token_id)
-            if not ended.all():
-                live = torch.from_numpy(~ended).to(candidates.device)
-                going = [s for s, e in zip(sequences, ended, strict=True) if not e]
-                for model, scored in self._score(going, candidates[live] if ended.any() else candidates).items():
-                    if ended.any():
-                        scored = scored.new_zeros(rows, *scored.shape[1:]).index_put((live,), scored)
-                    parts[model] = scored
-            else:  # nothing but closed rows is no continuation: a new call with these very sequences
-                parts |= self._score(sequences, candidates)
-        return self._functions.gather(parts), live
+            going = [sequence for sequence, goes_on in zip(sequences, live.tolist(), strict=True) if goes_on]
+            everything = len(going) == len(sequences)
+            for model, values in self._score(going, candidates if everything else candidates[live]).items():
+                every = (
+                    values if everything else values.new_zeros(len(live), *values.shape[1:]).index_put((live,), values)
+                )
+                parts[model] = every
+        return self._functions.gather(parts)
 
     def _score(self, sequences: list[Any], candidates: Tensor) -> dict[int, Tensor]:
         """Values [R, k, M] of every value model, by its id."""
@@ -333,7 +327,7 @@ class MavisLogitsProcessor(LogitsProcessor):
         if goes_on:
             self.trace.took(input_ids[:, steps[-1].length])
         elif not steps or not self._same_prompt(input_ids):
-            self.trace = MavisTrace(self.objectives)
+            self.trace = MavisTrace(self.objectives, self._eos)
             self._local.prompt = input_ids.clone()
         self._local.traced = input_ids.clone()
         self.trace.add(

@@ -10,7 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 Tokens = NDArray[np.int64]
 _ABSENT = -1  # fills the matrix of cached rows; no token has this id
@@ -112,12 +114,14 @@ def strip_padding(input_ids: Tokens, pad_token_id: int | None) -> list[Tokens]:
     return [row[start:] for row, start in zip(input_ids, starts, strict=True)]
 
 
-def ended_rows(sequences: list[Tokens], eos_token_ids: frozenset[int], pad_token_id: int | None) -> NDArray[np.bool_]:
-    """[R] whether `generate` has closed the row: its last token is padding that follows EOS or other padding.
+def ended_rows(input_ids: Tensor, eos_token_ids: frozenset[int], pad_token_id: int | None) -> Tensor:
+    """[R] bool, whether `generate` has closed the row: its last token is padding that follows EOS or other padding.
 
-    A lone EOS is no proof (a prompt, or a chat turn, may end with it), so a row is scored once more after its EOS.
+    A lone EOS is no proof (a prompt, or a chat turn, may end with it), so a row is scored once more after its EOS. If all
+    rows look closed, none is: `generate` would have stopped, so these are prompts.
     """
-    if pad_token_id is None:
-        return np.zeros(len(sequences), dtype=bool)
-    closing = eos_token_ids | {pad_token_id}
-    return np.array([len(s) > 2 and s[-1] == pad_token_id and int(s[-2]) in closing for s in sequences])
+    if pad_token_id is None or input_ids.shape[1] < 3:
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    closing = torch.tensor(sorted(eos_token_ids | {pad_token_id}), device=input_ids.device)
+    closed = (input_ids[:, -1] == pad_token_id) & torch.isin(input_ids[:, -2], closing)
+    return closed & ~closed.all()

@@ -69,8 +69,9 @@ class TraceStep:
 class MavisTrace:
     """The steps of the latest `generate` call, in order."""
 
-    def __init__(self, objectives: list[str]) -> None:
+    def __init__(self, objectives: list[str], eos_token_ids: frozenset[int] = frozenset()) -> None:
         self.objectives = objectives
+        self.eos_token_ids = eos_token_ids
         self.steps: list[TraceStep] = []
 
     def __len__(self) -> int:
@@ -92,21 +93,27 @@ class MavisTrace:
             ValueError: another number of rows or steps than was traced, or a token that was no candidate.
         """
         rows, count = completions.shape
-        if count > len(self.steps) or any(len(step.live) != rows for step in self.steps):
+        if not count or count > len(self.steps) or any(len(step.live) != rows for step in self.steps):
             traced = {len(step.live) for step in self.steps}
             raise ValueError(
                 f"completions are {rows} rows x {count} tokens, but the trace holds {len(self.steps)} steps of {traced} rows"
             )
+        device = self.steps[0].candidates.device
+        completions = completions.to(device)
+        ends = torch.isin(completions, torch.tensor(sorted(self.eos_token_ids), device=device))
+        written = ends.cumsum(dim=1) - ends.long() == 0  # up to and with the first EOS
         columns = []
         for t, step in enumerate(self.steps[:count]):
-            hit = step.candidates == completions[:, t, None].to(step.candidates.device)
-            if not (hit.any(dim=1) | ~step.live).all():
-                row = int(torch.nonzero(~hit.any(dim=1) & step.live)[0])
+            hit = step.candidates == completions[:, t, None]
+            counted = written[:, t] & step.live
+            missed = counted & ~hit.any(dim=1)
+            if missed.any():
+                row = int(torch.nonzero(missed)[0])
                 raise ValueError(
                     f"token {t} of row {row} ({int(completions[row, t])}) was no candidate of the traced step"
                 )
-            ratio = torch.where(hit, step.tilted - step.reference, torch.zeros((), device=hit.device)).sum(dim=1)
-            columns.append(torch.where(step.live, ratio, torch.zeros((), device=hit.device)))
+            ratio = torch.where(hit, step.tilted - step.reference, 0.0).sum(dim=1)
+            columns.append(torch.where(counted, ratio, 0.0))
         return torch.stack(columns, dim=1)
 
     def add(self, **step: Any) -> None:

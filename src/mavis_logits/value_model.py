@@ -271,7 +271,9 @@ def truncated_backbone(model: PreTrainedModel, num_layers: int | None) -> PreTra
         config.num_hidden_layers = num_layers
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:num_layers]
-    trunk = type(decoder)._from_config(config, attn_implementation=decoder.config._attn_implementation, dtype=decoder.dtype)
+    trunk = type(decoder)._from_config(
+        config, attn_implementation=decoder.config._attn_implementation, dtype=decoder.dtype
+    )
     wanted = trunk.state_dict().keys()
     trunk.load_state_dict({k: v for k, v in decoder.state_dict().items() if k in wanted})
     return trunk
