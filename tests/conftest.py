@@ -10,9 +10,14 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
 import torch
+from hypothesis import settings
+from transformers import PreTrainedModel
+
 from mavis_logits import ValueModel
 from tiny import PAD, make_base, make_value_model
-from transformers import PreTrainedModel
+
+settings.register_profile("mavis", max_examples=60, deadline=None)
+settings.load_profile("mavis")
 
 
 @pytest.fixture
