@@ -40,6 +40,8 @@ class MavisConfig:
 
     def __post_init__(self) -> None:
         if self.weights is not None:
+            mapping = isinstance(self.weights, Mapping)
+            _require(mapping, "weights", "a mapping from objective to number", self.weights)
             for name, weight in self.weights.items():
                 _require(_is_number(weight), f"weights[{name!r}]", "a finite number", weight)
         _require(_is_number(self.beta) and self.beta >= 0, "beta", "a finite number of at least 0", self.beta)
