@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
+from chat_model import chat_model
+from mavis_logits import MavisLogitsProcessor, ValueHead
 from mavis_training import demo
 from mavis_training import demo_report as report
 
@@ -105,6 +107,23 @@ def test_the_closing_shows_python(tmp_path: Path) -> None:
 def test_progress_counts_up(measured: list[demo.Measured]) -> None:
     with report.progress(Console(quiet=True), total=3) as advance:
         advance("one", 1)
+
+
+@pytest.mark.parametrize(("beta", "top_k"), [(4.0, 5), (0.0, 50)])
+def test_measuring_answers_judges_and_sums_the_divergence(beta: float, top_k: int) -> None:
+    model, tokenizer = chat_model()
+    head = ValueHead.for_model(model, ["helpful"], width=8)
+    mavis = MavisLogitsProcessor(head, beta=beta, top_k=top_k, model=model, trace=True)
+    judges = {"helpful": lambda prompts, completions, **columns: [float(len(text)) for text in completions]}
+    stage = demo.Stage(model, tokenizer, ["w5 w6", "w7"], judges, seeds=2, max_new_tokens=4)
+    ticks: list[int] = []
+    for processor in (None, mavis):
+        one = demo.measure(stage, demo.Setting("x"), processor, lambda _, steps: ticks.append(steps))
+        assert [len(texts) for texts in one.answers] == [2, 2]
+        assert one.rewards["helpful"].tolist() == [[len(text) for text in texts] for texts in one.answers]
+        moved = processor is not None and beta > 0
+        assert np.all(one.kl > 0) if moved else np.allclose(one.kl, 0, atol=1e-5)
+    assert sum(ticks) == 2 * stage.seeds * stage.max_new_tokens
 
 
 def test_bad_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -187,7 +187,7 @@ def measure(
     """Answer every prompt once per seed in one setting and let the reward models judge; `advance` shows progress."""
     answers, kl = [], []
     for seed in range(stage.seeds):
-        texts, divergence = answer(stage, processor, seed, lambda: advance(setting.name, 1))
+        texts, divergence = answer(stage, processor, seed, lambda steps: advance(setting.name, steps))
         answers.append(texts)
         kl.append(divergence)
     rewards = {
@@ -197,7 +197,7 @@ def measure(
 
 
 def answer(
-    stage: Stage, processor: MavisLogitsProcessor | None, seed: int, tick: Callable[[], None]
+    stage: Stage, processor: MavisLogitsProcessor | None, seed: int, tick: Callable[[int], None]
 ) -> tuple[list[str], list[float]]:
     """Sample one answer to each of P prompts in one batch.
 
@@ -210,7 +210,7 @@ def answer(
     from mavis_logits.demo.chat import answers, chat_inputs
 
     def step(input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
-        tick()
+        tick(1)
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
     inputs = chat_inputs(stage.tokenizer, stage.prompts)
@@ -227,6 +227,7 @@ def answer(
         pad_token_id=stage.tokenizer.pad_token_id,
     )
     prompt_length = inputs["input_ids"].shape[1]
+    tick(stage.max_new_tokens - (output.shape[1] - prompt_length))  # all answers may end early
     texts = answers(stage.tokenizer, output, prompt_length)
     if processor is None or processor.trace is None:
         return texts, [0.0] * len(texts)
