@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mavis_logits.fingerprint import tokenizer_fingerprint
+from mavis_logits.value_head import ValueHead
+from mavis_training import states as states_module
+from mavis_training.packing import pack
+from mavis_training.states import compute_states, read_states, states_path, tree_states
+from mavis_training.train_head import TrainHeadConfig, train_head
+from mavis_training.tree_store import StoreMetadata, TreeStore
+from random_trees import random_tree
+from tiny_models import tiny_llama, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Trees whose reward is the share of low token ids."""
+    metadata = StoreMetadata("tiny", tokenizer_fingerprint(tiny_tokenizer()), {"max_new_tokens": 12})
+    store = TreeStore.create(tmp_path_factory.mktemp("trees"), metadata)
+    for start in (0, 40):
+        trees = [random_tree(i) for i in range(start, start + 40)]
+        shard = store.write(trees)
+        low = [np.array([(t.completion(leaf) < 25).mean() for leaf in t.leaves()]) for t in trees]
+        shard.write_rewards("low", [10 * r for r in low], "test")
+        shard.write_rewards("high", [1 - r for r in low], "test")
+    return store
+
+
+@pytest.fixture
+def config(store, tmp_path):
+    return TrainHeadConfig(
+        store=str(store.folder),
+        objectives=["low", "high"],
+        output=str(tmp_path / "head"),
+        width=32,
+        dropout=0.0,
+        epochs=5,
+        batch_size=64,
+        learning_rate=0.005,
+        warmup_steps=5,
+        validation_share=0.2,
+        device="cpu",
+    )
+
+
+def test_training_learns_and_saves(config):
+    model = tiny_llama()
+    head = train_head(config, model)
+    metrics = json.loads(Path(config.output, "metrics.json").read_text())
+    assert metrics["low"]["correlation"] > 0.1
+    assert metrics["low"]["ranking"]["accuracy"] > 0.55
+    assert metrics["trees"] + metrics["training_trees"] == 80
+    loaded = ValueHead.from_pretrained(config.output).bind(model)
+    hidden = torch.randn(3, 16)
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(hidden), head(hidden))
+    assert loaded.config.objectives == ["low", "high"]
+    assert loaded.config.tokenizer_fingerprint == tokenizer_fingerprint(tiny_tokenizer())
+    assert config.store not in json.dumps(loaded.config.to_dict())
+
+
+def test_states_are_what_enters_the_output_embedding():
+    tree, model = random_tree(3), tiny_llama()
+    layout = pack(tree)
+    states = tree_states(model, layout)
+    assert states.dtype == torch.bfloat16
+    for leaf in tree.leaves():
+        seen = np.flatnonzero(layout.visible()[layout.last[leaf]])
+        with torch.inference_mode():
+            alone = model.model(torch.from_numpy(layout.input_ids[seen])[None]).last_hidden_state[0]
+        torch.testing.assert_close(states[seen].float(), alone, rtol=1e-2, atol=1e-2)
+
+
+def test_the_prefill_pass_goes_on_where_it_stood(store, tmp_path, monkeypatch):
+    model, calls = tiny_llama(), []
+    compute_states(store, model, tmp_path)
+    first, second = store.shards()
+    kept = read_states(first, tmp_path)
+    states_path(tmp_path, second).unlink()
+    monkeypatch.setattr(states_module, "tree_states", lambda *a: calls.append(1) or tree_states(*a))
+    compute_states(store, model, tmp_path)
+    assert len(calls) == len(second.trees())
+    assert all(torch.equal(a, b) for a, b in zip(kept, read_states(first, tmp_path), strict=True))
+
+
+def test_bad_states_are_refused(store, tmp_path):
+    compute_states(store, tiny_llama(), tmp_path)
+    with pytest.raises(ValueError, match="use another folder"):
+        compute_states(store, tiny_llama(seed=1), tmp_path)
+    path = states_path(tmp_path, store.shards()[0])
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(OSError, match="truncated or corrupt"):
+        read_states(store.shards()[0], tmp_path)
+    with pytest.raises(OSError, match="truncated or corrupt"):
+        compute_states(store, tiny_llama(), tmp_path)
+
+
+def test_early_stopping_keeps_the_best_epoch(config):
+    config = dataclasses.replace(config, epochs=30, learning_rate=0.05, patience=1)
+    train_head(config, tiny_llama())
+    metrics = json.loads(Path(config.output, "metrics.json").read_text())
+    history = metrics["validation_loss_by_epoch"]
+    assert len(history) < 30
+    assert int(np.argmin(history)) == len(history) - 2
+
+
+def test_bad_input(config):
+    with pytest.raises(ValueError, match="no complete rewards"):
+        train_head(dataclasses.replace(config, objectives=["funny"]), tiny_llama())
+    with pytest.raises(ValueError, match="width must be at least 1, got 0"):
+        dataclasses.replace(config, width=0)

@@ -1,0 +1,106 @@
+"""Hidden states of a frozen base model over whole trees, computed once and kept on disk in bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from mavis_logits.fingerprint import weights_fingerprint
+
+from .files import replace_when_whole
+from .packing import Layout, pack, packed_inputs, require_packable
+from .tree_store import Shard, TreeStore
+
+
+def compute_states(store: TreeStore, model: PreTrainedModel, folder: str | Path) -> None:
+    """One tree-packed prefill pass over a store: what enters the output embedding, at every token of every tree.
+
+    One file per shard, written when done, so that a killed pass goes on where it stood.
+
+    Args:
+        store: the trees; they need no rewards yet.
+        model: the frozen base model.
+        folder: for the files.
+
+    Raises:
+        ValueError: the model cannot read packed trees.
+    """
+    require_packable(model.config)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    fingerprint = weights_fingerprint(model)
+    with tqdm(store.shards(), desc="hidden states", unit="shard") as shards:
+        for shard in shards:
+            path = states_path(folder, shard)
+            if path.exists():
+                _require_same_model(path, fingerprint)
+                continue
+            states = {str(i): tree_states(model, pack(tree)) for i, tree in enumerate(shard.trees())}
+            with replace_when_whole(path) as temporary:
+                save_file(states, temporary, metadata={"base_fingerprint": fingerprint})
+
+
+def read_states(shard: Shard, folder: str | Path) -> list[Tensor]:
+    """The states that `compute_states` kept for a shard: bfloat16 `[P + N, d]` per tree, in packed order.
+
+    Raises:
+        OSError: they are missing, truncated or corrupt.
+    """
+    path = states_path(Path(folder), shard)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return [file.get_tensor(str(i)) for i in range(len(list(file.keys())))]
+    except SafetensorError as error:
+        raise OSError(f"{path} is truncated or corrupt ({error}): delete this one file and run again.") from error
+
+
+def states_path(folder: Path, shard: Shard) -> Path:
+    """Where a shard's states lie."""
+    return folder / f"{shard.path.stem}.states.safetensors"
+
+
+@torch.inference_mode()
+def tree_states(model: PreTrainedModel, layout: Layout) -> Tensor:
+    """States of one packed tree, bfloat16 `[P + N, d]`."""
+    inputs = packed_inputs([layout], model.config, model.dtype)
+    with output_embedding_input(model) as caught:
+        model(**{name: _to(value, model.device) for name, value in inputs.items()}, use_cache=False)
+    return caught[0][0].to(torch.bfloat16).cpu().contiguous()
+
+
+@contextmanager
+def output_embedding_input(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Catch what enters the output embedding, `[B, T, d]` per forward; logits are computed for one position only."""
+    caught: list[Tensor] = []
+
+    def catch(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        caught.append(args[0])
+        return (args[0][:, -1:], *args[1:])  # nobody reads the logits: spare the product over the vocabulary
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(catch)
+    try:
+        yield caught
+    finally:
+        hook.remove()
+
+
+def _require_same_model(path: Path, fingerprint: str) -> None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = (file.metadata() or {}).get("base_fingerprint")
+    except SafetensorError as error:
+        raise OSError(f"{path} is truncated or corrupt ({error}): delete this one file and run again.") from error
+    if found != fingerprint:
+        raise ValueError(f"{path} holds states of a model with weights {found}, not {fingerprint}: use another folder.")
+
+
+def _to(value: Tensor | dict[str, Tensor], device: torch.device) -> Tensor | dict[str, Tensor]:
+    return {k: v.to(device) for k, v in value.items()} if isinstance(value, dict) else value.to(device)
