@@ -72,6 +72,32 @@ def demo(results: Path) -> str:
     return "\n".join(lines)
 
 
+def steering(results: Path) -> str:
+    """Return the gains of every setting, for value heads and for value models."""
+    lines = []
+    for kind, title in (("head", "One value head with three outputs"), ("model", "Three value models")):
+        run = read(results / f"steering_{kind}.json")
+        if run is None:
+            continue
+        objectives = list(run["config"]["rewards"])
+        rows = [
+            (
+                name,
+                *(f"{row[one]['gain_sd']:+.2f} ± {row[one]['gain_sd_error']:.2f}" for one in objectives),
+                f"{row['kl']:.1f}",
+            )
+            for name, row in run["settings"].items()
+        ]
+        lines += [
+            f"**{title}**: change of each reward in standard deviations of the unsteered model's, {run['prompts']} held-out "
+            f"prompts x {len(run['config']['seeds'])} seeds, {run['date']}:",
+            "",
+            *table(["setting", *objectives, "KL (nats)"], rows),
+            "",
+        ]
+    return "\n".join(lines)
+
+
 def decode(results: Path) -> str:
     """Return the ratios of decoding times."""
     run = read(results / "decode.json")
@@ -106,7 +132,7 @@ def read(file: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
-SECTIONS: dict[str, Callable[[Path], str]] = {"demo": demo, "steering": lambda results: "", "decode": decode}
+SECTIONS: dict[str, Callable[[Path], str]] = {"demo": demo, "steering": steering, "decode": decode}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -63,9 +63,18 @@ def test_sections_are_filled_again_without_growing(tmp_path: Path) -> None:
         "results": [{"batch": 1, "variant": "value head", "median": 1.014, "low": 1.0, "high": 1.1}],
     }
     (tmp_path / "decode.json").write_text(json.dumps(decode))
+    gain = {"gain_sd": 1.204, "gain_sd_error": 0.1}
+    steering = {
+        "date": "2026-01-01",
+        "prompts": 100,
+        "config": {"rewards": {"helpful": "folder"}, "seeds": [0, 1, 2]},
+        "settings": {"helpful 1": {"helpful": gain, "kl": 20.04}},
+    }
+    (tmp_path / "steering_head.json").write_text(json.dumps(steering))
     empty = "".join(f"<!-- begin {name} -->\nold\n<!-- end {name} -->\n" for name in fill_readme.SECTIONS)
     once = fill_readme.filled(empty, tmp_path)
     assert "| 1 | value head | 1.01 (1.00 to 1.10) |" in once
+    assert "| helpful 1 | +1.20 ± 0.10 | 20.0 |" in once
     assert "old" not in once
     assert fill_readme.filled(once, tmp_path) == once
 

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
 from chat_model import chat_model
@@ -51,15 +49,6 @@ def test_the_settings_isolate_each_effect() -> None:
         {"a": 0.0, "b": 1.0},
     ]
     assert {first.beta, both.beta, second.beta} == {3.0}
-
-
-@given(st.integers(1, 4), st.integers(2, 6), st.integers(0, 99))
-def test_error_is_over_prompts_and_repeating_a_sample_gains_nothing(seeds: int, prompts: int, seed: int) -> None:
-    samples = np.random.default_rng(seed).normal(size=(seeds, prompts))
-    mean, error = report.mean_and_error(samples)
-    assert mean == pytest.approx(samples.mean())
-    assert report.mean_and_error(np.repeat(samples, 3, axis=0)) == pytest.approx((mean, error))
-    assert report.mean_and_error(2 * samples + 1) == pytest.approx((2 * mean + 1, 2 * error))
 
 
 @pytest.mark.parametrize("width", [200, 60])

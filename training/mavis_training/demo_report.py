@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from rich.text import Text
 
+from mavis_training.evaluate import mean_and_error
 from mavis_training.files import write_json
 
 if TYPE_CHECKING:
@@ -23,16 +24,6 @@ if TYPE_CHECKING:
 
 # Narrower columns than this are hard to read.
 _COLUMN_WIDTH = 28
-
-
-def mean_and_error(samples: np.ndarray) -> tuple[float, float]:
-    """Return the mean of samples [S, P] (S seeds, P prompts) and its standard error.
-
-    Answers to one prompt resemble each other, so that the error is taken over the P means per prompt.
-    """
-    per_prompt = samples.mean(axis=0)
-    error = per_prompt.std(ddof=1) / np.sqrt(per_prompt.size) if per_prompt.size > 1 else float("nan")
-    return float(samples.mean()), float(error)
 
 
 def introduction(objectives: Sequence[str], top_k: int) -> RenderableType:
@@ -124,7 +115,7 @@ def draw(measured: Sequence[Measured], objectives: Sequence[str], path: Path) ->
     first, second = objectives
     figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
     for one in measured:
-        (x, x_error), (y, y_error) = mean_and_error(one.rewards[first]), mean_and_error(one.rewards[second])
+        (x, x_error), (y, y_error) = _mean_and_error(one.rewards[first]), _mean_and_error(one.rewards[second])
         colour = "tab:blue" if one.setting.beta else "tab:grey"
         axes.errorbar(x, y, xerr=x_error, yerr=y_error, fmt="o", color=colour, capsize=3)
         offset = (
@@ -188,11 +179,16 @@ def closing(out: str, values: str | dict[str, str]) -> str:
     )
 
 
+def _mean_and_error(samples: np.ndarray) -> tuple[float, float]:
+    """Mean of samples [S, P] (S seeds, P prompts) and its standard error over prompts."""
+    return mean_and_error(samples.ravel(), samples.shape[1])
+
+
 def _json_mean(samples: np.ndarray) -> dict[str, float | None]:
-    mean, error = mean_and_error(samples)
+    mean, error = _mean_and_error(samples)
     return {"mean": mean, "error": error if np.isfinite(error) else None, "deviation": float(samples.std())}
 
 
 def _plus_minus(samples: np.ndarray) -> str:
-    mean, error = mean_and_error(samples)
+    mean, error = _mean_and_error(samples)
     return f"{mean:.2f} ± {error:.2f}"
