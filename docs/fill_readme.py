@@ -89,8 +89,8 @@ def steering(results: Path) -> str:
             for name, row in run["settings"].items()
         ]
         lines += [
-            f"**{title}**: change of each reward in standard deviations of the unsteered model's, {run['prompts']} held-out "
-            f"prompts x {len(run['config']['seeds'])} seeds, {run['date']}:",
+            f"**{title}**: change of each reward in standard deviations of the unsteered model's, "
+            f"{run['prompts']} held-out prompts x {len(run['config']['seeds'])} seeds, {run['date']}:",
             "",
             *table(["setting", *objectives, "KL (nats)"], rows),
             "",
