@@ -162,7 +162,8 @@ class MavisLogitsProcessor(LogitsProcessor):
         if temperature != 1.0 and self.config.reference_temperature != 1.0:
             warnings.warn(
                 f"reference_temperature={self.config.reference_temperature} and the base model's generation config has "
-                f"temperature={temperature}: both will be applied. Pass temperature=1.0 to generate to tilt as the paper does.",
+                f"temperature={temperature}: both will be applied. Pass temperature=1.0 to generate, to tilt as the "
+                "paper does.",
                 stacklevel=3,
             )
         return self
@@ -235,8 +236,9 @@ class MavisLogitsProcessor(LogitsProcessor):
         with self._lock:
             self.stats.add(len(scores), kl, seconds)
         if self.trace is not None:
-            at = tilted.gather(1, candidates) if keep else tilted
-            self._record(input_ids, live, candidates, log_ref, at, values, beta.expand(len(scores)), kl)
+            step = {"live": live, "candidates": candidates, "reference": log_ref, "values": values, "kl": kl}
+            step |= {"tilted": tilted.gather(1, candidates) if keep else tilted, "beta": beta.expand(len(scores))}
+            self._record(input_ids, step)
         if self._leaves_scores_alone(log_ref.shape[1], scores.shape[1]):
             return scores
         if not keep:
@@ -306,42 +308,17 @@ class MavisLogitsProcessor(LogitsProcessor):
         plain = config.kl_budget is None and config.reference_temperature == 1.0 and not self._beta.any()
         return plain and (k == vocabulary or config.unscored == "keep")
 
-    def _record(
-        self,
-        input_ids: Tensor,
-        live: Tensor,
-        candidates: Tensor,
-        log_ref: Tensor,
-        tilted: Tensor,
-        values: Tensor,
-        beta: Tensor,
-        kl: Tensor,
-    ) -> None:
+    def _record(self, input_ids: Tensor, step: dict[str, Tensor]) -> None:
+        """Add a step to the trace, which begins anew with every `generate` call."""
         assert self.trace is not None
-        steps = self.trace.steps
-        before = getattr(self._local, "traced", None)
-        goes_on = (
-            steps and before is not None and before.shape[0] == input_ids.shape[0] and before.shape[1] < input_ids.shape[1]
-            and torch.equal(before, input_ids[:, : before.shape[1]])
-        )  # fmt: skip
-        if goes_on:
-            self.trace.took(input_ids[:, steps[-1].length])
-        elif not steps or not self._same_prompt(input_ids):
+        before: Tensor | None = getattr(self._local, "traced", None)
+        if before is not None and _begins(before, input_ids):
+            self.trace.took(input_ids[:, before.shape[1]])
+        elif not _begins(getattr(self._local, "prompt", None), input_ids):  # nor beams reordered, or drafts rejected
             self.trace = MavisTrace(self.objectives, self._eos)
             self._local.prompt = input_ids.clone()
         self._local.traced = input_ids.clone()
-        self.trace.add(
-            length=input_ids.shape[1], live=live, candidates=candidates, reference=log_ref, tilted=tilted, values=values,
-            beta=beta, kl=kl, taken=torch.full_like(candidates[:, 0], -1),
-        )  # fmt: skip
-
-    def _same_prompt(self, input_ids: Tensor) -> bool:
-        """Whether the traced call's prompt begins these rows, and they are longer (reordered beams, rejected drafts)."""
-        prompt: Tensor | None = getattr(self._local, "prompt", None)
-        return (
-            prompt is not None and prompt.shape[0] == input_ids.shape[0] and prompt.shape[1] < input_ids.shape[1]
-            and torch.equal(prompt, input_ids[:, : prompt.shape[1]])
-        )  # fmt: skip
+        self.trace.add(length=input_ids.shape[1], taken=torch.full_like(input_ids[:, 0], -1), **step)
 
     def _check(self, input_ids: Tensor, scores: Tensor) -> None:
         if (
@@ -352,8 +329,8 @@ class MavisLogitsProcessor(LogitsProcessor):
         ):
             raise ValueError(
                 "MavisLogitsProcessor needs the tokens so far, [rows, length], beside scores [rows, vocabulary]; got "
-                f"{getattr(input_ids, 'shape', None)} and {tuple(scores.shape)}. Continuous batching gives processors no "
-                "history: use generate, or generate_batch without this processor."
+                f"{getattr(input_ids, 'shape', None)} and {tuple(scores.shape)}. Continuous batching gives processors "
+                "no history: use generate, or generate_batch without this processor."
             )
         if input_ids.shape[1] == 0:
             raise ValueError("the prompt is empty: give generate at least one token to go on from")
@@ -370,9 +347,16 @@ class MavisLogitsProcessor(LogitsProcessor):
         if bad.any():
             row, candidate, m = torch.nonzero(bad)[0].tolist()
             raise ValueError(
-                f"the value function for {self.objectives[m]!r} gave {float(values[row, candidate, m])} (row {row}, candidate "
-                f"{candidate}): its weights are damaged or it overflows in its dtype; load it in float32 or bfloat16"
+                f"the value function for {self.objectives[m]!r} gave {float(values[row, candidate, m])} (row {row}, "
+                f"candidate {candidate}): its weights are damaged or it overflows in its dtype; load it in float32"
             )
+
+
+def _begins(prefix: Tensor | None, input_ids: Tensor) -> bool:
+    """Whether every row of `input_ids` [R, T] goes on from the same row of `prefix` [R, T'], T' < T."""
+    if prefix is None or len(prefix) != len(input_ids) or prefix.shape[1] >= input_ids.shape[1]:
+        return False
+    return torch.equal(prefix, input_ids[:, : prefix.shape[1]])
 
 
 def _is_probe(scores: Tensor) -> bool:
@@ -406,6 +390,6 @@ def _check_context(model: ValueModel, length: int) -> None:
     limit = getattr(model.backbone.config, "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise ValueError(
-            f"a sequence of {length} tokens is longer than the {limit} that the value model for {model.config.objectives} can "
-            "read: shorten the prompt or max_new_tokens, or use a value model with a longer context"
+            f"a sequence of {length} tokens is longer than the {limit} that the value model for "
+            f"{model.config.objectives} can read: shorten the prompt or max_new_tokens, or use one with a longer context"
         )

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -139,9 +140,7 @@ def read_prompts(path: str, limit: int | None = None) -> list[dict[str, Any]]:
             row = json.loads(line)
             identifier, prompt = row["id"], row["prompt"]
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"{path}, line {number}: expected a JSON object with 'id' and 'prompt' ({error!r})"
-            ) from error
+            raise ValueError(f"{path}, line {number}: expected an object with 'id' and 'prompt' ({error!r})") from error
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"{path}, line {number}: the prompt of {identifier!r} is empty; remove the line")
         if identifier in rows:
@@ -162,7 +161,8 @@ def encode_prompts(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBas
     long = [f"{row['id']} ({len(ids)})" for row, ids in zip(rows, encoded, strict=True) if len(ids) > max_tokens]
     if long:
         raise ValueError(
-            f"{len(long)} prompts have more than {max_tokens} tokens: {', '.join(long[:5])}. Drop them or raise max_prompt_tokens."
+            f"{len(long)} prompts have more than {max_tokens} tokens: {', '.join(long[:5])}. Drop them or "
+            "raise max_prompt_tokens."
         )
     return encoded
 
@@ -211,14 +211,8 @@ class _Growing:
 
     def finish(self) -> Tree:
         columns = {key: value for key, value in self.row.items() if key not in ("id", "prompt")}
-        return Tree(
-            str(self.row["id"]),
-            self.row["prompt"],
-            self.prompt_tokens,
-            self.tokens,
-            columns=columns,
-            **self.nodes,  # type: ignore[arg-type]
-        )
+        tokens, prompt_tokens = (np.array(ids, dtype=np.int32) for ids in (self.tokens, self.prompt_tokens))
+        return Tree(str(self.row["id"]), self.row["prompt"], prompt_tokens, tokens, columns=columns, **self.nodes)  # type: ignore[arg-type]
 
 
 @dataclass

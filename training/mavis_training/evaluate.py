@@ -1,4 +1,4 @@
-"""Measure steering: rewards and the KL divergence of equation 7 on held-out prompts, setting by setting (section 4.1)."""
+"""Measure steering on held-out prompts, setting by setting: rewards and the KL divergence of equation 7 (section 4.1)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "prompts": len(rows),
         "settings": {},
     }
-    prompts = [row["prompt"] for row in rows] * len(config.seeds)
-    rewards = {name: _score(judges, prompts, done.texts) for name, done in written.items()}
+    rewards = {name: _score(judges, rows * len(config.seeds), done.texts) for name, done in written.items()}
     plain = next(name for name, setting in config.settings.items() if not setting)
     for name, done in written.items():
         results["settings"][name] = summarise(done, rewards[name], rewards[plain], len(rows)) | {
@@ -187,9 +187,13 @@ def _read(path: Path, setting: Mapping[str, Any], count: int) -> Completions:
 
 
 def _score(
-    judges: Mapping[str, Reward], prompts: Sequence[str], texts: Sequence[str]
+    judges: Mapping[str, Reward], rows: Sequence[dict[str, Any]], texts: list[str]
 ) -> dict[str, NDArray[np.float64]]:
-    return {name: np.asarray(compute_rewards(judge, list(prompts), list(texts))) for name, judge in judges.items()}
+    """Every reward of every text, by objective; `rows` are the prompt rows that the texts answer."""
+    prompts = [row["prompt"] for row in rows]
+    shared = set(rows[0]).intersection(*rows) - {"prompt"}
+    columns = {name: [row[name] for row in rows] for name in sorted(shared)}
+    return {name: np.array(compute_rewards(judge, prompts, texts, columns, name)) for name, judge in judges.items()}
 
 
 def summarise(
@@ -206,7 +210,7 @@ def summarise(
         summary[objective] = {"reward": mean, "error": error, "gain_sd": gain, "gain_sd_error": gain_error}
     kl, kl_error = mean_and_error(np.asarray(done.log_ratios), prompts)
     words = [text.split() for text in done.texts]
-    pairs = [pair for text in words for pair in zip(text, text[1:], strict=False)]
+    pairs = [pair for text in words for pair in pairwise(text)]
     return summary | {
         "kl": kl,
         "kl_error": kl_error,
@@ -239,8 +243,9 @@ def markdown(results: Mapping[str, Any]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     config, versions = results["config"], ", ".join(f"{k} {v}" for k, v in results["versions"].items())
     note = (
-        f"{results['prompts']} held-out prompts, seeds {config['seeds']}, {config['max_new_tokens']} tokens at most, base model in "
-        f"{config['dtype']}; means ± standard errors over prompts; KL by equation 7 against the full vocabulary. "
+        f"{results['prompts']} held-out prompts, seeds {config['seeds']}, {config['max_new_tokens']} tokens at most, "
+        f"base model in {config['dtype']}; means ± standard errors over prompts; KL by equation 7, against the full "
+        f"vocabulary. "
         f"{results['machine']}; {versions}; {results['date']}."
     )
     return "\n".join([*lines, "", note, ""])
