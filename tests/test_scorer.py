@@ -16,7 +16,7 @@ from mavis_logits.testing import check_scorer, recompute_values
 from tiny import ARCHITECTURES, VOCABULARY, make_value_model
 
 UNCACHED = {"bloom", "mamba"}  # Bloom's attention takes no mask of ours; Mamba's state is not addressed by token
-SDPA = set(ARCHITECTURES) - UNCACHED
+SDPA = set(ARCHITECTURES) - UNCACHED - {"gemma2"}  # transformers runs Gemma 2 with eager attention only
 
 
 def value_model(architecture: str, attention: str | None = None) -> ValueModel:
@@ -28,7 +28,7 @@ def value_model(architecture: str, attention: str | None = None) -> ValueModel:
 
 @pytest.mark.parametrize(
     ("architecture", "attention"),
-    [(a, i) for a in ARCHITECTURES for i in ("eager", "sdpa") if i == "eager" or a in SDPA],
+    [(a, "eager") for a in ARCHITECTURES] + [(a, "sdpa") for a in sorted(SDPA)],
 )
 def test_every_architecture_keeps_the_laws(architecture: str, attention: str) -> None:
     model = value_model(architecture, attention)
