@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from mavis_logits.value_head import ValueHead
+from mavis_logits.value_model import ValueModel
+from mavis_training.cards import CardConfig, write_card
+from mavis_training.metrics import FRACTIONS
+from tiny_models import tiny_llama
+
+
+def metrics(objectives):
+    one = {
+        "r2": 0.41,
+        "correlation": 0.65,
+        "inner_r2": 0.31,
+        "inner_correlation": 0.59,
+        "by_fraction": {str(f): {"correlation": f / 2, "r2": f / 4} for f in FRACTIONS},
+        "ranking": {"accuracy": 0.62, "pairs": 345},
+    }
+    return {"trees": 60, "nodes": 1700, "leaves": 900, "training_trees": 540} | dict.fromkeys(objectives, one)
+
+
+def setting(weights, kl, **rewards):
+    row = {name: {"reward": r, "error": 0.03, "gain_sd": r / 2, "gain_sd_error": 0.01} for name, r in rewards.items()}
+    return {"setting": {"weights": weights} if weights else {}, "kl": kl, "kl_error": 0.1} | row
+
+
+EVALUATION = {
+    "prompts": 100,
+    "config": {"seeds": [0, 1, 2], "max_new_tokens": 48},
+    "settings": {
+        "unsteered": setting(None, 0.0, a=0.1, b=0.2),
+        "all a": setting({"a": 1.0}, 11.25, a=1.44, b=0.0),
+        "all b": setting({"b": 1.0}, 12.0, a=0.0, b=1.0),
+    },
+}
+
+
+@pytest.fixture
+def evaluation(tmp_path):
+    path = tmp_path / "evaluation.json"
+    path.write_text(json.dumps(EVALUATION))
+    return str(path)
+
+
+def saved(folder, value_function, objectives):
+    value_function.save_pretrained(folder)
+    (folder / "metrics.json").write_text(json.dumps(metrics(objectives)))
+    return folder
+
+
+def test_the_card_of_a_value_model(tmp_path, evaluation):
+    recipe = {"zeta": 0.0, "data": {"sampling": {"layers": 3, "max_new_tokens": 48}}}
+    model = ValueModel.from_backbone(tiny_llama(), objectives=["a"], base_model="org/base", recipe=recipe)
+    folder = saved(tmp_path / "value-a", model, ["a"])
+    path = write_card(CardConfig(str(folder), evaluation=evaluation, rewards={"a": "how a it is"}))
+    card = ModelCard.load(path)
+    assert card.data.license == "apache-2.0"
+    assert card.data.base_model == "org/base"
+    text = card.text
+    for part in ("# value-a", "how a it is", "zeta: 0.0", "540 trees", "0.62 (345 pairs)", "0.50 (0.25)", "(2 layers)"):
+        assert part in text
+    assert "| all a | 1.44 ± 0.03 (+0.72) | 0.00 ± 0.03 (+0.00) | 11.2 ± 0.1 |" in text
+    assert "unsteered" in text
+    assert "all b" not in text
+    assert str(tmp_path) not in text
+    code = text.split("```python")[1].split("```")[0]
+    compile(code, "card", "exec")
+    assert yaml.safe_load(text.split("```yaml")[1].split("```")[0]) == recipe
+
+
+def test_the_card_of_a_value_head(tmp_path):
+    head = ValueHead.for_model(tiny_llama(), objectives=["a", "b"], width=8)
+    folder = saved(tmp_path / "head", head, ["a", "b"])
+    text = write_card(CardConfig(str(folder), name="org/head")).read_text()
+    assert "# org/head" in text
+    assert "after the first token" in text
+    assert "Reward and divergence" not in text
+    compile(text.split("```python")[1].split("```")[0], "card", "exec")
+
+
+def test_bad_input(tmp_path):
+    with pytest.raises(OSError, match=r"config\.json"):
+        write_card(CardConfig(str(tmp_path)))
+    folder = saved(tmp_path / "other", tiny_llama(), ["a"])
+    with pytest.raises(ValueError, match="of type 'llama'"):
+        write_card(CardConfig(str(folder)))
+    model = ValueModel.from_backbone(tiny_llama(), objectives=["a"])
+    folder = saved(tmp_path / "value", model, ["a"])
+    with pytest.raises(ValueError, match=r"rewards describes \['z'\]"):
+        write_card(CardConfig(str(folder), rewards={"z": "?"}))
