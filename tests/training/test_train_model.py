@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from random_trees import random_tree
-from tiny_models import tiny_llama, tiny_tokenizer
 
 from mavis_logits.fingerprint import tokenizer_fingerprint
 from mavis_logits.value_model import ValueModel
 from mavis_training.data import load_trees, reward_units, split_by_prompt
 from mavis_training.train_model import LoraSettings, TrainModelConfig, ValueTrainer, train_model
 from mavis_training.tree_store import StoreMetadata, TreeStore
+from random_trees import random_tree
+from tiny_models import tiny_llama, tiny_tokenizer
 
 TREES = 80
 

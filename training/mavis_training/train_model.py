@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -124,7 +125,7 @@ def train_model(config: TrainModelConfig, backbone: PreTrainedModel | None = Non
     """Train a value model, save it with `metrics.json` and `train_config.json`, and return it.
 
     Of the epochs, the one with the smallest validation loss is kept. Killed at any instant, a rerun goes on from the
-    last checkpoint (one per epoch).
+    last checkpoint (one per epoch); checkpoints are removed at the end.
 
     Args:
         config: how to train.
@@ -171,6 +172,7 @@ def train_model(config: TrainModelConfig, backbone: PreTrainedModel | None = Non
     model.save_pretrained(output)
     write_json(output / "train_config.json", recipe_of(asdict(config), store.metadata))
     write_json(output / "metrics.json", metrics)
+    shutil.rmtree(trainer.args.output_dir)  # type: ignore[arg-type]  # done: the folder is ready to be published
     return model
 
 

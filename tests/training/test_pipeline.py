@@ -1,0 +1,115 @@
+"""The whole path on a tiny model: collect, label, train a head and a model, steer with them, measure, write cards."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from chat_model import chat_model
+from mavis_training import collect as collect_module
+from mavis_training import evaluate as evaluate_module
+from mavis_training.cards import CardConfig, write_card
+from mavis_training.collect import CollectConfig, collect
+from mavis_training.evaluate import EvaluateConfig, evaluate
+from mavis_training.label import LabelConfig, label
+from mavis_training.train_head import TrainHeadConfig, train_head
+from mavis_training.train_model import LoraSettings, TrainModelConfig, train_model
+
+REWARDS = {"low": "text_rewards:low", "high": "text_rewards:high"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with prompts, labelled trees, a head for both objectives, and a value model for `low`."""
+    folder = tmp_path_factory.mktemp("runs")
+    base, tokenizer = chat_model()
+    rows = [{"id": f"p{i}", "prompt": f"w{i % 40} w{i * 7 % 40}", "kind": "test"} for i in range(60)]
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    store = str(folder / "trees")
+    sampling = {"max_new_tokens": 10, "layers": 2, "root_children": 3, "children": 2}
+    collect(CollectConfig(str(folder / "prompts.jsonl"), store, **sampling, device="cpu"), base, tokenizer)
+    label(LabelConfig(store, REWARDS), tokenizer=tokenizer)
+    head = TrainHeadConfig(
+        store, ["low", "high"], str(folder / "head"), width=32, dropout=0.0, epochs=4, batch_size=64,
+        learning_rate=0.01, warmup_steps=5, validation_share=0.2, device="cpu",
+    )  # fmt: skip
+    train_head(head, base)
+    model = TrainModelConfig(
+        store, ["low"], str(folder / "model"), num_layers=1, lora=LoraSettings(0), targets="tokens", epochs=2,
+        batch_size=8, learning_rate=0.01, warmup_steps=0, validation_share=0.2, device="cpu",
+    )  # fmt: skip
+    train_model(model, base)
+    return folder
+
+
+@pytest.fixture
+def evaluation(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate_module, "load_chat_model", lambda *a: chat_model())
+    monkeypatch.setattr(collect_module, "load_chat_model", lambda *a: chat_model())
+    return EvaluateConfig(
+        prompts=str(runs / "prompts.jsonl"),
+        output=str(tmp_path / "results" / "steering.json"),
+        completions=str(tmp_path / "completions"),
+        value_functions=str(runs / "head"),
+        rewards=REWARDS,
+        settings={
+            "unsteered": {},
+            "top": {"beta": 0.0, "weights": {"low": 1.0}},
+            "low": {"beta": 8.0, "weights": {"low": 1.0}},
+            "high": {"beta": 8.0, "weights": {"high": 1.0}},
+        },
+        limit=30,
+        seeds=[0, 1],
+        max_new_tokens=10,
+        batch_size=20,
+        device="cpu",
+    )
+
+
+def test_steering_raises_the_reward_it_was_trained_on(evaluation):
+    settings = evaluate(evaluation)["settings"]
+    for objective in ("low", "high"):
+        assert settings[objective][objective]["gain_sd"] > 0.5
+        assert settings[objective]["kl"] > settings["top"]["kl"] > 0
+    assert settings["unsteered"]["kl"] == 0
+    assert settings["unsteered"]["low"]["gain_sd"] == 0
+    assert settings["low"]["completions"] == 60
+    assert 0 < settings["low"]["distinct_2"] <= 1
+    table = Path(evaluation.output).with_suffix(".md").read_text()
+    assert all(f"| {name} |" in table for name in evaluation.settings)
+
+
+def test_finished_settings_are_not_run_again(evaluation, monkeypatch):
+    first = evaluate(evaluation)
+    monkeypatch.setattr(evaluate_module, "load_chat_model", lambda *a: pytest.fail("nothing is left to generate"))
+    assert evaluate(evaluation)["settings"] == first["settings"]
+    changed = dict(evaluation.settings) | {"low": {"beta": 1.0, "weights": {"low": 1.0}}}
+    with pytest.raises(ValueError, match="completions of other settings"):
+        evaluate(dataclasses.replace(evaluation, settings=changed))
+
+
+def test_value_models_steer_and_cards_are_written(evaluation, runs):
+    settings = {name: evaluation.settings[name] for name in ("unsteered", "low")}
+    changed = dataclasses.replace(evaluation, value_functions={"low": str(runs / "model")}, settings=settings)
+    assert evaluate(changed)["settings"]["low"]["low"]["gain_sd"] > 0.3
+    text = write_card(CardConfig(str(runs / "model"), evaluation=changed.output)).read_text()
+    assert "| low |" in text
+    assert "training_trees" not in text
+    assert {path.name for path in (runs / "model").iterdir()} >= {"model.safetensors", "metrics.json", "README.md"}
+    assert not (runs / "model" / "checkpoints").exists()
+
+
+def test_bad_input(evaluation):
+    with pytest.raises(ValueError, match="unknown setting 'bta'"):
+        dataclasses.replace(evaluation, settings={"unsteered": {}, "x": {"bta": 1}})
+    with pytest.raises(ValueError, match="an empty one"):
+        dataclasses.replace(evaluation, settings={"x": {"beta": 1.0}})
+    with pytest.raises(ValueError, match="funny"):
+        evaluate(
+            dataclasses.replace(evaluation, settings={"unsteered": {}, "x": {"beta": 1.0, "weights": {"funny": 1.0}}})
+        )
+    with pytest.raises(ValueError, match="cannot be imported"):
+        evaluate(dataclasses.replace(evaluation, rewards={"low": "text_rewards:nothing"}))
