@@ -4,12 +4,12 @@ import math
 
 import numpy as np
 import pytest
-from random_trees import random_tree
-from tiny_models import tiny_tokenizer
 
 from mavis_logits.fingerprint import tokenizer_fingerprint
 from mavis_training.label import LabelConfig, label, leaf_texts
 from mavis_training.tree_store import StoreMetadata, TreeStore
+from random_trees import random_tree
+from tiny_models import tiny_tokenizer
 
 
 @pytest.fixture

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from random_trees import random_tree
 
 from mavis_training.metrics import Prediction, correlation, r_squared, validation_metrics
 from mavis_training.packing import pack
 from mavis_training.targets import node_targets, root_target
+from random_trees import random_tree
 
 
 def prediction(seed, transform=lambda x: x, prompt=True):

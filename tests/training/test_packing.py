@@ -5,8 +5,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_trees import random_tree
-from tiny_models import tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, Qwen2Config, Qwen2ForCausalLM
 
 from mavis_logits.value_model import ValueModel
@@ -21,6 +19,8 @@ from mavis_training.packing import (
 )
 from mavis_training.targets import kept_nodes, node_targets
 from mavis_training.train_model import value_loss
+from random_trees import random_tree
+from tiny_models import tiny_llama
 
 SCALE = torch.tensor([0.7, 1.9])
 

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import tiny_tokenizer
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from mavis_training.rewards import compute_rewards, load_reward
+from tiny_models import tiny_tokenizer
 
 
 def count_words(prompts, completions):

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from random_trees import random_tree
 
 from mavis_training.targets import is_validation, kept_nodes, log_ratios, node_targets, root_target
+from random_trees import random_tree
 
 seeds = st.integers(0, 10_000)
 

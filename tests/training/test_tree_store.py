@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from random_trees import random_tree
 
 from mavis_training.tree_store import FORMAT_VERSION, StoreMetadata, Tree, TreeStore
+from random_trees import random_tree
 
 
 def metadata(**changes) -> StoreMetadata:
