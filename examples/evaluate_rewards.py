@@ -3,7 +3,7 @@
     python examples/evaluate_rewards.py --data FOLDER --model MODEL [--rewards examples/rewards] [--out docs/results]
 
 Writes `rewards.json` and `rewards.md` to the out folder and a card (`README.md`) into each reward's folder. MODEL is a
-chat model whose replies to benign prompts are scored: a Hub id or a folder. About five minutes on one CPU core.
+chat model whose replies to benign prompts are scored: a Hub id or a folder. About ten minutes on one CPU core.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from reward_model import load_adapter, score
 
 OBJECTIVES = ("helpful", "harmless", "humour")
 SEED = 1
+MAX_PAIRS = 440  # of a slice: a standard error of at most 0.024
 Score = Callable[[Sequence[Text]], list[float]]
 Result = dict[str, Any]
 
@@ -73,8 +74,9 @@ def prefers_better(reward: Score, pairs: Sequence[Pair]) -> list[bool]:
 def pair_slices(reward: Score, pairs: list[Pair]) -> dict[str, Result]:
     """Accuracy by kind of comparison, with that of preferring the longer text beside it."""
     by_slice: dict[str, list[Pair]] = defaultdict(list)
-    for pair in pairs:
-        by_slice[pair.slice].append(pair)
+    for pair in random.Random(SEED).sample(pairs, len(pairs)):
+        if len(by_slice[pair.slice]) < MAX_PAIRS:
+            by_slice[pair.slice].append(pair)
     return {
         name: proportion(prefers_better(reward, group))
         | {"longer_is_better": round(float(np.mean([len(p.better[1]) > len(p.worse[1]) for p in group])), 4)}
