@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Sequence
@@ -16,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import cached_file
 
@@ -52,20 +52,25 @@ def load_value_model(
     hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
     config = _read_json(_find(name, "config.json", hub))
     adapter = _read_json(_find(name, ADAPTER_CONFIG, hub))
+    kwargs["use_safetensors"] = True
     try:
         if config.get("model_type") == ValueModelConfig.model_type:
             if adapter:
                 return _load_own_adapter(cls, name, config, backbone, merge, hub, kwargs)
-            return cls._from_own_checkpoint(name, **{"use_safetensors": True} | kwargs).eval()  # type: ignore[return-value]
+            return _checked(name, *cls._from_own_checkpoint(name, **kwargs)).eval()  # type: ignore[return-value]
         if adapter.get("task_type") == "SEQ_CLS" or _is_sequence_classifier(config):
-            return _load_sequence_classifier(cls, name, adapter, backbone, merge, objectives, kwargs)
+            return _load_sequence_classifier(cls, name, adapter, backbone, merge, objectives, hub, kwargs)
         head = _trl_head(name, hub)
-        if head is not None:
+        if head:
             return _load_trl(cls, name, head, objectives, kwargs)
     except SafetensorError as error:
         raise OSError(
             f"{name} has a corrupt or half-written safetensors file ({error}): download or save it again"
         ) from error
+    if not adapter and _find(name, "pytorch_model.bin", hub):
+        raise OSError(
+            f"{name} has its weights only as a pickle (pytorch_model.bin), which is not loaded: convert it to safetensors"
+        )
     kind = config.get("model_type") or adapter.get("task_type") or "nothing with a config.json"
     raise ValueError(
         f"{name} is no value model (found: {kind}). Expected a saved ValueModel, a sequence-classification checkpoint or "
@@ -119,16 +124,15 @@ def _load_own_adapter(
                 f"{name} is an adapter on the first layers of {source}, which could not be loaded: pass the loaded model "
                 "as backbone= (a processor that is given model= does so), or download it first"
             ) from error
-    trunk = truncated_backbone(source, config.backbone_config.num_hidden_layers)
+    trunk = truncated_backbone(source, config.backbone_config.num_hidden_layers, kwargs.get("dtype") or torch.float32)
     if config.backbone_fingerprint not in (None, weights_fingerprint(trunk)):
         warnings.warn(
             f"{name} was trained on other weights of {config.backbone} than those given; its values will be off. Pass the "
             "model it was trained on as backbone=.",
             stacklevel=4,
         )
-    dtype = kwargs.get("dtype") or torch.float32
-    model = cls._assemble(config, trunk.to(dtype))
-    return load_adapter(model, LoraConfig.from_pretrained(str(folder)), folder, merge).to(dtype)  # type: ignore[return-value]
+    lora = LoraConfig.from_pretrained(str(folder))
+    return load_adapter(cls._assemble(config, trunk), lora, folder, merge)
 
 
 def _load_sequence_classifier(
@@ -138,27 +142,42 @@ def _load_sequence_classifier(
     backbone: PreTrainedModel | str | None,
     merge: bool,
     objectives: Sequence[str] | None,
+    hub: dict[str, Any],
     kwargs: dict[str, Any],
 ) -> ValueModel:
     """The trunk and the `score` layer of a sequence classifier; its own pooling by padding ids is not used."""
-    kwargs = {"use_safetensors": True} | kwargs
-    if adapter:
-        base = backbone if backbone is not None else adapter["base_model_name_or_path"]
-        if isinstance(base, str):
-            labels = len(objectives) if objectives is not None else 1
-            base = AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels, **kwargs)
-        peft = PeftModel.from_pretrained(base, name, is_trainable=not merge)
-        if not merge:
-            raise ValueError(f"{name} is a PEFT sequence classifier, which is read merged: use merge=True")
-        classifier = peft.merge_and_unload()  # type: ignore[operator]
+    if not adapter:
+        classifier = _complete(AutoModelForSequenceClassification, name, **kwargs)
+    elif not merge:
+        raise ValueError(f"{name} is a PEFT sequence classifier, which is read merged: use merge=True")
     else:
-        classifier = AutoModelForSequenceClassification.from_pretrained(name, **kwargs)
-    score = getattr(classifier, "score", None)
-    if not isinstance(score, torch.nn.Linear):
+        score = _tensors(name, ADAPTER_WEIGHTS, "score.weight", hub)
+        labels = len(next(iter(score.values()))) if score else len(objectives or ["reward"])
+        base = _classifier_base(backbone or adapter["base_model_name_or_path"], labels, hub, kwargs)
+        classifier = PeftModel.from_pretrained(base, name, **hub).merge_and_unload()  # type: ignore[operator]
+    score_layer = getattr(classifier, "score", None)
+    if not isinstance(score_layer, torch.nn.Linear):
         raise ValueError(
             f"{name}: {type(classifier).__name__} has no linear `score` layer on a decoder; it cannot be read"
         )
-    return _with_head(cls, classifier.base_model, score.weight, score.bias, _names(classifier, objectives, name))
+    names = _names(classifier, objectives, name)
+    return _with_head(cls, classifier.base_model, score_layer.weight, score_layer.bias, names)
+
+
+def _classifier_base(
+    backbone: PreTrainedModel | str, labels: int, hub: dict[str, Any], kwargs: dict[str, Any]
+) -> PreTrainedModel:
+    """What a PEFT sequence classifier's adapter sits on; a copy, because PEFT changes the model it is given."""
+    if isinstance(backbone, str):
+        own = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
+        return AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=labels, **own)
+    if hasattr(backbone, "score"):
+        return copy.deepcopy(backbone)
+    config = copy.deepcopy(backbone.config)
+    config.num_labels = labels
+    classifier = AutoModelForSequenceClassification.from_config(config, dtype=backbone.dtype)
+    classifier.base_model.load_state_dict(backbone.base_model.state_dict())
+    return classifier
 
 
 def _names(classifier: PreTrainedModel, objectives: Sequence[str] | None, name: str) -> list[str]:
@@ -175,25 +194,42 @@ def _names(classifier: PreTrainedModel, objectives: Sequence[str] | None, name: 
     return labels
 
 
-def _trl_head(name: str, hub: dict[str, Any]) -> dict[str, Tensor] | None:
-    """The weights of TRL's value head, if the checkpoint has one."""
-    path = _find(name, "model.safetensors", hub)
-    if path is None:
-        if _find(name, "pytorch_model.bin", hub):
-            raise OSError(
-                f"{name} has its weights only as a pickle (pytorch_model.bin), which is not loaded: convert it to safetensors"
-            )
-        return None
-    state = load_file(path)
-    head = {key.removeprefix(_TRL_HEAD): value for key, value in state.items() if key.startswith(_TRL_HEAD)}
-    return head or None
+def _trl_head(name: str, hub: dict[str, Any]) -> dict[str, Tensor]:
+    """Weight and bias of TRL's value head, if the checkpoint has one."""
+    head = _tensors(name, "model.safetensors", _TRL_HEAD, hub)
+    return {key.rpartition(".")[2]: tensor for key, tensor in head.items()}
+
+
+def _tensors(name: str, file: str, part: str, hub: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors with `part` in their names, from a safetensors file or its shards."""
+    index = _read_json(_find(name, f"{file}.index.json", hub)).get("weight_map", {})
+    files = {shard for key, shard in index.items() if part in key} if index else {file}
+    found: dict[str, Tensor] = {}
+    for path in (_find(name, shard, hub) for shard in sorted(files)):
+        if path is not None:
+            with safe_open(path, framework="pt") as opened:
+                found |= {key: opened.get_tensor(key) for key in opened.keys() if part in key}  # noqa: SIM118
+    return found
 
 
 def _load_trl(
     cls: type[ValueModel], name: str, head: dict[str, Tensor], objectives: Sequence[str] | None, kwargs: dict[str, Any]
 ) -> ValueModel:
-    causal = AutoModelForCausalLM.from_pretrained(name, **{"use_safetensors": True} | kwargs)
+    """The trunk and value head of TRL; some versions wrote the trunk's weights as `pretrained_model.*`."""
+    causal = _complete(AutoModelForCausalLM, name, **{"key_mapping": {r"^pretrained_model\.": ""}} | kwargs)
     return _with_head(cls, causal.base_model, head["weight"], head.get("bias"), list(objectives or ["reward"]))
+
+
+def _complete(load: Any, name: str, **kwargs: Any) -> PreTrainedModel:
+    """Load `name` with an auto class, and refuse a checkpoint that leaves weights to chance."""
+    return _checked(name, *load.from_pretrained(name, output_loading_info=True, **kwargs))
+
+
+def _checked(name: str, model: PreTrainedModel, loading: dict[str, Any]) -> PreTrainedModel:
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise OSError(f"{name} lacks {len(missing)} weights, {missing[0]} among them: download or save it again")
+    return model
 
 
 def _with_head(

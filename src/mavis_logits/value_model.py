@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -147,7 +148,9 @@ class ValueModel(PreTrainedModel):
     def _assemble(cls, config: ValueModelConfig, backbone: PreTrainedModel) -> ValueModel:
         model = cls(config)
         model.backbone = backbone
-        return model.to(backbone.dtype).eval()  # type: ignore[arg-type]
+        # Not model.to(dtype): that would round the backbone's rotary frequencies too, which stay in float32.
+        model.head.to(dtype=backbone.dtype, device=backbone.device)
+        return model.eval()
 
     def add_lora(self, lora: LoraConfig) -> None:
         """Freeze the backbone and put a trainable LoRA adapter on it."""
@@ -254,12 +257,18 @@ class ValueModel(PreTrainedModel):
         )
 
     @classmethod
-    def _from_own_checkpoint(cls, name: str, **kwargs: Any) -> ValueModel:
-        return super().from_pretrained(name, **kwargs)  # type: ignore[return-value]
+    def _from_own_checkpoint(cls, name: str, **kwargs: Any) -> tuple[ValueModel, dict[str, Any]]:
+        """A full repo, and what transformers says of loading it."""
+        return super().from_pretrained(name, output_loading_info=True, **kwargs)
 
 
-def truncated_backbone(model: PreTrainedModel, num_layers: int | None) -> PreTrainedModel:
-    """A copy of the decoder inside `model` (without its language-model head), of only its first `num_layers` layers."""
+def truncated_backbone(
+    model: PreTrainedModel, num_layers: int | None, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """A copy of the decoder inside `model` (without its language-model head), of only its first `num_layers` layers.
+
+    Its weights are in `dtype`, by default that of `model`.
+    """
     decoder = model.base_model if isinstance(model.base_model, PreTrainedModel) else model
     config = copy.deepcopy(decoder.config)
     total = config.num_hidden_layers
@@ -269,10 +278,10 @@ def truncated_backbone(model: PreTrainedModel, num_layers: int | None) -> PreTra
         )
     if num_layers is not None:
         config.num_hidden_layers = num_layers
-        if getattr(config, "layer_types", None):
+        if "layer_types" in vars(config):  # some configs derive it from the number of layers
             config.layer_types = config.layer_types[:num_layers]
     trunk = type(decoder)._from_config(
-        config, attn_implementation=decoder.config._attn_implementation, dtype=decoder.dtype
+        config, attn_implementation=decoder.config._attn_implementation, dtype=dtype or decoder.dtype
     )
     wanted = trunk.state_dict().keys()
     trunk.load_state_dict({k: v for k, v in decoder.state_dict().items() if k in wanted})
@@ -281,14 +290,20 @@ def truncated_backbone(model: PreTrainedModel, num_layers: int | None) -> PreTra
 
 def load_adapter(model: ValueModel, lora: LoraConfig, folder: Path, merge: bool) -> ValueModel:
     """Put the adapter and head in `folder` on `model`; fold the adapter into the weights if `merge`."""
+    lora.inference_mode = merge
     model.add_lora(lora)
     assert model.lora is not None
-    result = set_peft_model_state_dict(model.lora, load_file(folder / ADAPTER_WEIGHTS))
+    try:
+        result: Any = set_peft_model_state_dict(model.lora, load_file(folder / ADAPTER_WEIGHTS))
+        model.head.load_state_dict(load_file(folder / HEAD_WEIGHTS))
+    except RuntimeError as error:  # torch's word for weights of another shape or name
+        raise ValueError(
+            f"the adapter in {folder} does not fit the backbone {model.config.backbone_config.model_type} given: {error}"
+        ) from error
     if result.unexpected_keys:
         raise ValueError(
-            f"{folder / ADAPTER_WEIGHTS} does not fit the backbone: unexpected {result.unexpected_keys[:3]}"
+            f"the adapter in {folder} does not fit the backbone given: it has no {result.unexpected_keys[0]}"
         )
-    model.head.load_state_dict(load_file(folder / HEAD_WEIGHTS))
     if merge:
         model.backbone = model.lora.merge_and_unload()
         model._peft = []
