@@ -11,7 +11,7 @@ from tiny import EOS, PAD, VOCABULARY, make_base, make_head, make_value_model
 from mavis_logits import MavisLogitsProcessor
 from mavis_logits.testing import algorithm_2, recompute_head_values, recompute_values
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import CompileConfig, LogitsProcessor
 
 K, BETA = 6, 3.0
 WEIGHTS = {"a": 0.7, "b": 0.3}
@@ -121,9 +121,11 @@ def test_prompt_lookup(kind: str, base: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["model", "head"])
-def test_static_cache(kind: str, base: Any, prompts: dict[str, Tensor]) -> None:
+def test_compiled_static_cache(kind: str, base: Any, prompts: dict[str, Tensor]) -> None:
+    compiled = CompileConfig(backend="eager", fullgraph=True)
+    compiled._compile_all_devices = True  # else generate compiles on GPUs only
     recorder = steer(kind, base)
-    out = base.generate(**prompts, do_sample=False, max_new_tokens=6, cache_implementation="static", logits_processor=[recorder])
+    out = base.generate(**prompts, do_sample=False, max_new_tokens=6, cache_implementation="static", compile_config=compiled, logits_processor=[recorder])
     assert_algorithm_2(recorder, base)
     assert torch.equal(out, base.generate(**prompts, do_sample=False, max_new_tokens=6, logits_processor=[steer(kind, base)]))
 

@@ -76,10 +76,6 @@ class MavisLogitsProcessor(LogitsProcessor):
         self._functions = ValueFunctions(value_functions, tokenizer)
         config = config if config is not None else MavisConfig()
         self.config = MavisConfig.from_dict({**vars(config), **settings})
-        if self.config.top_k is None and self._functions.models:
-            raise ValueError(
-                "top_k=None scores the whole vocabulary, which only value heads can: give top_k for value models"
-            )
         self.weights = weights if weights is not None else self.config.weights
         self.beta = beta if beta is not None else self.config.beta
         self.pad_token_id, self._eos = _special_tokens(self._functions.models, model, pad_token_id, eos_token_id)
@@ -125,6 +121,19 @@ class MavisLogitsProcessor(LogitsProcessor):
     def objectives(self) -> list[str]:
         """Names of the M objectives."""
         return self._functions.objectives
+
+    @property
+    def config(self) -> MavisConfig:
+        """The settings. May be set between steps; `weights` and `beta` are not taken from it then."""
+        return self._config
+
+    @config.setter
+    def config(self, config: MavisConfig) -> None:
+        if config.top_k is None and self._functions.models:
+            raise ValueError(
+                "top_k=None scores the whole vocabulary, which only value heads can: give top_k for value models"
+            )
+        self._config = config
 
     @property
     def weights(self) -> Tensor:
@@ -391,5 +400,5 @@ def _check_context(model: ValueModel, length: int) -> None:
     if limit is not None and length > limit:
         raise ValueError(
             f"a sequence of {length} tokens is longer than the {limit} that the value model for "
-            f"{model.config.objectives} can read: shorten the prompt or max_new_tokens, or use one with a longer context"
+            f"{model.config.objectives} can read: shorten the prompt or max_new_tokens, or use a longer one"
         )

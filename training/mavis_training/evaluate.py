@@ -1,4 +1,4 @@
-"""Measure steering on held-out prompts, setting by setting: rewards and the KL divergence of equation 7 (section 4.1)."""
+"""Measure steering on held-out prompts: rewards and the KL divergence of equation 7, setting by setting."""
 
 from __future__ import annotations
 
