@@ -78,6 +78,8 @@ def test_other_bad_input(tmp_path):
         read_config(LabelConfig, ["--config", str(tmp_path / "missing.yaml")], "label")
     with pytest.raises(ValueError, match="store"):
         read_config(LabelConfig, ['--rewards={"a": "b"}'], "label")
+    with pytest.raises(ValueError, match="did you mean --prompts"):
+        read_config(CollectConfig, ["--promts", "x"], "collect")
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(ValueError, match="must hold settings"):
         read_config(LabelConfig, ["--config", str(tmp_path / "list.yaml")], "label")

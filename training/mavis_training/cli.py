@@ -89,7 +89,7 @@ def read_config(kind: type[Config], argv: Sequence[str], command: str) -> Config
     try:
         values = parser.parse_args(list(argv)).as_dict()
     except ArgumentError as error:
-        raise ValueError(f"{error} (see mavis {command} --help)") from error
+        raise ValueError(f"{error}{_nearest(str(error), kind)} (see mavis {command} --help)") from error
     values.pop("config", None)
     return kind(**_plain(kind, values))
 
@@ -114,6 +114,13 @@ def _check_keys(content: Mapping[str, Any], kind: type, where: str) -> None:
             raise ValueError(f"{where} has the unknown key {key!r}: {hint}")
         if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
             _check_keys(value, hints[key], f"{where}, {key}")  # type: ignore[arg-type]
+
+
+def _nearest(message: str, kind: type) -> str:
+    """For an error about unrecognized arguments: the known flag nearest to the first of them."""
+    unknown = re.search(r"unrecognized arguments: --([\w.-]+)", message)
+    near = difflib.get_close_matches(unknown[1].replace("-", "_"), get_type_hints(kind), n=1) if unknown else []
+    return f"; did you mean --{near[0]}?" if near else ""
 
 
 def _recipes(argv: Sequence[str]) -> list[Path]:

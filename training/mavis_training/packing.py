@@ -68,8 +68,8 @@ def pack(tree: Tree) -> Layout:
     count, depth = len(tree), prompt + tree.end()
     ancestry = np.eye(count + 1, dtype=bool)
     ancestry[:, -1] = True
-    for node, parent in enumerate(tree.parent):
-        ancestry[node] |= ancestry[parent]  # parent -1 is the last row, the prompt's
+    for child, parent in enumerate(tree.parent):
+        ancestry[child] |= ancestry[parent]  # parent -1 is the last row, the prompt's
     last = np.append(prompt + np.cumsum(tree.length, dtype=np.int64) - 1, prompt - 1)
     starts = np.append(prompt, last[:-1] + 1)[:-1]
     node = np.concatenate([np.full(prompt, -1), np.repeat(np.arange(count), tree.length)])
@@ -125,7 +125,7 @@ def node_examples(
     prompt = np.asarray(tree.prompt_tokens, dtype=np.int64)
     examples = [_chain(prompt, 1, root_target(tree, targets))]
     for node in np.flatnonzero(kept):
-        tokens = np.concatenate([prompt, tree.completion(node)])
+        tokens = np.concatenate([prompt, tree.completion(int(node))])
         examples.append(_chain(tokens, int(tree.length[node]) if every_token else 1, targets[node]))
     return examples
 
@@ -146,7 +146,7 @@ def require_packable(config: PreTrainedConfig) -> None:
 
 
 def packed_inputs(
-    examples: Sequence[Example] | Sequence[Layout], config: PreTrainedConfig, dtype: torch.dtype, pad_token_id: int = 0
+    examples: Sequence[Example | Layout], config: PreTrainedConfig, dtype: torch.dtype, pad_token_id: int = 0
 ) -> dict[str, Any]:
     """A padded batch for a decoder: `input_ids` and `position_ids` `[B, T]`, and a float mask `[B, 1, T, T]`.
 
