@@ -50,7 +50,7 @@ def demo(results: Path) -> str:
         return ""
     settings, objectives = run["settings"], list(run["settings"][0]["rewards"])
     shown = [one for one in settings if one["beta"] or not one["weights"]]
-    lines = []
+    lines = [f"Answers, cut off after {run['options']['max_new_tokens']} tokens:", ""]
     for index, prompt in enumerate(run["prompts"][:SHOWN_PROMPTS]):
         rows = [(one["name"], one["answers"][index]) for one in shown]
         lines += [f"“{cell(prompt)}”", "", *table(["weights", "answer"], rows), ""]

@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     console = Console()
-    console.print(report.introduction(OBJECTIVES, arguments.top_k))
+    console.print(report.introduction(OBJECTIVES, arguments.top_k, arguments.max_new_tokens))
     rows = read_prompts(arguments.prompts or str(checkout_path(PROMPTS)), arguments.limit)
     prompts = [row["prompt"] for row in rows]
     with console.status("Loading the language model (the first time it is unpacked: half a minute)"):

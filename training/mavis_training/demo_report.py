@@ -26,12 +26,13 @@ if TYPE_CHECKING:
 _COLUMN_WIDTH = 28
 
 
-def introduction(objectives: Sequence[str], top_k: int) -> RenderableType:
+def introduction(objectives: Sequence[str], top_k: int, max_new_tokens: int) -> RenderableType:
     """Say in a few lines what is about to happen."""
     first, second = objectives
     return Panel(
-        "A small language model answers everyday questions: first by itself, then steered.\n"
-        f"At every step a [bold]value function[/bold] looks at the {top_k} likeliest next tokens (pieces of words) and "
+        "A small language model answers everyday questions: first by itself, then steered. "
+        f"Answers are cut off after {max_new_tokens} tokens (pieces of words).\n"
+        f"At every step a [bold]value function[/bold] looks at the {top_k} likeliest next tokens and "
         f"foresees, for each, how high the answer would score on [bold]{first}[/bold] and [bold]{second}[/bold]. "
         "The choice is shifted towards the mix asked for. The language model itself is never changed.",
         title="mavis demo",
