@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import MambaConfig, MambaForCausalLM
 
 from mavis_logits.fingerprint import tokenizer_fingerprint
 from mavis_logits.value_model import ValueModel
@@ -80,6 +81,15 @@ def test_training_learns_and_saves(config, changes):
     assert loaded.config.tokenizer_fingerprint == tokenizer_fingerprint(tiny_tokenizer())
     assert loaded.config.recipe["zeta"] == 0.0
     assert config.store not in json.dumps(loaded.config.to_dict())
+
+
+def test_a_recurrent_backbone_trains_on_plain_sequences(config):
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=16, state_size=4, num_hidden_layers=1))
+    settings = {"lora": LoraSettings(0), "epochs": 1, "batch_size": 64, "drop_leaves": 1.0}
+    with pytest.raises(ValueError, match="set packing to 'nodes'"):
+        train_model(dataclasses.replace(config, **settings), mamba)
+    model = train_model(dataclasses.replace(config, **settings, packing="nodes"), mamba)
+    assert model.config.backbone_config.model_type == "mamba"
 
 
 def test_reward_units_come_from_the_training_trees_alone(store):

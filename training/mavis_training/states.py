@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,8 +38,9 @@ def compute_states(store: TreeStore, model: PreTrainedModel, folder: str | Path)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     fingerprint = weights_fingerprint(model)
-    with tqdm(store.shards(), desc="hidden states", unit="shard") as shards:
-        for shard in shards:
+    started, tokens = time.monotonic(), 0
+    with tqdm(store.shards(), desc="hidden states", unit="shard") as progress:
+        for shard in progress:
             path = states_path(folder, shard)
             if path.exists():
                 _require_same_model(path, fingerprint)
@@ -46,6 +48,8 @@ def compute_states(store: TreeStore, model: PreTrainedModel, folder: str | Path)
             states = {str(i): tree_states(model, pack(tree)) for i, tree in enumerate(shard.trees())}
             with replace_when_whole(path) as temporary:
                 save_file(states, temporary, metadata={"base_fingerprint": fingerprint})
+            tokens += sum(map(len, states.values()))
+            progress.set_postfix_str(f"{tokens / (time.monotonic() - started):.0f} tokens/s")
 
 
 def read_states(shard: Shard, folder: str | Path) -> list[Tensor]:

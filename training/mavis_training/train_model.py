@@ -211,6 +211,7 @@ def training_arguments(config: TrainModelConfig) -> TrainingArguments:
         load_best_model_at_end=True,
         logging_steps=10,
         report_to="none",
+        include_num_input_tokens_seen="all",
         bf16=config.bf16,
         use_cpu=config.device == "cpu",
         seed=config.seed,
