@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "docs" / "results"
-SHOWN_PROMPTS = 2
+SHOWN_PROMPTS = 2  # spread over the file, whatever the answers are
 
 
 def main(argv: Sequence[str]) -> int:
@@ -51,16 +51,17 @@ def demo(results: Path) -> str:
     settings, objectives = run["settings"], list(run["settings"][0]["rewards"])
     shown = [one for one in settings if one["beta"] or not one["weights"]]
     lines = [f"Answers, cut off after {run['options']['max_new_tokens']} tokens:", ""]
-    for index, prompt in enumerate(run["prompts"][:SHOWN_PROMPTS]):
+    prompts = run["prompts"]
+    for index in (len(prompts) * i // SHOWN_PROMPTS for i in range(SHOWN_PROMPTS)):
         rows = [(one["name"], one["answers"][index]) for one in shown]
-        lines += [f"“{cell(prompt)}”", "", *table(["weights", "answer"], rows), ""]
+        lines += [f"“{cell(prompts[index])}”", "", *table(["weights", "answer"], rows), ""]
     rows = [
         (one["name"], *(plus_minus(one["rewards"][name]) for name in objectives), plus_minus(one["kl"]))
         for one in settings
     ]
     options = run["options"]
     lines += [
-        f"Mean rewards ± standard error of {len(run['prompts'])} questions x {options['seeds']} samples "
+        f"Mean rewards ± standard error of {len(prompts)} questions x {options['seeds']} samples "
         f"(β {options['beta']:g}, k {options['top_k']}); KL is the distance in nats from what the model would say by "
         "itself:",
         "",

@@ -92,7 +92,8 @@ def main(argv: list[str]) -> int:
             processor = steer(setting) if setting.weights else None
             measured.append(measure(stage, setting, processor, advance))
 
-    for index in range(min(arguments.show, len(prompts))):
+    shown = min(arguments.show, len(prompts))
+    for index in (len(prompts) * i // shown for i in range(shown)):  # spread over the file, whatever the answers are
         console.print(report.side_by_side(prompts[index], measured, index, console.width))
     console.print(report.table(measured, OBJECTIVES))
     console.print(report.reading(measured, OBJECTIVES))
