@@ -291,15 +291,13 @@ def truncated_backbone(
 def load_adapter(model: ValueModel, lora: LoraConfig, folder: Path, merge: bool) -> ValueModel:
     """Put the adapter and head in `folder` on `model`; fold the adapter into the weights if `merge`."""
     lora.inference_mode = merge
-    model.add_lora(lora)
-    assert model.lora is not None
     try:
+        model.add_lora(lora)
+        assert model.lora is not None
         result: Any = set_peft_model_state_dict(model.lora, load_file(folder / ADAPTER_WEIGHTS))
         model.head.load_state_dict(load_file(folder / HEAD_WEIGHTS))
-    except RuntimeError as error:  # torch's word for weights of another shape or name
-        raise ValueError(
-            f"the adapter in {folder} does not fit the backbone {model.config.backbone_config.model_type} given: {error}"
-        ) from error
+    except (RuntimeError, ValueError) as error:  # torch's and PEFT's words for weights of another shape or name
+        raise ValueError(f"the adapter in {folder} does not fit the backbone given: {error}") from error
     if result.unexpected_keys:
         raise ValueError(
             f"the adapter in {folder} does not fit the backbone given: it has no {result.unexpected_keys[0]}"
