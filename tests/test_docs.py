@@ -71,10 +71,19 @@ def test_sections_are_filled_again_without_growing(tmp_path: Path) -> None:
         "settings": {"helpful 1": {"helpful": gain, "kl": 20.04}},
     }
     (tmp_path / "steering_head.json").write_text(json.dumps(steering))
+    setting = {"weights": {"helpful": 1.0}, "beta": 5.0, "rewards": {"helpful": {"mean": 0.5, "error": 0.125}}}
+    demo = {
+        "prompts": ["Why | so?"],
+        "options": {"seeds": 3, "beta": 5.0, "top_k": 15, "max_new_tokens": 48},
+        "settings": [{"name": "helpful 1", **setting, "kl": {"mean": 20.0, "error": 1.0}, "answers": ["Because."]}],
+    }
+    (tmp_path / "demo.json").write_text(json.dumps(demo))
     empty = "".join(f"<!-- begin {name} -->\nold\n<!-- end {name} -->\n" for name in fill_readme.SECTIONS)
     once = fill_readme.filled(empty, tmp_path)
     assert "| 1 | value head | 1.01 (1.00 to 1.10) |" in once
     assert "| helpful 1 | +1.20 ± 0.10 | 20.0 |" in once
+    assert r"“Why \| so?”" in once
+    assert "| helpful 1 | 0.50 ± 0.12 | 20.00 ± 1.00 |" in once
     assert "old" not in once
     assert fill_readme.filled(once, tmp_path) == once
 
