@@ -119,6 +119,9 @@ def test_a_killed_training_goes_on(config, monkeypatch):
     with pytest.raises(Killed):
         train_model(config, tiny_llama())
     monkeypatch.setattr(ValueTrainer, "_save_checkpoint", save)
+    half_written = Path(config.output, "checkpoints", "checkpoint-999")
+    half_written.mkdir()
+    (half_written / "trainable.safetensors").write_bytes(b"half")
     steps = []
     step = ValueTrainer.training_step
     monkeypatch.setattr(ValueTrainer, "training_step", lambda self, *a, **k: steps.append(1) or step(self, *a, **k))

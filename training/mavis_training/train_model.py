@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from mavis_logits.demo.smollm2 import load_chat_model
 from mavis_logits.value_model import ValueModel
 
 from .data import LabelledTree, load_trees, recipe_of, reward_units, split_by_prompt
-from .files import write_json
+from .files import read_json, write_json
 from .metrics import Prediction, validation_metrics
 from .packing import (
     Example,
@@ -164,7 +165,7 @@ def train_model(config: TrainModelConfig, backbone: PreTrainedModel | None = Non
         eval_dataset=ExampleDataset(validation, config),
         data_collator=Collator(model, config.packing),
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(trainer.args.output_dir))
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(Path(str(trainer.args.output_dir))))
     model.eval()
     metrics = validation_metrics(predict(model, validation, config.packing), config.objectives)
     metrics["training_trees"] = len(training)
@@ -220,6 +221,18 @@ def training_arguments(config: TrainModelConfig) -> TrainingArguments:
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
+
+
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that `Trainer` finished writing; unfinished ones, of a killed run, are removed."""
+    while (newest := get_last_checkpoint(str(folder))) is not None:
+        try:
+            read_json(Path(newest) / TRAINER_STATE_NAME)  # written last
+        except (OSError, ValueError):
+            shutil.rmtree(newest)
+        else:
+            return newest
+    return None
 
 
 def value_loss(values: Tensor, inputs: dict[str, Tensor], scale: Tensor) -> Tensor:
