@@ -7,6 +7,7 @@ of choosing a. Nothing is prefilled or cached, so steering costs little more tha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from .fingerprint import weights_fingerprint
+from .loading import load_complete
 from .objectives import ObjectivesMixin, check_objectives
 
 _CHUNK_ELEMENTS = 1 << 24  # of the [R, k, width] activations that are alive at once
@@ -123,6 +125,22 @@ class ValueHead(PreTrainedModel):
         )
         return head.to(model.device).bind(model, check=False)  # type: ignore[arg-type]
 
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any
+    ) -> ValueHead:
+        """Load a head from the Hub or a folder, safetensors only; `bind` it before use.
+
+        Args:
+            pretrained_model_name_or_path: Hub id or folder.
+            kwargs: as for every transformers model (`revision`, `token`, `cache_dir`, `subfolder`, `dtype`, ...).
+
+        Raises:
+            OSError: nothing there, a corrupt or incomplete file, or weights only as a pickle.
+        """
+        name = str(pretrained_model_name_or_path)
+        return load_complete(super().from_pretrained, name, **kwargs)  # type: ignore[return-value]
+
     def bind(self, model: PreTrainedModel, check: bool = True) -> ValueHead:
         """Take candidates' embeddings from `model`; returns self.
 
@@ -154,7 +172,6 @@ class ValueHead(PreTrainedModel):
                     "head, or bind(model, check=False) if you know that the hidden states are the same"
                 )
         self._embedding = [embedding]
-        self._table = None
         return self
 
     @property
@@ -205,7 +222,7 @@ class ValueHead(PreTrainedModel):
     def _actions(self) -> Tensor:
         """W_e e_a of every token, [V, width]: computed once, and again when the weights have changed."""
         weight, embedding = self.action.weight, self._embedding[0]
-        version = (weight._version, embedding._version, weight.dtype, weight.device)
+        version = (weight._version, embedding._version, embedding.data_ptr(), weight.dtype, weight.device)
         if self._table is None or self._table[0] != version:
             table = torch.cat([self.action(_normalised(rows.to(weight.dtype))) for rows in embedding.split(8192)])
             self._table = (version, table)
