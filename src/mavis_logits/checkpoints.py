@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import cached_file
 
 from .fingerprint import weights_fingerprint
+from .loading import damage_is_os_error, load_complete
 from .value_model import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -52,21 +53,16 @@ def load_value_model(
     hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
     config = _read_json(_find(name, "config.json", hub))
     adapter = _read_json(_find(name, ADAPTER_CONFIG, hub))
-    kwargs["use_safetensors"] = True
-    try:
+    with damage_is_os_error(name):
         if config.get("model_type") == ValueModelConfig.model_type:
             if adapter:
                 return _load_own_adapter(cls, name, config, backbone, merge, hub, kwargs)
-            return _checked(name, *cls._from_own_checkpoint(name, **kwargs)).eval()  # type: ignore[return-value]
+            return load_complete(cls._from_own_checkpoint, name, **kwargs).eval()  # type: ignore[return-value]
         if adapter.get("task_type") == "SEQ_CLS" or _is_sequence_classifier(config):
             return _load_sequence_classifier(cls, name, adapter, backbone, merge, objectives, hub, kwargs)
         head = _trl_head(name, hub)
         if head:
             return _load_trl(cls, name, head, objectives, kwargs)
-    except SafetensorError as error:
-        raise OSError(
-            f"{name} has a corrupt or half-written safetensors file ({error}): download or save it again"
-        ) from error
     if not adapter and _find(name, "pytorch_model.bin", hub):
         raise OSError(
             f"{name} has its weights only as a pickle (pytorch_model.bin), which is not loaded: convert it to safetensors"
@@ -147,7 +143,7 @@ def _load_sequence_classifier(
 ) -> ValueModel:
     """The trunk and the `score` layer of a sequence classifier; its own pooling by padding ids is not used."""
     if not adapter:
-        classifier = _complete(AutoModelForSequenceClassification, name, **kwargs)
+        classifier = load_complete(AutoModelForSequenceClassification.from_pretrained, name, **kwargs)
     elif not merge:
         raise ValueError(f"{name} is a PEFT sequence classifier, which is read merged: use merge=True")
     else:
@@ -170,7 +166,8 @@ def _classifier_base(
     """What a PEFT sequence classifier's adapter sits on; a copy, because PEFT changes the model it is given."""
     if isinstance(backbone, str):
         own = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
-        return AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=labels, **own)
+        own |= {"num_labels": labels, "use_safetensors": True}
+        return AutoModelForSequenceClassification.from_pretrained(backbone, **own)
     if hasattr(backbone, "score"):
         return copy.deepcopy(backbone)
     config = copy.deepcopy(backbone.config)
@@ -216,20 +213,10 @@ def _load_trl(
     cls: type[ValueModel], name: str, head: dict[str, Tensor], objectives: Sequence[str] | None, kwargs: dict[str, Any]
 ) -> ValueModel:
     """The trunk and value head of TRL; some versions wrote the trunk's weights as `pretrained_model.*`."""
-    causal = _complete(AutoModelForCausalLM, name, **{"key_mapping": {r"^pretrained_model\.": ""}} | kwargs)
+    causal = load_complete(
+        AutoModelForCausalLM.from_pretrained, name, **{"key_mapping": {r"^pretrained_model\.": ""}} | kwargs
+    )
     return _with_head(cls, causal.base_model, head["weight"], head.get("bias"), list(objectives or ["reward"]))
-
-
-def _complete(load: Any, name: str, **kwargs: Any) -> PreTrainedModel:
-    """Load `name` with an auto class, and refuse a checkpoint that leaves weights to chance."""
-    return _checked(name, *load.from_pretrained(name, output_loading_info=True, **kwargs))
-
-
-def _checked(name: str, model: PreTrainedModel, loading: dict[str, Any]) -> PreTrainedModel:
-    missing = sorted(loading["missing_keys"])
-    if missing:
-        raise OSError(f"{name} lacks {len(missing)} weights, {missing[0]} among them: download or save it again")
-    return model
 
 
 def _with_head(

@@ -24,8 +24,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def weights_fingerprint(model: PreTrainedModel) -> str:
     """16 hex digits of a model's weights: a strided sample of every parameter, rounded to bfloat16.
 
-    The rounding makes the fingerprint the same for a checkpoint loaded in float32, float16 (up to its range) or
-    bfloat16; fine-tuning or quantising the weights changes it.
+    The rounding makes the fingerprint the same for a checkpoint loaded in float32 or bfloat16, and for one stored in
+    bfloat16 also when loaded in float16 (up to its range); fine-tuning or quantising the weights changes it.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):

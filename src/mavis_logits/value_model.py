@@ -257,9 +257,9 @@ class ValueModel(PreTrainedModel):
         )
 
     @classmethod
-    def _from_own_checkpoint(cls, name: str, **kwargs: Any) -> tuple[ValueModel, dict[str, Any]]:
-        """A full repo, and what transformers says of loading it."""
-        return super().from_pretrained(name, output_loading_info=True, **kwargs)
+    def _from_own_checkpoint(cls, name: str, **kwargs: Any) -> Any:
+        """`PreTrainedModel.from_pretrained`, which the public method stands before."""
+        return super().from_pretrained(name, **kwargs)
 
 
 def truncated_backbone(
