@@ -140,7 +140,7 @@ def test_an_encoder_classifier_cannot_be_read(tmp_path: Path) -> None:
 def trl_checkpoint(
     folder: Path, prefix: str = "", bias: bool = True, shards: int = 1
 ) -> tuple[PreTrainedModel, Tensor, Tensor]:
-    """What `AutoModelForCausalLMWithValueHead.save_pretrained` wrote: the model's weights, and v_head.summary beside."""
+    """What `AutoModelForCausalLMWithValueHead` wrote: the model's weights, and v_head.summary beside them."""
     base = make_base(seed=4)
     base.save_pretrained(folder)
     (folder / "model.safetensors").unlink()
