@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -86,8 +87,8 @@ class ValueFunctions:
             own = model.backbone.config.vocab_size
             if own < size:
                 raise ValueError(
-                    f"the value model for {model.config.objectives} knows {own} tokens, but the base model's scores have "
-                    f"{size}: it was made for another tokenizer; use one made for this base model"
+                    f"the value model for {model.config.objectives} knows {own} tokens, but the base model's scores "
+                    f"have {size}: it was made for another tokenizer; use one made for this base model"
                 )
 
 
@@ -102,7 +103,7 @@ def _outputs(given: Any) -> list[tuple[str, ValueModel | ValueHead, int]]:
                 raise ValueError(f"{name!r} is none of the objectives {names} of its value function: use these names")
             outputs.append((name, function, names.index(name) if len(names) > 1 else 0))
     else:
-        for function in [given] if isinstance(given, ValueModel | ValueHead) else given:
+        for function in given if isinstance(given, Iterable) else [given]:
             _check_kind(function)
             outputs += [(name, function, i) for i, name in enumerate(function.config.objectives)]
     names = [name for name, _, _ in outputs]
@@ -119,7 +120,8 @@ def _outputs(given: Any) -> list[tuple[str, ValueModel | ValueHead, int]]:
 def _check_kind(function: Any) -> None:
     if not isinstance(function, ValueModel | ValueHead):
         raise ValueError(
-            f"expected a ValueModel or a ValueHead, got {type(function).__name__}; from_pretrained loads ids and folders"
+            f"expected a ValueModel or a ValueHead, got {type(function).__name__}; from_pretrained loads ids and "
+            "folders"
         )
 
 
@@ -128,8 +130,8 @@ def _check_tokenizer(function: ValueModel | ValueHead, tokenizer: PreTrainedToke
     if expected is not None and expected != found:
         raise ValueError(
             f"the value function for {function.config.objectives} reads tokens of another tokenizer ({expected}, of "
-            f"{function.config.base_model}) than the one given ({found}, {tokenizer.name_or_path}): use a value function "
-            "made for this base model"
+            f"{function.config.base_model}) than the one given ({found}, {tokenizer.name_or_path}): use a value "
+            "function made for this base model"
         )
 
 
@@ -165,14 +167,12 @@ def load_value_functions(
 def _load(name: str, model: PreTrainedModel | None, loading: Mapping[str, Any]) -> ValueModel | ValueHead:
     hub = {k: v for k, v in loading.items() if k != "dtype"}
     config = None
-    try:
+    with suppress(ValueError):  # a config of no known kind: ValueModel says what it expects
         config = AutoConfig.from_pretrained(name, **hub)
-    except ValueError:  # a bare PEFT adapter has no config.json of a known kind; ValueModel reads it
-        pass
     if isinstance(config, ValueHeadConfig):
         if model is None:
             raise ValueError(f"{name} is a value head, which needs its base model's hidden states: pass model=")
-        return ValueHead.from_pretrained(name, use_safetensors=True, **hub)
+        return ValueHead.from_pretrained(name, **hub)
     backbone = None
     if isinstance(config, ValueModelConfig) and model is not None and config.backbone == model.config.name_or_path:
         backbone = model
