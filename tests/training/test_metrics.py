@@ -25,7 +25,10 @@ def test_a_perfect_value_function():
         assert m["r2"] == pytest.approx(1)
         assert m["inner_correlation"] == pytest.approx(1)
         assert m["ranking"]["accuracy"] == 1
+        assert m["ranking"]["at_end"] == 1
         assert m["ranking"]["pairs"] > 20
+        assert m["by_fraction"]["1.0"]["within"] == pytest.approx(1)
+        assert m["by_fraction"]["0.0"]["within"] == pytest.approx(0)  # the prompt does not tell its completions apart
         by_fraction = [m["by_fraction"][f]["correlation"] for f in ("0.0", "0.5", "1.0")]
         assert by_fraction[-1] == pytest.approx(1)
         assert by_fraction[0] < by_fraction[1] < 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -39,9 +40,11 @@ def validation_metrics(predictions: Sequence[Prediction], objectives: Sequence[s
 
     Returns:
         By objective: `r2` and `correlation` of values at node ends with their targets (`inner_*`: without leaves),
-        `by_fraction` (correlation and R2 with the leaf's final reward after that share of its tokens), and `ranking`:
-        the share of pairs of siblings whose values after their *first* token are in the order of their targets (0.5 is
-        chance), with the number of pairs. R2 of fraction 0 uses the first token where there is no value of the prompt.
+        `by_fraction` (correlation and R2 with the leaf's final reward after that share of its tokens, and `within`,
+        the correlation between completions of one prompt, which is what steering uses), and `ranking`: the share of
+        pairs of siblings whose values after their *first* token (`at_end`: after their last) are in the order of their
+        targets (0.5 is chance), with the number of pairs. Fraction 0 means the first token where there is no value of
+        the prompt.
     """
     nodes = [_at_node_ends(p) for p in predictions]
     inner = [_inner(p.tree) for p in predictions]
@@ -50,6 +53,7 @@ def validation_metrics(predictions: Sequence[Prediction], objectives: Sequence[s
     fractions = {f: _at_fraction(predictions, f) for f in FRACTIONS}
     rewards = np.concatenate([p.rewards for p in predictions])
     pairs = _sibling_pairs(predictions)
+    tree = np.repeat(np.arange(len(predictions)), [len(p.rewards) for p in predictions])
     metrics: dict[str, Any] = {"trees": len(predictions), "nodes": len(truth), "leaves": len(rewards)}
     for m, objective in enumerate(objectives):
         metrics[objective] = {
@@ -58,10 +62,18 @@ def validation_metrics(predictions: Sequence[Prediction], objectives: Sequence[s
             "inner_r2": r_squared(said[is_inner, m], truth[is_inner, m]),
             "inner_correlation": correlation(said[is_inner, m], truth[is_inner, m]),
             "by_fraction": {
-                str(f): {"correlation": correlation(v[:, m], rewards[:, m]), "r2": r_squared(v[:, m], rewards[:, m])}
+                str(f): {
+                    "correlation": correlation(v[:, m], rewards[:, m]),
+                    "r2": r_squared(v[:, m], rewards[:, m]),
+                    "within": correlation(_centered(v[:, m], tree), _centered(rewards[:, m], tree)),
+                }
                 for f, v in fractions.items()
             },
-            "ranking": _ranking(*(side[:, :, m] for side in pairs)),
+            "ranking": {
+                "accuracy": _ranking(pairs.first[:, :, m], pairs.targets[:, :, m]),
+                "at_end": _ranking(pairs.last[:, :, m], pairs.targets[:, :, m]),
+                "pairs": len(pairs.targets),
+            },
         }
     return metrics
 
@@ -109,26 +121,38 @@ def _at_fraction(predictions: Sequence[Prediction], fraction: float) -> Array:
     return np.stack(rows)
 
 
-def _sibling_pairs(predictions: Sequence[Prediction]) -> tuple[Array, Array]:
-    """Values after the first token, and targets, of all pairs of siblings that differ there: `[pairs, 2, M]`."""
-    values, targets = [], []
-    for p in predictions:
-        first = _offsets(p.tree)
-        for parent in np.unique(p.tree.parent):
-            children = p.tree.children(int(parent))
-            for i, a in enumerate(children):
-                for b in children[i + 1 :]:
-                    if p.tree.tokens[p.tree.start[a]] != p.tree.tokens[p.tree.start[b]]:
-                        values.append(p.values[first[[a, b]]])
-                        targets.append(p.targets[[a, b]])
+@dataclass
+class _Pairs:
+    """Pairs of siblings that begin with different tokens, `[pairs, 2, M]` each: values after their first token and
+    after their last, and targets."""
+
+    first: Array
+    last: Array
+    targets: Array
+
+
+def _sibling_pairs(predictions: Sequence[Prediction]) -> _Pairs:
     empty = np.empty((0, 2, predictions[0].targets.shape[1]))
-    return (np.stack(values), np.stack(targets)) if values else (empty, empty)
+    first, last, targets = [empty], [empty], [empty]
+    for p in predictions:
+        starts, opening = _offsets(p.tree), p.tree.tokens[p.tree.start]
+        siblings = (p.tree.children(int(parent)) for parent in np.unique(p.tree.parent))
+        pairs = [pair for group in siblings for pair in combinations(group, 2) if len(set(opening[list(pair)])) == 2]
+        if pairs:
+            nodes = np.array(pairs)
+            first.append(p.values[starts[nodes]])
+            last.append(p.values[starts[nodes] + p.tree.length[nodes] - 1])
+            targets.append(p.targets[nodes])
+    return _Pairs(np.concatenate(first), np.concatenate(last), np.concatenate(targets))
 
 
-def _ranking(values: Array, targets: Array) -> dict[str, float]:
+def _ranking(values: Array, targets: Array) -> float:
     """Pairwise accuracy over `[pairs, 2]`; ties of the targets are left out, ties of the values count half."""
     wanted, said = np.sign(targets[:, 1] - targets[:, 0]), np.sign(values[:, 1] - values[:, 0])
     decided = wanted != 0
-    count = int(decided.sum())
-    accuracy = float(np.where(said == 0, 0.5, said == wanted)[decided].mean()) if count else 0.5
-    return {"accuracy": accuracy, "pairs": count}
+    return float(np.where(said == 0, 0.5, said == wanted)[decided].mean()) if decided.any() else 0.5
+
+
+def _centered(values: Array, group: NDArray[np.int64]) -> Array:
+    """`[n]` values minus the mean of their group, which `group` `[n]` numbers from 0."""
+    return values - (np.bincount(group, weights=values) / np.bincount(group))[group]
