@@ -25,6 +25,7 @@ class CardConfig:
         name: title of the card, and the repository's name in its examples; None for the folder's name.
         evaluation: results of `mavis evaluate` with this value function, as JSON.
         rewards: what each objective's reward is, in a sentence.
+        prompts: what the prompts of the training trees are, in a sentence.
         license: of the value function.
     """
 
@@ -32,6 +33,7 @@ class CardConfig:
     name: str | None = None
     evaluation: str | None = None
     rewards: dict[str, str] | None = None
+    prompts: str | None = None
     license: str = "apache-2.0"
 
 
@@ -90,6 +92,7 @@ def render(
         mean=dict(zip(objectives, model["reward_mean"], strict=True)),
         scale=dict(zip(objectives, model["reward_scale"], strict=True)),
         about=config.rewards or {},
+        prompts=config.prompts,
         base=model.get("base_model"),
         layers=(model.get("backbone_config") or {}).get("num_hidden_layers"),
         iteration=model.get("iteration", 0),
