@@ -214,7 +214,7 @@ def test_hidden_states_of_another_shape_are_refused(shape: tuple[int, ...]) -> N
 
 
 def test_a_model_without_output_embedding_is_refused() -> None:
-    with pytest.raises(ValueError, match="LlamaModel has no output embedding; .* needs a causal language model"):
+    with pytest.raises(ValueError, match=r"LlamaModel has no output embedding; .* needs a causal language model"):
         make_head(make_base(), "a").bind(make_base().model)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from mavis_logits import ValueHead, ValueModel
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -27,6 +26,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from mavis_logits import ValueHead, ValueModel
 
 VOCABULARY = 97
 PAD, EOS = 0, 1
@@ -65,7 +66,9 @@ def make_base(architecture: str = "llama", seed: int = 0) -> PreTrainedModel:
     return model
 
 
-def make_value_model(*objectives: str, architecture: str = "llama", seed: int = 1, layers: int | None = None) -> ValueModel:
+def make_value_model(
+    *objectives: str, architecture: str = "llama", seed: int = 1, layers: int | None = None
+) -> ValueModel:
     """A random value model, in made-up reward units."""
     base = make_base(architecture, seed)
     count = len(objectives or ("a",))

@@ -65,12 +65,13 @@ def load_value_model(
             return _load_trl(cls, name, head, objectives, kwargs)
     if not adapter and _find(name, "pytorch_model.bin", hub):
         raise OSError(
-            f"{name} has its weights only as a pickle (pytorch_model.bin), which is not loaded: convert it to safetensors"
+            f"{name} has its weights only as a pickle (pytorch_model.bin), which is not loaded: convert it to "
+            "safetensors"
         )
     kind = config.get("model_type") or adapter.get("task_type") or "nothing with a config.json"
     raise ValueError(
-        f"{name} is no value model (found: {kind}). Expected a saved ValueModel, a sequence-classification checkpoint or "
-        "a causal model with TRL's value head; ValueModel.from_backbone makes a new one."
+        f"{name} is no value model (found: {kind}). Expected a saved ValueModel, a sequence-classification checkpoint "
+        "or a causal model with TRL's value head; ValueModel.from_backbone makes a new one."
     )
 
 
@@ -86,6 +87,11 @@ def _read_json(path: Path | None) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise OSError(f"{path} is no valid JSON ({error}): download or save it again") from error
+
+
+def _of_another_repo(arguments: dict[str, Any]) -> dict[str, Any]:
+    """`arguments` without those that say where in one repo something is."""
+    return {key: value for key, value in arguments.items() if key not in ("revision", "subfolder")}
 
 
 def _is_sequence_classifier(config: dict[str, Any]) -> bool:
@@ -112,19 +118,17 @@ def _load_own_adapter(
         raise ValueError(f"{name} is an adapter and its config names no backbone: pass backbone=MODEL")
     if isinstance(source, str):
         try:
-            source = AutoModel.from_pretrained(
-                source, **{k: v for k, v in hub.items() if k not in ("revision", "subfolder")}
-            )
+            source = load_complete(AutoModel.from_pretrained, source, **_of_another_repo(hub))
         except OSError as error:
             raise OSError(
-                f"{name} is an adapter on the first layers of {source}, which could not be loaded: pass the loaded model "
-                "as backbone= (a processor that is given model= does so), or download it first"
+                f"{name} is an adapter on the first layers of {source}, which could not be loaded: pass the loaded "
+                "model as backbone= (a processor that is given model= does so), or download it first"
             ) from error
     trunk = truncated_backbone(source, config.backbone_config.num_hidden_layers, kwargs.get("dtype") or torch.float32)
     if config.backbone_fingerprint not in (None, weights_fingerprint(trunk)):
         warnings.warn(
-            f"{name} was trained on other weights of {config.backbone} than those given; its values will be off. Pass the "
-            "model it was trained on as backbone=.",
+            f"{name} was trained on other weights of {config.backbone} than those given; its values will be off. Pass "
+            "the model it was trained on as backbone=.",
             stacklevel=4,
         )
     lora = LoraConfig.from_pretrained(str(folder))
@@ -165,8 +169,7 @@ def _classifier_base(
 ) -> PreTrainedModel:
     """What a PEFT sequence classifier's adapter sits on; a copy, because PEFT changes the model it is given."""
     if isinstance(backbone, str):
-        own = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
-        own |= {"num_labels": labels, "use_safetensors": True}
+        own = _of_another_repo(kwargs) | {"num_labels": labels, "use_safetensors": True}
         return AutoModelForSequenceClassification.from_pretrained(backbone, **own)
     if hasattr(backbone, "score"):
         return copy.deepcopy(backbone)

@@ -59,9 +59,9 @@ class ObjectivesMixin:
         kept = self.__dict__.get("_reward_units")
         key = (device, tuple(self.reward_mean), tuple(self.reward_scale))
         if kept is None or kept[0] != key:
-            tensors = tuple(torch.tensor(x, dtype=torch.float32, device=device) for x in key[1:])
-            kept = self.__dict__["_reward_units"] = (key, tensors)
-        return kept[1]
+            mean, scale = (torch.tensor(x, dtype=torch.float32, device=device) for x in key[1:])
+            kept = self.__dict__["_reward_units"] = (key, mean, scale)
+        return kept[1], kept[2]
 
     def to_dict(self) -> dict[str, Any]:
         """The config as a JSON-able dictionary."""

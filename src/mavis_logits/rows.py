@@ -35,13 +35,12 @@ class Plan:
     kept: Tokens
     chosen: Tokens
     pending: list[Tokens]
+    _cached: int = 0
 
     @property
     def in_place(self) -> bool:
         """Whether every sequence goes on from the cached row of its own number, all of which are used."""
         return self.source is not None and self.source.tolist() == list(range(self._cached))
-
-    _cached: int = 0
 
 
 class RowTracker:
@@ -117,8 +116,8 @@ def strip_padding(input_ids: Tokens, pad_token_id: int | None) -> list[Tokens]:
 def ended_rows(input_ids: Tensor, eos_token_ids: frozenset[int], pad_token_id: int | None) -> Tensor:
     """[R] bool, whether `generate` has closed the row: its last token is padding that follows EOS or other padding.
 
-    A lone EOS is no proof (a prompt, or a chat turn, may end with it), so a row is scored once more after its EOS. If all
-    rows look closed, none is: `generate` would have stopped, so these are prompts.
+    A lone EOS is no proof (a prompt, or a chat turn, may end with it), so a row is scored once more after its EOS. If
+    all rows look closed, none is: `generate` would have stopped, so these are prompts.
     """
     if pad_token_id is None or input_ids.shape[1] < 3:
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

@@ -1,7 +1,7 @@
 """Values of k candidate tokens under a value model, each step at the cost of k query tokens.
 
-`RaggedScorer` feeds the candidates as k queries of one forward that see their row's committed tokens and themselves, and
-when one of them is chosen moves its keys and values into place: the chosen token is never computed again.
+`RaggedScorer` feeds the candidates as k queries of one forward that see their row's committed tokens and themselves,
+and when one of them is chosen moves its keys and values into place: the chosen token is never computed again.
 `RepeatedStateScorer` is for backbones whose state is not addressed by token (Mamba): it repeats the state k times.
 Both agree with re-forwarding every candidate from scratch (`mavis_logits.testing.recompute_values`).
 """
@@ -116,10 +116,12 @@ class RepeatedStateScorer(ValueScorer):
 
     @torch.no_grad()
     def score(self, plan: Plan, candidates: Tensor) -> Tensor:
-        states, branches, values = [], [], []
-        for i, sequence in enumerate(plan.sequences):
+        states: list[Cache] = []
+        branches: list[Cache] = []
+        values: list[Tensor] = []
+        for i in range(len(plan.sequences)):
             state, unread = self._resume(plan, i)
-            if len(unread):
+            if state is None or len(unread):
                 state = self._read(state, torch.from_numpy(unread).to(candidates.device))
             branch = copy.deepcopy(state)
             branch.reorder_cache(torch.zeros(candidates.shape[1], dtype=torch.long, device=candidates.device))
@@ -173,14 +175,8 @@ def _agrees_with_plain_forward(model: ValueModel) -> bool:
                 slow = hidden.pop()[0, -1]
                 if not torch.linalg.norm(fast[row, i] - slow) <= _PROBE_TOLERANCE * torch.linalg.norm(slow):
                     return False
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-        IndexError,
-        AttributeError,
-    ):  # it takes no such mask, position or cache
-        return False
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+        return False  # it takes no such mask, positions or cache
     finally:
         hook.remove()
     return True
@@ -190,6 +186,6 @@ def _out_of_memory(cache: RaggedCache, model: ValueModel) -> MemoryError:
     size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
     return MemoryError(
         f"no memory left for the value model's cache: {len(cache.lengths)} rows x {cache.capacity} slots x "
-        f"{len(cache.layers)} layers, {size / 2**20:.0f} MiB in {model.dtype}. Use fewer rows a batch, shorter prompts or "
-        "load the value model in bfloat16."
+        f"{len(cache.layers)} layers, {size / 2**20:.0f} MiB in {model.dtype}. Use fewer rows a batch, shorter "
+        "prompts or load the value model in bfloat16."
     )

@@ -1,8 +1,8 @@
 """The obvious, slow way to compute what this package computes fast, and checks that hold any scorer to it.
 
-For tests: `recompute_values` re-forwards every candidate from scratch, `algorithm_2` is the paper's pseudocode on top of
-it, and `check_scorer` verifies the laws of a value scorer (cached equals uncached, batch equals single, reordered rows
-equal fresh rows), also one of your own.
+For tests: `recompute_values` re-forwards every candidate from scratch, `algorithm_2` is the paper's pseudocode on top
+of it, and `check_scorer` verifies the laws of a value scorer (cached equals uncached, batch equals single, reordered
+rows equal fresh rows), also one of your own.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .rows import RowTracker
+from .rows import RowTracker, Tokens
 from .scorer import ValueScorer
 from .value_head import ValueHead
 from .value_model import ValueModel
 
 
 @torch.no_grad()
-def recompute_values(model: ValueModel, sequence: Sequence[int], candidates: Tensor) -> Tensor:
+def recompute_values(model: ValueModel, sequence: Sequence[int] | Tokens, candidates: Tensor) -> Tensor:
     """V_m(s + a) of every candidate a by a forward pass of its own, without cache or padding.
 
     Args:
@@ -38,7 +38,7 @@ def recompute_values(model: ValueModel, sequence: Sequence[int], candidates: Ten
 
 @torch.no_grad()
 def recompute_head_values(
-    head: ValueHead, base: PreTrainedModel, sequence: Sequence[int], candidates: Tensor
+    head: ValueHead, base: PreTrainedModel, sequence: Sequence[int] | Tokens, candidates: Tensor
 ) -> Tensor:
     """Q(s, a) of every candidate under a value head, the base model reading s from scratch; float32 [k, M]."""
     caught: list[Tensor] = []
@@ -73,7 +73,7 @@ def algorithm_2(log_ref: Tensor, value: Callable[[int], float], k: int, beta: fl
 
 
 def check_scorer(scorer: ValueScorer, vocabulary: int, seed: int = 0, steps: int = 6, tolerance: float = 1e-4) -> None:
-    """Hold a scorer to its laws on random sequences: new rows, chosen and unchosen tokens, reordering, cropping, leaving.
+    """Hold a scorer to its laws on random sequences: new, grown, reordered, cropped and leaving rows.
 
     Raises:
         AssertionError: values differ from `recompute_values` by more than `tolerance` (in reward units).
@@ -90,8 +90,8 @@ def check_scorer(scorer: ValueScorer, vocabulary: int, seed: int = 0, steps: int
             error = float((values[row] - expected).abs().max())
             if not error <= tolerance:
                 raise AssertionError(
-                    f"step {step}, row {row} of {len(sequences)} (length {len(sequence)}): values differ from re-forwarding "
-                    f"by {error:.2g}, allowed {tolerance:.2g}"
+                    f"step {step}, row {row} of {len(sequences)} (length {len(sequence)}): values differ from "
+                    f"re-forwarding by {error:.2g}, allowed {tolerance:.2g}"
                 )
         tracker.update(sequences, candidates)
         sequences = _next(sequences, candidates, rng, vocabulary, step)
@@ -100,7 +100,7 @@ def check_scorer(scorer: ValueScorer, vocabulary: int, seed: int = 0, steps: int
 def _next(
     sequences: list[np.ndarray], candidates: np.ndarray, rng: np.random.Generator, vocabulary: int, step: int
 ) -> list[np.ndarray]:
-    """The rows of the next call: each goes on, by a candidate or another token; some are reordered, cropped or leave."""
+    """The rows of the next call: all go on, by a candidate or another token; some are reordered, cropped or leave."""
     chosen = [int(rng.choice(c)) if rng.random() < 0.7 else int(rng.integers(vocabulary)) for c in candidates]
     grown = [np.append(s, token) for s, token in zip(sequences, chosen, strict=True)]
     if step % 3 == 1:  # beams: the first row twice, order changed

@@ -118,8 +118,8 @@ def kl_divergence(tilted: Tensor, reference: Tensor) -> Tensor:
 def solve_beta(scores: Tensor, values: Tensor, kl: Tensor | float, max_beta: float = MAX_BETA) -> Tensor:
     """The beta at which the tilted step diverges from the reference by `kl` nats.
 
-    The divergence grows monotonically with beta: from -log of the candidates' total probability at beta = 0 (the price of
-    the cut, which no beta lowers) to -log pi_ref of the best candidate.
+    The divergence grows monotonically with beta: from -log of the candidates' total probability at beta = 0 (the price
+    of the cut, which no beta lowers) to -log pi_ref of the best candidate.
 
     Args:
         scores: [R, k] log pi_ref of the candidates, normalised over the whole vocabulary.

@@ -96,7 +96,8 @@ class MavisTrace:
         if not count or count > len(self.steps) or any(len(step.live) != rows for step in self.steps):
             traced = {len(step.live) for step in self.steps}
             raise ValueError(
-                f"completions are {rows} rows x {count} tokens, but the trace holds {len(self.steps)} steps of {traced} rows"
+                f"completions are {rows} rows x {count} tokens, but the trace holds {len(self.steps)} steps of "
+                f"{traced or 'no'} rows"
             )
         device = self.steps[0].candidates.device
         completions = completions.to(device)

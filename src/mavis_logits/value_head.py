@@ -110,20 +110,18 @@ class ValueHead(PreTrainedModel):
         check_objectives(objectives)
         embedding = output_embedding(model)
         settings = {"base_model": model.config.name_or_path or None} | config
-        head = cls(
-            ValueHeadConfig(
-                hidden_size=embedding.shape[1],
-                embedding_size=embedding.shape[1],
-                vocab_size=embedding.shape[0],
-                width=width,
-                num_layers=num_layers,
-                dropout=dropout,
-                objectives=list(objectives),
-                base_fingerprint=weights_fingerprint(model),
-                **settings,
-            )  # fmt: skip
+        head_config = ValueHeadConfig(
+            hidden_size=embedding.shape[1],
+            embedding_size=embedding.shape[1],
+            vocab_size=embedding.shape[0],
+            width=width,
+            num_layers=num_layers,
+            dropout=dropout,
+            objectives=list(objectives),
+            base_fingerprint=weights_fingerprint(model),
+            **settings,
         )
-        return head.to(model.device).bind(model, check=False)  # type: ignore[arg-type]
+        return cls(head_config).to(model.device).bind(model, check=False)  # type: ignore[arg-type]
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -156,8 +154,8 @@ class ValueHead(PreTrainedModel):
         if embedding.shape != (config.vocab_size, config.embedding_size):
             raise ValueError(
                 f"this value head is for an output embedding of {config.vocab_size} x {config.embedding_size}, but "
-                f"{type(model).__name__} has {embedding.shape[0]} x {embedding.shape[1]}: use the head's own base model, "
-                f"{config.base_model}"
+                f"{type(model).__name__} has {embedding.shape[0]} x {embedding.shape[1]}: use the head's own base "
+                f"model, {config.base_model}"
             )
         if embedding.device != self.device:
             raise ValueError(
@@ -168,8 +166,8 @@ class ValueHead(PreTrainedModel):
             if found != config.base_fingerprint:
                 raise ValueError(
                     f"this value head was trained on the hidden states of {config.base_model} (weights "
-                    f"{config.base_fingerprint}), but the model given has weights {found}: load that model, train a new "
-                    "head, or bind(model, check=False) if you know that the hidden states are the same"
+                    f"{config.base_fingerprint}), but the model given has weights {found}: load that model, train a "
+                    "new head, or bind(model, check=False) if you know that the hidden states are the same"
                 )
         self._embedding = [embedding]
         return self

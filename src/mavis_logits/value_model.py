@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from .fingerprint import weights_fingerprint
+from .loading import load_complete
 from .objectives import ObjectivesMixin, check_objectives
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -42,7 +43,7 @@ class ValueModelConfig(ObjectivesMixin, PreTrainedConfig):
     """
 
     model_type = "mavis_value"
-    sub_configs = {"backbone_config": AutoConfig}
+    sub_configs: ClassVar = {"backbone_config": AutoConfig}
 
     def __init__(
         self,
@@ -55,7 +56,7 @@ class ValueModelConfig(ObjectivesMixin, PreTrainedConfig):
         if isinstance(backbone_config, dict):
             settings = dict(backbone_config)
             backbone_config = CONFIG_MAPPING[settings.pop("model_type")](**settings)
-        self.backbone_config = backbone_config if backbone_config is not None else CONFIG_MAPPING["llama"]()
+        self.backbone_config: PreTrainedConfig = backbone_config or CONFIG_MAPPING["llama"]()
         self.backbone = backbone
         self.backbone_fingerprint = backbone_fingerprint
         kwargs = self._take_objectives(kwargs)
@@ -130,7 +131,7 @@ class ValueModel(PreTrainedModel):
             ValueError: `num_layers` out of range, or objectives that are no list of distinct names.
         """
         check_objectives(objectives)
-        source = AutoModel.from_pretrained(backbone) if isinstance(backbone, str) else backbone
+        source = load_complete(AutoModel.from_pretrained, backbone) if isinstance(backbone, str) else backbone
         trunk = truncated_backbone(source, num_layers)
         settings = {"pad_token_id": trunk.config.pad_token_id, "backbone": source.config.name_or_path or None} | config
         value_config = ValueModelConfig(
@@ -146,10 +147,12 @@ class ValueModel(PreTrainedModel):
 
     @classmethod
     def _assemble(cls, config: ValueModelConfig, backbone: PreTrainedModel) -> ValueModel:
-        model = cls(config)
+        with torch.device("meta"):  # the backbone is at hand: make no second one
+            model = cls(config)
         model.backbone = backbone
         # Not model.to(dtype): that would round the backbone's rotary frequencies too, which stay in float32.
-        model.head.to(dtype=backbone.dtype, device=backbone.device)
+        model.head.to(backbone.dtype).to_empty(device=backbone.device)
+        model._init_weights(model.head)
         return model.eval()
 
     def add_lora(self, lora: LoraConfig) -> None:
@@ -205,7 +208,7 @@ class ValueModel(PreTrainedModel):
         return mean + scale * standardised
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
-        """Save as transformers does; with a LoRA adapter, save an adapter repo: adapter, head and config, no backbone."""
+        """Save as transformers does; with a LoRA adapter, save an adapter repo (adapter, head, config; no backbone)."""
         if self.lora is None:
             super().save_pretrained(save_directory, **kwargs)
             return
