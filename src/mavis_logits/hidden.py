@@ -7,9 +7,11 @@ model at all, and from which of the positions of its last forward pass.
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -21,6 +23,7 @@ class HiddenStates:
         layer = model.get_output_embeddings()
         if layer is None:
             raise ValueError(f"{type(model).__name__} has no output embedding; steering needs a causal language model")
+        _let_compiled_code_see_hooks()
         self.model = model
         self._local = threading.local()
         self._handles = [
@@ -62,3 +65,15 @@ class HiddenStates:
         states: Tensor = args[0]
         self._local.states = states.detach() if states.ndim == 3 else states.detach()[:, None]
         self._local.next = 0
+
+
+def _let_compiled_code_see_hooks() -> None:
+    """Have compiled forwards (generate's static cache) check which hooks are set.
+
+    By default torch.compile takes hooks as they were when it first compiled: a model compiled before would go on
+    without ours, and its sequences unsteered. What was compiled so is dropped, and compiled again when used.
+    """
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.config.skip_nnmodule_hook_guards = False
+        torch.compiler.reset()

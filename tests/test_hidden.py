@@ -1,0 +1,121 @@
+"""Hidden states caught behind the base model's scores: the right position, once, and none that are not the base's."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import CompileConfig, DynamicCache, PreTrainedModel
+
+from mavis_logits import MavisLogitsProcessor
+from mavis_logits.hidden import HiddenStates
+from tiny import PAD, make_base, make_head
+
+IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+
+
+@torch.no_grad()
+def run(base: PreTrainedModel, ids: Tensor, **kwargs: Any) -> Any:
+    return base(input_ids=ids, **kwargs)
+
+
+def expected(base: PreTrainedModel, ids: Tensor) -> Tensor:
+    """The state [R, T, d] of every position, read from the trunk."""
+    with torch.no_grad():
+        return base.base_model(ids).last_hidden_state
+
+
+def assert_state(state: Tensor | None, wanted: Tensor) -> None:
+    assert state is not None
+    torch.testing.assert_close(state, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_the_state_of_the_last_position_is_handed_out_once() -> None:
+    base = make_base()
+    hidden = HiddenStates(base)
+    assert hidden.take(4) is None  # nothing was read yet
+    run(base, IDS, logits_to_keep=1)
+    assert_state(hidden.take(4), expected(base, IDS)[:, -1])
+    assert hidden.take(4) is None
+
+
+def test_a_step_with_a_cache_follows_the_prompt() -> None:
+    base = make_base()
+    hidden = HiddenStates(base)
+    cache = DynamicCache(config=base.config)
+    run(base, IDS[:, :3], past_key_values=cache, logits_to_keep=1)
+    assert_state(hidden.take(3), expected(base, IDS)[:, 2])
+    run(base, IDS[:, 3:], past_key_values=cache)
+    assert_state(hidden.take(4), expected(base, IDS)[:, 3])
+
+
+def test_positions_of_one_forward_are_told_apart_by_length() -> None:
+    """As in assisted decoding: three drafted tokens are read at once, and the processor is called for each position."""
+    base = make_base()
+    hidden = HiddenStates(base)
+    cache = DynamicCache(config=base.config)
+    run(base, IDS[:, :1], past_key_values=cache)
+    run(base, IDS[:, 1:], past_key_values=cache)
+    states = expected(base, IDS)
+    for length in (2, 3, 4):
+        assert_state(hidden.take(length), states[:, length - 1])
+    assert hidden.take(5) is None
+
+
+def test_lengths_that_the_forward_has_not_read_get_nothing() -> None:
+    base = make_base()
+    hidden = HiddenStates(base)
+    run(base, IDS)
+    assert hidden.take(9) is None
+    assert_state(hidden.take(3), expected(base, IDS)[:, 2])
+    assert hidden.take(2) is None  # an earlier position than one handed out already
+
+
+def test_another_models_forward_leaves_no_state() -> None:
+    base, assistant = make_base(), make_base(seed=1)
+    hidden = HiddenStates(base)
+    run(assistant, IDS)
+    assert hidden.take(4) is None
+
+
+def test_threads_do_not_see_each_others_states() -> None:
+    base = make_base()
+    hidden = HiddenStates(base)
+    run(base, IDS)
+    seen: list[Tensor | None] = []
+    thread = threading.Thread(target=lambda: seen.append(hidden.take(4)))
+    thread.start()
+    thread.join()
+    assert seen == [None]
+    assert hidden.take(4) is not None
+
+
+def test_removed_hooks_leave_nothing_behind() -> None:
+    base = make_base()
+    before = [len(module._forward_pre_hooks) for module in base.modules()]
+    hidden = HiddenStates(base)
+    hidden.remove()
+    assert [len(module._forward_pre_hooks) for module in base.modules()] == before
+    run(base, IDS)
+    assert hidden.take(4) is None
+
+
+def test_a_model_without_output_embedding_is_refused() -> None:
+    with pytest.raises(ValueError, match="LlamaModel has no output embedding; steering needs a causal language model"):
+        HiddenStates(make_base().model)
+
+
+def test_a_model_compiled_before_is_steered_all_the_same() -> None:
+    base = make_base()
+    compiled = CompileConfig(backend="eager", fullgraph=True)
+    compiled._compile_all_devices = True  # else generate compiles on GPUs only
+    settings = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": PAD}
+    static = settings | {"cache_implementation": "static", "compile_config": compiled}
+    base.generate(IDS, **static)
+    with MavisLogitsProcessor(make_head(base, "a"), model=base, top_k=4, pad_token_id=PAD) as mavis:
+        steered = base.generate(IDS, logits_processor=[mavis], **static)
+        assert mavis.stats.passed_through == 0
+        assert torch.equal(steered, base.generate(IDS, logits_processor=[mavis], **settings))
