@@ -18,7 +18,8 @@ ABOUT = {
     "harmless": (
         "prefers replies that people found less harmful, refusals of unsafe requests, and innocent answers",
         "HH-RLHF harmless-base 354e5c3 (MIT), XSTest completions d7bb5bd (CC BY 4.0), ordinary replies of the helpful "
-        "collections as innocent answers",
+        "collections as innocent answers. The first pass of the shipped adapter read up to 60 words of the dialogue "
+        "before a reply, the last pass (as `train_rewards.py` now does) the last human turn alone",
         "HH preferences are noisy and the encoder is small (see the table): it is for experiments in steering, "
         "not a safety filter.",
     ),

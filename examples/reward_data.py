@@ -19,7 +19,7 @@ Text = tuple[str, str]  # prompt, reply
 Cut = Callable[[str], str]
 
 CUT_WORDS = 36  # about 48 SmolLM2 tokens, the length of completions in the experiments
-CONTEXT_WORDS = 60  # of a dialogue, from its end
+CONTEXT_WORDS = 60  # of a dialogue's last turn
 
 # Jokes about these are left out of what humour rewards.
 CRUDE = re.compile(
@@ -203,8 +203,8 @@ def helpful_pairs(data: Collections, cut: Cut, rng: random.Random) -> list[Pair]
 
 
 def dialogue_prompt(messages: list[dict]) -> str:
-    """The end of a dialogue as one prompt: the last human turn, preceded by what fits of the turns before it."""
-    return last_words("\n".join(message["content"] for message in messages), CONTEXT_WORDS)
+    """The last human turn of a dialogue; of a long one, its end."""
+    return last_words(messages[-1]["content"], CONTEXT_WORDS)
 
 
 def harmless_pairs(data: Collections, cut: Cut, rng: random.Random) -> list[Pair]:

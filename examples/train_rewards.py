@@ -12,7 +12,7 @@ import argparse
 import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,32 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
-from reward_data import Labelled, Pair, harmless_pairs, helpful_pairs, humour_texts, random_cut, read_collections
+from reward_data import (
+    Labelled,
+    Pair,
+    cut_short,
+    harmless_pairs,
+    helpful_pairs,
+    humour_texts,
+    random_cut,
+    read_collections,
+    whole,
+)
 from reward_model import BASE_ID, MAX_LENGTH, encode, load_base
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one objective is trained. `rows` pairs or texts are seen once; `pair` says whether the prompt is read."""
+    """How one objective is trained.
+
+    `rows` pairs or texts are seen once; `pair` says whether the prompt is read. `last_rows` more, mostly human
+    preferences, come last: next to the easy contrasts they are too few and too subtle to be learned.
+    """
 
     rows: int
     batch_size: int
     pair: bool
+    last_rows: int = 0
     seed: int = 0
     learning_rate: float = 5e-4
     lora_rank: int = 16
@@ -42,7 +57,7 @@ class Recipe:
 
 RECIPES = {
     "helpful": Recipe(rows=6400, batch_size=16, pair=True),
-    "harmless": Recipe(rows=6400, batch_size=16, pair=True),
+    "harmless": Recipe(rows=6400, batch_size=16, pair=True, last_rows=4800),
     "humour": Recipe(rows=9600, batch_size=32, pair=False),
 }
 
@@ -104,6 +119,18 @@ def make_rows(objective: str, data: Path, count: int, seed: int) -> list[Pair] |
     return rng.sample(rows, count)
 
 
+def make_last_rows(objective: str, data: Path, count: int, seed: int, rehearsed: float = 0.25) -> list[Pair]:
+    """`count` rows of human preferences, whole and cut alike, and a share of the other comparisons to keep these."""
+    collections = read_collections(data, "train")
+    rng = random.Random(seed + 1)
+    build = {"helpful": helpful_pairs, "harmless": harmless_pairs}[objective]
+    rows = [pair for cut in (whole, cut_short) for pair in build(collections, cut, rng)]
+    human = [pair for pair in rows if pair.slice.startswith("human")]
+    other = [pair for pair in rows if not pair.slice.startswith("human")]
+    kept = rng.sample(other, min(len(other), round(count * rehearsed)))
+    return kept + rng.sample(human, min(len(human), count - len(kept)))
+
+
 def as_dataset(rows: list[Pair] | list[Labelled]) -> Dataset:
     """Rows as columns `texts` (one or two (prompt, reply)), `label`, and `length` in characters for grouping."""
     records = []
@@ -148,13 +175,12 @@ def save(model: PeftModel, folder: Path, objective: str, recipe: Recipe) -> None
     (folder / "reward_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def train(objective: str, data: Path, out: Path, recipe: Recipe) -> None:
-    """Train one objective and write it to `out / objective`."""
-    set_seed(recipe.seed)
-    base, tokenizer = load_base()
-    rows = make_rows(objective, data, recipe.rows, recipe.seed)
+def fit(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: list[Pair] | list[Labelled], recipe: Recipe, out: Path
+) -> None:
+    """One pass over the rows, in place."""
     arguments = TrainingArguments(
-        output_dir=str(out / objective),
+        output_dir=str(out),
         per_device_train_batch_size=recipe.batch_size,
         learning_rate=recipe.learning_rate,
         warmup_steps=0.05,
@@ -169,7 +195,6 @@ def train(objective: str, data: Path, out: Path, recipe: Recipe) -> None:
         disable_tqdm=True,
         seed=recipe.seed,
     )
-    model = add_lora(base, recipe)
     trainer = RewardTrainer(
         model=model,
         args=arguments,
@@ -178,6 +203,17 @@ def train(objective: str, data: Path, out: Path, recipe: Recipe) -> None:
         recipe=recipe,
     )
     trainer.train()
+
+
+def train(objective: str, data: Path, out: Path, recipe: Recipe) -> None:
+    """Train one objective and write it to `out / objective`."""
+    set_seed(recipe.seed)
+    base, tokenizer = load_base()
+    model = add_lora(base, recipe)
+    fit(model, tokenizer, make_rows(objective, data, recipe.rows, recipe.seed), recipe, out / objective)
+    if recipe.last_rows:
+        last = replace(recipe, learning_rate=0.6 * recipe.learning_rate)
+        fit(model, tokenizer, make_last_rows(objective, data, recipe.last_rows, recipe.seed), last, out / objective)
     save(model, out / objective, objective, recipe)
 
 
