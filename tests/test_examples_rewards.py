@@ -205,6 +205,14 @@ def test_a_trained_reward_is_written_whole_and_loads_with_the_base(
     assert adapter["base_model_name_or_path"] == reward_model.BASE_ID
 
 
+def test_the_last_rows_are_mostly_human_preferences_and_train_too(tiny_base: None, tmp_path: Path) -> None:
+    rows = train_rewards.make_last_rows("harmless", tmp_path, 24, seed=0)
+    assert Counter(pair.slice.startswith("human") for pair in rows) == {True: 18, False: 6}
+    recipe = train_rewards.Recipe(rows=16, batch_size=8, pair=True, last_rows=16)
+    train_rewards.train("harmless", tmp_path, tmp_path, recipe)
+    assert (tmp_path / "harmless" / "adapter_model.safetensors").is_file()
+
+
 def test_the_measurements_fill_report_and_cards(tiny_base: None, tmp_path: Path) -> None:
     def length(texts):
         return [float(len(prompt) + len(reply)) for prompt, reply in texts]

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import EOS, PAD, VOCABULARY, make_base, make_head, make_value_model
-from mavis_logits import MavisLogitsProcessor
-from mavis_logits.testing import algorithm_2, recompute_head_values, recompute_values
 from torch import Tensor
 from transformers import CompileConfig, LogitsProcessor
+
+from mavis_logits import MavisLogitsProcessor
+from mavis_logits.testing import algorithm_2, recompute_head_values, recompute_values
+from tiny import EOS, PAD, VOCABULARY, make_base, make_head, make_value_model
 
 K, BETA = 6, 3.0
 WEIGHTS = {"a": 0.7, "b": 0.3}
@@ -38,7 +39,9 @@ def functions(kind: str, base: Any) -> Any:
     return {"a": make_head(base, "a"), "b": make_value_model("b")}
 
 
-def slow_policy(mavis: MavisLogitsProcessor, base: Any, sequence: Tensor, scores: Tensor, k: int = K, beta: float = BETA) -> Tensor:
+def slow_policy(
+    mavis: MavisLogitsProcessor, base: Any, sequence: Tensor, scores: Tensor, k: int = K, beta: float = BETA
+) -> Tensor:
     """pi_MAVIS [V] after `sequence` (no padding), by re-forwarding everything."""
     log_ref = torch.log_softmax(scores.double(), dim=-1)
     candidates = log_ref.argsort(descending=True)[:k]
@@ -73,7 +76,9 @@ def assert_algorithm_2(recorder: Recorder, base: Any, steered: int | None = None
 def steer(kind: str, base: Any, **settings: Any) -> Recorder:
     model = base if kind != "model" else None
     return Recorder(
-        MavisLogitsProcessor(functions(kind, base), WEIGHTS, BETA, model=model, top_k=K, pad_token_id=PAD, eos_token_id=EOS, **settings)
+        MavisLogitsProcessor(
+            functions(kind, base), WEIGHTS, BETA, model=model, top_k=K, pad_token_id=PAD, eos_token_id=EOS, **settings
+        )
     )
 
 
@@ -103,7 +108,9 @@ def test_assisted_decoding_with_rejections(kind: str, base: Any) -> None:
     recorder = steer(kind, base)
     torch.manual_seed(0)
     prompt = torch.tensor([[5, 6, 7, 8, 9]])
-    out = base.generate(prompt, assistant_model=make_base(seed=9), do_sample=False, max_new_tokens=16, logits_processor=[recorder])
+    out = base.generate(
+        prompt, assistant_model=make_base(seed=9), do_sample=False, max_new_tokens=16, logits_processor=[recorder]
+    )
     if kind == "head":  # a draft has no state of the base model behind it; the result is exact all the same
         assert recorder.inner.stats.passed_through > 0
     assert_algorithm_2(recorder, base)
@@ -115,9 +122,13 @@ def test_assisted_decoding_with_rejections(kind: str, base: Any) -> None:
 def test_prompt_lookup(kind: str, base: Any) -> None:
     prompt = torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6]])
     recorder = steer(kind, base)
-    out = base.generate(prompt, prompt_lookup_num_tokens=3, do_sample=False, max_new_tokens=12, logits_processor=[recorder])
+    out = base.generate(
+        prompt, prompt_lookup_num_tokens=3, do_sample=False, max_new_tokens=12, logits_processor=[recorder]
+    )
     assert_algorithm_2(recorder, base)
-    assert torch.equal(out, base.generate(prompt, do_sample=False, max_new_tokens=12, logits_processor=[steer(kind, base)]))
+    assert torch.equal(
+        out, base.generate(prompt, do_sample=False, max_new_tokens=12, logits_processor=[steer(kind, base)])
+    )
 
 
 @pytest.mark.parametrize("kind", ["model", "head"])
@@ -125,9 +136,18 @@ def test_compiled_static_cache(kind: str, base: Any, prompts: dict[str, Tensor])
     compiled = CompileConfig(backend="eager", fullgraph=True)
     compiled._compile_all_devices = True  # else generate compiles on GPUs only
     recorder = steer(kind, base)
-    out = base.generate(**prompts, do_sample=False, max_new_tokens=6, cache_implementation="static", compile_config=compiled, logits_processor=[recorder])
+    out = base.generate(
+        **prompts,
+        do_sample=False,
+        max_new_tokens=6,
+        cache_implementation="static",
+        compile_config=compiled,
+        logits_processor=[recorder],
+    )
     assert_algorithm_2(recorder, base)
-    assert torch.equal(out, base.generate(**prompts, do_sample=False, max_new_tokens=6, logits_processor=[steer(kind, base)]))
+    assert torch.equal(
+        out, base.generate(**prompts, do_sample=False, max_new_tokens=6, logits_processor=[steer(kind, base)])
+    )
 
 
 @pytest.mark.parametrize("kind", ["model", "head"])
@@ -136,7 +156,9 @@ def test_rows_that_end_at_different_times(kind: str, base: Any, prompts: dict[st
         base.get_output_embeddings().weight[EOS] *= 2  # end often
     recorder = steer(kind, base)
     torch.manual_seed(1)
-    out = base.generate(**prompts, do_sample=True, max_new_tokens=30, num_return_sequences=4, logits_processor=[recorder])
+    out = base.generate(
+        **prompts, do_sample=True, max_new_tokens=30, num_return_sequences=4, logits_processor=[recorder]
+    )
     lengths = {(row != PAD).sum().item() for row in out}
     assert len(lengths) > 2
     assert_algorithm_2(recorder, base)
@@ -160,7 +182,13 @@ def test_a_second_chat_turn_goes_on_from_the_cache(base: Any) -> None:
 def test_two_hundred_steps(base: Any) -> None:
     recorder = steer("model", base)
     torch.manual_seed(0)
-    base.generate(torch.tensor([[5, 6, 7], [8, 9, 10]]), do_sample=True, max_new_tokens=200, eos_token_id=-1, logits_processor=[recorder])
+    base.generate(
+        torch.tensor([[5, 6, 7], [8, 9, 10]]),
+        do_sample=True,
+        max_new_tokens=200,
+        eos_token_id=-1,
+        logits_processor=[recorder],
+    )
     recorder.calls = recorder.calls[::40] + recorder.calls[-1:]
     assert_algorithm_2(recorder, base, steered=10)
 
@@ -240,7 +268,9 @@ def test_weights_per_request_reach_their_samples(base: Any, prompts: dict[str, T
     together = base.generate(**prompts, do_sample=False, max_new_tokens=6, logits_processor=[mavis])
     for row, weights in enumerate([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]):
         mavis.weights = weights
-        alone = base.generate(strip(prompts["input_ids"][row])[None], do_sample=False, max_new_tokens=6, logits_processor=[mavis])
+        alone = base.generate(
+            strip(prompts["input_ids"][row])[None], do_sample=False, max_new_tokens=6, logits_processor=[mavis]
+        )
         assert torch.equal(strip(together[row])[: alone.shape[1]], alone[0])
 
 
@@ -253,7 +283,9 @@ def test_kl_budget_is_spent_exactly(base: Any, prompts: dict[str, Tensor]) -> No
 
 
 def test_unscored_keep_leaves_other_tokens_their_score(base: Any, prompts: dict[str, Tensor]) -> None:
-    mavis = MavisLogitsProcessor(make_value_model("a"), beta=2.0, top_k=4, normalize="center", unscored="keep", pad_token_id=PAD)
+    mavis = MavisLogitsProcessor(
+        make_value_model("a"), beta=2.0, top_k=4, normalize="center", unscored="keep", pad_token_id=PAD
+    )
     scores = torch.randn(3, VOCABULARY)
     out = mavis(prompts["input_ids"], scores)
     others = torch.ones_like(scores, dtype=torch.bool).scatter(1, scores.topk(4).indices, False)
@@ -315,14 +347,36 @@ def test_streamer_and_pipeline(base: Any) -> None:
             pass
 
     streamer, mavis = Keep(), steer("mixed", base)
-    out = base.generate(torch.tensor([[5, 6, 7]]), do_sample=False, max_new_tokens=6, streamer=streamer, logits_processor=[mavis])
+    out = base.generate(
+        torch.tensor([[5, 6, 7]]), do_sample=False, max_new_tokens=6, streamer=streamer, logits_processor=[mavis]
+    )
     assert streamer.tokens == out[0].tolist()
 
 
 def test_half_precision_base_and_value_models(prompts: dict[str, Tensor]) -> None:
     base = make_base().to(torch.bfloat16)
     mavis = MavisLogitsProcessor(
-        {"a": make_value_model("a").to(torch.bfloat16), "b": make_head(base, "b").to(torch.bfloat16)}, model=base, top_k=K, pad_token_id=PAD
+        {"a": make_value_model("a").to(torch.bfloat16), "b": make_head(base, "b").to(torch.bfloat16)},
+        model=base,
+        top_k=K,
+        pad_token_id=PAD,
     )
     out = base.generate(**prompts, do_sample=True, max_new_tokens=5, logits_processor=[mavis])
     assert out.shape == (3, 10)
+
+
+def test_nan_scores_and_wrong_dtypes_are_refused(prompts: dict[str, Tensor]) -> None:
+    mavis = MavisLogitsProcessor(make_value_model("a"), pad_token_id=PAD)
+    with pytest.raises(ValueError, match="scores hold NaN"):
+        mavis(prompts["input_ids"], torch.full((3, VOCABULARY), torch.nan))
+    with pytest.raises(ValueError, match="whole-number token ids and floating-point scores"):
+        mavis(prompts["input_ids"].float(), torch.randn(3, VOCABULARY))
+    with pytest.raises(ValueError, match="whole-number token ids and floating-point scores"):
+        mavis(prompts["input_ids"], torch.ones(3, VOCABULARY, dtype=torch.long))
+
+
+def test_another_model_generating_is_noticed(base: Any) -> None:
+    mavis = MavisLogitsProcessor(make_head(base, "a"), model=base, pad_token_id=PAD)
+    other = make_base(seed=5)
+    with pytest.warns(UserWarning, match="is another model generating"):
+        other.generate(torch.tensor([[5, 6]]), max_new_tokens=70, eos_token_id=-1, logits_processor=[mavis])

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     ValueFunction = ValueModel | ValueHead
 
 
+_SUSPICIOUS = 64  # calls in a row without a state: more than an assistant drafts
+
+
 class MavisLogitsProcessor(LogitsProcessor):
     """Tilts next-token scores by the values of the top candidates (Algorithm 2).
 
@@ -219,10 +222,13 @@ class MavisLogitsProcessor(LogitsProcessor):
                 )
             hidden = self._hidden.take(input_ids.shape[1])
             if hidden is None or len(hidden) != len(scores):
-                self.stats.passed_through += 1
+                self._pass_through()
                 return scores
+            self._local.passed = 0
         reference = torch.log_softmax(scores.float() / self.config.reference_temperature, dim=-1)
         log_ref, candidates = self._candidates(reference)
+        if torch.isnan(log_ref[:, 0]).any():
+            raise ValueError("the base model's scores hold NaN: it overflows in its dtype, or its weights are damaged")
         started = time.perf_counter()
         live = ~ended_rows(input_ids, self._eos, self.pad_token_id)
         values = self._values(input_ids, hidden, candidates, live)
@@ -253,6 +259,17 @@ class MavisLogitsProcessor(LogitsProcessor):
         if not keep:
             tilted = torch.full_like(reference, -torch.inf).scatter(1, candidates, tilted)
         return torch.where(live[:, None], tilted.to(scores.dtype), scores)
+
+    def _pass_through(self) -> None:
+        """Count a call without a state of the base model behind it; so many in a row are no assistant's drafts."""
+        self.stats.passed_through += 1
+        self._local.passed = getattr(self._local, "passed", 0) + 1
+        if self._local.passed == _SUSPICIOUS:
+            warnings.warn(
+                f"{_SUSPICIOUS} calls in a row came without a hidden state of the model that this processor is "
+                "attached to, and were left unsteered: is another model generating? Call mavis.attach(model) with that one.",
+                stacklevel=3,
+            )
 
     def _candidates(self, reference: Tensor) -> tuple[Tensor, Tensor]:
         """log pi_ref [R, k] of the k likeliest tokens, and their ids [R, k] (Algorithm 2, line 2)."""
@@ -340,6 +357,10 @@ class MavisLogitsProcessor(LogitsProcessor):
                 "MavisLogitsProcessor needs the tokens so far, [rows, length], beside scores [rows, vocabulary]; got "
                 f"{getattr(input_ids, 'shape', None)} and {tuple(scores.shape)}. Continuous batching gives processors "
                 "no history: use generate, or generate_batch without this processor."
+            )
+        if input_ids.is_floating_point() or not scores.is_floating_point():
+            raise ValueError(
+                f"expected whole-number token ids and floating-point scores, got {input_ids.dtype} and {scores.dtype}"
             )
         if input_ids.shape[1] == 0:
             raise ValueError("the prompt is empty: give generate at least one token to go on from")
