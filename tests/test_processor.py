@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
-from transformers import CompileConfig, LogitsProcessor
+from transformers import CompileConfig, LogitsProcessor, PreTrainedTokenizerFast, pipeline
 
 from mavis_logits import MavisLogitsProcessor
 from mavis_logits.testing import algorithm_2, recompute_head_values, recompute_values
@@ -333,7 +336,7 @@ def test_trace_and_stats_agree_with_equation_7(base: Any, prompts: dict[str, Ten
     assert len(recorder.inner.trace) == 3
 
 
-def test_streamer_and_pipeline(base: Any) -> None:
+def test_streamer(base: Any) -> None:
     from transformers.generation.streamers import BaseStreamer
 
     class Keep(BaseStreamer):
@@ -351,6 +354,20 @@ def test_streamer_and_pipeline(base: Any) -> None:
         torch.tensor([[5, 6, 7]]), do_sample=False, max_new_tokens=6, streamer=streamer, logits_processor=[mavis]
     )
     assert streamer.tokens == out[0].tolist()
+
+
+@pytest.mark.parametrize("kind", ["model", "head"])
+def test_text_generation_pipeline(kind: str, base: Any) -> None:
+    words = {f"w{i}": i for i in range(VOCABULARY)}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="w3")))
+    tokenizer.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.pad_token, tokenizer.eos_token, tokenizer.padding_side = "w0", "w1", "left"
+    write = pipeline("text-generation", model=base, tokenizer=tokenizer, batch_size=2)
+    recorder = steer(kind, base)
+    torch.manual_seed(0)
+    out = write(["w5 w6 w7", "w8"], max_new_tokens=6, do_sample=True, temperature=1.0, logits_processor=[recorder])
+    assert len(out) == 2
+    assert_algorithm_2(recorder, base)
 
 
 def test_half_precision_base_and_value_models(prompts: dict[str, Tensor]) -> None:

@@ -267,7 +267,7 @@ class MavisLogitsProcessor(LogitsProcessor):
         if self._local.passed == _SUSPICIOUS:
             warnings.warn(
                 f"{_SUSPICIOUS} calls in a row came without a hidden state of the model that this processor is "
-                "attached to, and were left unsteered: is another model generating? Call mavis.attach(model) with that one.",
+                "attached to, and were left unsteered: is another model generating? Call mavis.attach(model) with it.",
                 stacklevel=3,
             )
 
