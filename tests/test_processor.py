@@ -277,6 +277,32 @@ def test_weights_per_request_reach_their_samples(base: Any, prompts: dict[str, T
         assert torch.equal(strip(together[row])[: alone.shape[1]], alone[0])
 
 
+def test_value_models_without_weight_rest_until_they_have_some(base: Any, prompts: dict[str, Tensor]) -> None:
+    models = {"a": make_value_model("a", seed=3), "b": make_value_model("b", seed=4)}
+    mavis = MavisLogitsProcessor(models, [1.0, 0.0], BETA, top_k=K, pad_token_id=PAD, eos_token_id=EOS, trace=True)
+    calls = dict.fromkeys(models, 0)
+    for name, model in models.items():
+        mavis._session(model)  # which tries the backbone once
+        model.backbone.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
+    recorder = Recorder(mavis)
+    base.generate(**prompts, do_sample=False, max_new_tokens=4, suppress_tokens=[EOS], logits_processor=[recorder])
+    assert calls == {"a": 4, "b": 0}
+    assert mavis.trace is not None
+    assert mavis.trace[0].values[..., 1].isnan().all()
+
+    class Switch(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            mavis.weights = WEIGHTS if input_ids.shape[1] % 2 else {"b": 1.0}
+            out = mavis(input_ids, scores)
+            if input_ids.shape[1] % 2:
+                recorder.calls.append((input_ids.clone(), scores.clone(), out.clone()))
+            return out
+
+    recorder.calls.clear()
+    base.generate(**prompts, do_sample=True, max_new_tokens=8, suppress_tokens=[EOS], logits_processor=[Switch()])
+    assert_algorithm_2(recorder, base, steered=9)
+
+
 def test_kl_budget_is_spent_exactly(base: Any, prompts: dict[str, Tensor]) -> None:
     mavis = MavisLogitsProcessor(make_value_model("a"), top_k=VOCABULARY, kl_budget=0.25, trace=True, pad_token_id=PAD)
     base.generate(**prompts, do_sample=True, max_new_tokens=5, suppress_tokens=[EOS], logits_processor=[mavis])

@@ -42,12 +42,24 @@ class ValueFunctions:
                 _check_tokenizer(function, tokenizer)
 
     def gather(self, parts: Mapping[int, Tensor]) -> Tensor:
-        """Values [R, k, M] of all objectives, from those of each value function by its id."""
-        if len(self.all) == 1 and [output for _, _, output in self._outputs] == list(
-            range(len(self.all[0].config.objectives))
-        ):
-            return parts[id(self.all[0])]
-        return torch.stack([parts[id(function)][..., output] for _, function, output in self._outputs], dim=-1)
+        """Values [R, k, M] of all objectives, from those of each value function by its id; 0 for those not there."""
+        missing = torch.zeros_like(next(iter(parts.values()))[..., 0])
+        columns = [parts[id(f)][..., output] if id(f) in parts else missing for _, f, output in self._outputs]
+        return torch.stack(columns, dim=-1)
+
+    def idle(self, weights: Tensor) -> list[bool]:
+        """[M] whether the objective is a value model's all of whose objectives have weight 0: it need not be run.
+
+        With all weights 0 no objective is idle.
+        """
+        weighted = weights.reshape(-1, len(self.objectives)).any(dim=0).tolist()
+        busy = {id(function) for (_, function, _), weight in zip(self._outputs, weighted, strict=True) if weight}
+        return [bool(busy) and id(f) not in busy and isinstance(f, ValueModel) for _, f, _ in self._outputs]
+
+    def busy_models(self, idle: Sequence[bool]) -> list[ValueModel]:
+        """The value models to be run."""
+        resting = {id(function) for (_, function, _), rests in zip(self._outputs, idle, strict=True) if rests}
+        return [model for model in self.models if id(model) not in resting]
 
     def weights(self, given: Mapping[str, float] | Sequence[float] | Tensor | None) -> Tensor:
         """lambda as float32 [M] or [R, M].

@@ -146,6 +146,7 @@ class MavisLogitsProcessor(LogitsProcessor):
     @weights.setter
     def weights(self, weights: Mapping[str, float] | Sequence[float] | Tensor | None) -> None:
         self._weights = self._functions.weights(weights)
+        self._idle = self._functions.idle(self._weights)
 
     @property
     def beta(self) -> Tensor:
@@ -251,8 +252,9 @@ class MavisLogitsProcessor(LogitsProcessor):
         with self._lock:
             self.stats.add(len(scores), kl, seconds)
         if self.trace is not None:
-            step = {"live": live, "candidates": candidates, "reference": log_ref, "values": values, "kl": kl}
+            step = {"live": live, "candidates": candidates, "reference": log_ref, "kl": kl}
             step |= {"tilted": tilted.gather(1, candidates) if keep else tilted, "beta": beta.expand(len(scores))}
+            step["values"] = values.masked_fill(torch.tensor(self._idle, device=values.device), torch.nan)
             self._record(input_ids, step)
         if self._leaves_scores_alone(log_ref.shape[1], scores.shape[1]):
             return scores
@@ -296,24 +298,28 @@ class MavisLogitsProcessor(LogitsProcessor):
         return self._functions.gather(parts)
 
     def _score(self, sequences: list[Any], candidates: Tensor) -> dict[int, Tensor]:
-        """Values [R, k, M] of every value model, by its id."""
-        tracker, scorers = self._session()
-        for model in self._functions.models:
+        """Values [R, k, M] of every value model that has weight, by its id."""
+        models = self._functions.busy_models(self._idle)
+        for model in models:
             _check_context(model, max(map(len, sequences)) + 1)
-        plan = tracker.plan(sequences)
-        try:
-            values = {id(scorer.model): scorer.score(plan, candidates) for scorer in scorers}
-        except BaseException:  # the caches may be half updated
-            del self._local.session
-            raise
-        tracker.update(sequences, candidates.cpu().numpy())
+        fed = candidates.cpu().numpy()
+        values = {}
+        for model in models:
+            tracker, scorer = self._session(model)
+            try:
+                values[id(model)] = scorer.score(tracker.plan(sequences), candidates)
+            except BaseException:  # the cache may be half updated
+                del self._local.sessions[id(model)]
+                raise
+            tracker.update(sequences, fed)
         return values
 
-    def _session(self) -> tuple[RowTracker, list[ValueScorer]]:
-        """This thread's caches. They outlive a `generate` call: a next chat turn goes on from them."""
-        if not hasattr(self._local, "session"):
-            self._local.session = (RowTracker(), [make_scorer(model) for model in self._functions.models])
-        return self._local.session
+    def _session(self, model: ValueModel) -> tuple[RowTracker, ValueScorer]:
+        """This thread's cache for `model`. It outlives a `generate` call: a next chat turn goes on from it."""
+        sessions = self._local.__dict__.setdefault("sessions", {})
+        if id(model) not in sessions:
+            sessions[id(model)] = (RowTracker(), make_scorer(model))
+        return sessions[id(model)]
 
     def _per_row(self, setting: Tensor, shared_dims: int, scores: Tensor) -> Tensor:
         """Weights or beta on the scores' device; those given per request are repeated for its beams or samples.

@@ -49,7 +49,7 @@ class TraceStep:
         candidates: [R, k] token ids.
         reference: [R, k] log pi_ref, normalised over the whole vocabulary.
         tilted: [R, k] log-probability after the tilt.
-        values: [R, k, M] in reward units.
+        values: [R, k, M] in reward units; NaN for value models that were not run, having weight 0.
         beta: [R].
         kl: [R] exact divergence of the step, in nats.
         taken: [R] the token that followed, -1 if not known.
