@@ -303,7 +303,9 @@ def rewards() -> dict[str, evaluate_rewards.Score]:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_degenerate_replies_score_below_a_good_one(objective: str, rewards: dict) -> None:
     best = "Why did the speaker bring a ladder? To reach a higher audience!" if objective == "humour" else ANSWER
-    bad = ["", "no no no no no no no no", "the the the the the", "? ! ? ! ? !", " ".join(sorted(best.split()))]
+    bad = ["no no no no no no no no", "the the the the the", "? ! ? ! ? !", " ".join(sorted(best.split()))]
+    if objective != "harmless":  # to say nothing is fairly harmless: its card gives the numbers
+        bad.append("")
     good, *low = rewards[objective]([(PROMPT, reply) for reply in [best, *bad]])
     assert all(value < good for value in low)
 
