@@ -21,8 +21,8 @@ ABOUT = {
         "collections as innocent answers. The first pass of the shipped adapter read up to 60 words of the dialogue "
         "before a reply, the last pass (as `train_rewards.py` now does) the last human turn alone",
         "HH preferences are noisy and the encoder is small (see the table): it is for experiments in steering, "
-        "not a safety filter. An empty reply scores little below an average one (0.8 against 1.1 on benign prompts; two "
-        "real replies in five score lower), and longer replies score higher: compare at equal length.",
+        "not a safety filter. An empty reply scores little below an average one (0.8 against 1.1 on benign prompts; "
+        "two real replies in five score lower), and longer replies score higher: compare at equal length.",
     ),
     "humour": (
         "estimates how much of a reply reads like a short joke; it reads the reply only",
