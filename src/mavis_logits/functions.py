@@ -189,3 +189,35 @@ def _load(name: str, model: PreTrainedModel | None, loading: Mapping[str, Any]) 
     if isinstance(config, ValueModelConfig) and model is not None and config.backbone == model.config.name_or_path:
         backbone = model
     return ValueModel.from_pretrained(name, backbone=backbone, **loading)
+
+
+def special_tokens(
+    models: Sequence[ValueModel],
+    base: PreTrainedModel | None,
+    pad_token_id: int | None,
+    eos_token_id: int | Iterable[int] | None,
+) -> tuple[int | None, frozenset[int]]:
+    """The padding token and the EOS tokens: as given, else the base model's, else the value models'."""
+    configs = [base.generation_config, base.config] if base is not None else []
+    configs += [model.config for model in models] + [model.backbone.config for model in models]
+
+    def first(name: str, given: Any) -> Any:
+        found = (getattr(config, name, None) for config in configs)
+        return given if given is not None else next((value for value in found if value is not None), None)
+
+    eos = first("eos_token_id", eos_token_id)
+    eos_ids = [eos] if isinstance(eos, int) else list(eos or ())
+    pad = first("pad_token_id", pad_token_id)
+    if pad is None and eos_ids:
+        pad = eos_ids[0]  # as generate does
+    return pad, frozenset(eos_ids)
+
+
+def check_context(model: ValueModel, length: int) -> None:
+    """Raise `ValueError` if the value model cannot read sequences of `length` tokens."""
+    limit = getattr(model.backbone.config, "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"a sequence of {length} tokens is longer than the {limit} that the value model for "
+            f"{model.config.objectives} can read: shorten the prompt or max_new_tokens, or use a longer one"
+        )

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from .config import MavisConfig
-from .functions import ValueFunctions, load_value_functions
+from .functions import ValueFunctions, check_context, load_value_functions, special_tokens
 from .hidden import HiddenStates
 from .rows import RowTracker, ended_rows, strip_padding
 from .scorer import ValueScorer, make_scorer
@@ -81,7 +81,7 @@ class MavisLogitsProcessor(LogitsProcessor):
         self.config = MavisConfig.from_dict({**vars(config), **settings})
         self.weights = weights if weights is not None else self.config.weights
         self.beta = beta if beta is not None else self.config.beta
-        self.pad_token_id, self._eos = _special_tokens(self._functions.models, model, pad_token_id, eos_token_id)
+        self.pad_token_id, self._eos = special_tokens(self._functions.models, model, pad_token_id, eos_token_id)
         self.stats = MavisStats()
         self.trace = MavisTrace(self.objectives, self._eos) if trace else None
         self._local = threading.local()
@@ -301,7 +301,7 @@ class MavisLogitsProcessor(LogitsProcessor):
         """Values [R, k, M] of every value model that has weight, by its id."""
         models = self._functions.busy_models(self._idle)
         for model in models:
-            _check_context(model, max(map(len, sequences)) + 1)
+            check_context(model, max(map(len, sequences)) + 1)
         fed = candidates.cpu().numpy()
         values = {}
         for model in models:
@@ -399,33 +399,3 @@ def _is_probe(scores: Tensor) -> bool:
     """Whether the scores are all the same: prompt lookup asks in this way which tokens are forbidden. None is."""
     first = scores[0, 0]
     return bool((scores[0, :8] == first).all()) and bool((scores == first).all())
-
-
-def _special_tokens(
-    models: Sequence[ValueModel],
-    base: PreTrainedModel | None,
-    pad_token_id: int | None,
-    eos_token_id: int | Iterable[int] | None,
-) -> tuple[int | None, frozenset[int]]:
-    """The padding token and the EOS tokens: as given, else the base model's, else the value models'."""
-    configs = [base.generation_config, base.config] if base is not None else []
-    configs += [model.config for model in models] + [model.backbone.config for model in models]
-
-    def first(name: str, given: Any) -> Any:
-        found = (getattr(config, name, None) for config in configs)
-        return given if given is not None else next((value for value in found if value is not None), None)
-
-    eos = first("eos_token_id", eos_token_id)
-    eos_ids = frozenset([eos] if isinstance(eos, int) else eos or ())
-    pad = first("pad_token_id", pad_token_id)
-    # generate pads with EOS where there is no padding token
-    return (pad if pad is not None else min(eos_ids, default=None)), eos_ids
-
-
-def _check_context(model: ValueModel, length: int) -> None:
-    limit = getattr(model.backbone.config, "max_position_embeddings", None)
-    if limit is not None and length > limit:
-        raise ValueError(
-            f"a sequence of {length} tokens is longer than the {limit} that the value model for "
-            f"{model.config.objectives} can read: shorten the prompt or max_new_tokens, or use a longer one"
-        )
