@@ -15,7 +15,7 @@ from transformers import CompileConfig, LogitsProcessor, PreTrainedTokenizerFast
 
 from mavis_logits import MavisLogitsProcessor
 from mavis_logits.testing import algorithm_2, recompute_head_values, recompute_values
-from tiny import EOS, PAD, VOCABULARY, make_base, make_head, make_value_model
+from tiny import ARCHITECTURES, EOS, PAD, VOCABULARY, make_base, make_head, make_value_model
 
 K, BETA = 6, 3.0
 WEIGHTS = {"a": 0.7, "b": 0.3}
@@ -103,6 +103,22 @@ def test_generate_samples_from_algorithm_2(kind: str, mode: str, base: Any, prom
     torch.manual_seed(0)
     base.generate(**prompts, max_new_tokens=8, logits_processor=[recorder], **MODES[mode])
     assert len(recorder.calls) >= 4
+    assert_algorithm_2(recorder, base)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("mode", ["several sequences", "beams", "two hundred steps"])
+def test_value_models_of_every_architecture(
+    architecture: str, mode: str, base: Any, prompts: dict[str, Tensor]
+) -> None:
+    """Left-padded rows that end at different times, reordered beams, long generations: equal to re-forwarding."""
+    value_model = make_value_model("a", "b", architecture=architecture)
+    recorder = Recorder(MavisLogitsProcessor(value_model, WEIGHTS, BETA, top_k=K, pad_token_id=PAD, eos_token_id=EOS))
+    settings = MODES.get(mode, {"do_sample": True, "suppress_tokens": [EOS]})
+    torch.manual_seed(0)
+    steps = 200 if mode == "two hundred steps" else 10
+    base.generate(**prompts, max_new_tokens=steps, logits_processor=[recorder], **settings)
+    recorder.calls = recorder.calls[:: max(1, len(recorder.calls) // 3)] + recorder.calls[-1:]
     assert_algorithm_2(recorder, base)
 
 
