@@ -45,9 +45,9 @@ class Feed:
 
         Layers that attend within a sliding window get a mask of their own, also limited by distance.
         """
-        windows = attention_windows(config)
-        masks = {kind: _additive(_within(self, window), dtype) for kind, window in windows.items()}
-        mask = masks if len(masks) > 1 else next(iter(masks.values()))
+        # A slot's number is its token's position; a candidate's own slot lies behind its position, hence within reach.
+        slots = torch.arange(self.allowed.shape[-1], device=self.allowed.device)[None]
+        mask = attention_masks(self.allowed, self.position_ids, slots, config, dtype)
         return {"input_ids": self.input_ids, "position_ids": self.position_ids, "attention_mask": mask}
 
 
@@ -69,18 +69,29 @@ def supports_ragged_cache(config: PreTrainedConfig) -> bool:
     return kinds <= ATTENTION_LAYERS and not recurrent and getattr(config, "num_attention_heads", None) is not None
 
 
-def _within(feed: Feed, window: int | None) -> Tensor:
-    if window is None:
-        return feed.allowed
-    slot_positions = torch.arange(feed.allowed.shape[-1], device=feed.allowed.device)
-    near = feed.position_ids[..., None] - slot_positions < window
-    own = slot_positions == feed.slots[..., None]  # a candidate's slot lies behind its position; it always sees itself
-    return feed.allowed & (near | own)
+def attention_masks(
+    allowed: Tensor, query_positions: Tensor, key_positions: Tensor, config: PreTrainedConfig, dtype: torch.dtype
+) -> Tensor | dict[str, Tensor]:
+    """What a decoder takes as its 4-D attention mask: additive, one per kind of attention layer if it has several.
 
+    Args:
+        allowed: [R, q, n] bool, whether query may attend to key.
+        query_positions: [R, q].
+        key_positions: [R, n] or [1, n]; layers with a sliding window attend only within that distance.
+        config: of the decoder.
+        dtype: of the decoder.
 
-def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    Returns:
+        [R, 1, q, n], 0 or the smallest number of `dtype`; a dictionary of them by layer type if there are several.
+    """
     zero = torch.zeros((), dtype=dtype, device=allowed.device)
-    return torch.where(allowed, zero, torch.finfo(dtype).min)[:, None]
+    masks = {}
+    for kind, window in attention_windows(config).items():
+        seen = allowed
+        if window is not None:
+            seen = allowed & (query_positions[:, :, None] - key_positions[:, None] < window)
+        masks[kind] = torch.where(seen, zero, torch.finfo(dtype).min)[:, None]
+    return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
 class RaggedLayer(CacheLayerMixin):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from mavis_logits.cache import attention_windows, supports_ragged_cache
+from mavis_logits.cache import attention_masks, supports_ragged_cache
 
 from .targets import root_target
 from .tree import Tree
@@ -168,10 +168,7 @@ def packed_inputs(
         position_ids[row, :count] = torch.from_numpy(example.position_ids)
         seen = example.visible if isinstance(example, Example) else example.visible()
         visible[row, :count, :count] = torch.from_numpy(np.tri(count, dtype=bool) if seen is None else seen)
-    distance = position_ids[:, :, None] - position_ids[:, None, :]
-    windows = attention_windows(config)
-    masks = {kind: _additive(visible if w is None else visible & (distance < w), dtype) for kind, w in windows.items()}
-    mask = masks if len(masks) > 1 else next(iter(masks.values()))
+    mask = attention_masks(visible, position_ids, position_ids, config, dtype)
     return {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": mask}
 
 
@@ -195,8 +192,3 @@ def term_inputs(examples: Sequence[Example]) -> dict[str, Tensor]:
         "terms": torch.from_numpy(np.concatenate([e.terms for e in examples])),
         "targets": torch.from_numpy(np.concatenate([e.targets for e in examples])),
     }
-
-
-def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    # Floating point, as a boolean mask would be *added* by the eager attention of transformers.
-    return torch.where(allowed, torch.zeros((), dtype=dtype), torch.finfo(dtype).min)[:, None]
