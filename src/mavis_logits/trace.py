@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .steering import Step
+
+KEPT = 256  # candidates a row that a trace keeps of a step
 
 
 @dataclass
@@ -53,6 +61,8 @@ class TraceStep:
         beta: [R].
         kl: [R] exact divergence of the step, in nats.
         taken: [R] the token that followed, -1 if not known.
+
+    The divergence, and the tilted probabilities of the candidates kept, are those of the step over all its candidates.
     """
 
     length: int
@@ -65,9 +75,36 @@ class TraceStep:
     kl: Tensor
     taken: Tensor
 
+    def narrow(self, count: int) -> TraceStep:
+        """This step with at most `count` candidates a row.
+
+        Kept are the token taken and, by turns, those likeliest before and after the tilt: at least the first
+        `(count - 1) // 2` of either. They stay in their order.
+        """
+        if self.candidates.shape[1] <= count:
+            return self
+        urgency = torch.zeros_like(self.reference)
+        places = torch.arange(count, 0, -1, dtype=urgency.dtype, device=urgency.device).expand(len(urgency), count)
+        for scores in (self.reference, self.tilted):
+            urgency.scatter_reduce_(1, scores.topk(count, dim=1).indices, places, "amax")
+        urgency.masked_fill_(self.candidates == self.taken[:, None], torch.inf)
+        kept = urgency.topk(count, dim=1).indices.sort(dim=1).values
+        return replace(
+            self,
+            candidates=self.candidates.gather(1, kept),
+            reference=self.reference.gather(1, kept),
+            tilted=self.tilted.gather(1, kept),
+            values=self.values.gather(1, kept[..., None].expand(-1, -1, self.values.shape[-1])),
+        )
+
 
 class MavisTrace:
-    """The steps of the latest `generate` call, in order."""
+    """The steps of the latest `generate` call, in order.
+
+    A step over more than `KEPT` candidates is cut down to so many (`TraceStep.narrow`) when the next one comes, whose
+    prompt tells which token was taken: over a whole vocabulary a trace holds one full step, and a few kilobytes a row
+    for each before it.
+    """
 
     def __init__(self, objectives: list[str], eos_token_ids: frozenset[int] = frozenset()) -> None:
         self.objectives = objectives
@@ -105,21 +142,69 @@ class MavisTrace:
         written = ends.cumsum(dim=1) - ends.long() == 0  # up to and with the first EOS
         columns = []
         for t, step in enumerate(self.steps[:count]):
-            hit = step.candidates == completions[:, t, None]
+            hit = (step.candidates == completions[:, t, None]) & torch.isfinite(step.tilted)
             counted = written[:, t] & step.live
             missed = counted & ~hit.any(dim=1)
             if missed.any():
                 row = int(torch.nonzero(missed)[0])
                 raise ValueError(
-                    f"token {t} of row {row} ({int(completions[row, t])}) was no candidate of the traced step"
+                    f"token {t} of row {row} ({int(completions[row, t])}) was none of the {hit.shape[1]} candidates "
+                    "that the trace holds of that step: pass the completions that the traced call returned"
                 )
             ratio = torch.where(hit, step.tilted - step.reference, 0.0).sum(dim=1)
             columns.append(torch.where(counted, ratio, 0.0))
         return torch.stack(columns, dim=1)
 
+    def to_html(
+        self, tokenizer: PreTrainedTokenizerBase, path: str | Path | None = None, *, sequences: Tensor | None = None
+    ) -> str:
+        """A page that colours each token by how much it was tilted, and shows on hover what it was chosen from.
+
+        The page is one file without scripts that loads nothing. It shows the likeliest candidates before and after the
+        tilt, their values and the step's KL divergence.
+
+        Args:
+            tokenizer: the base model's.
+            path: file to write the page to.
+            sequences: [R, T] what the traced call returned, prompts included. The page then shows the prompts, and the
+                last token, which no step has seen the choice of; without it stands a question mark. Needed after
+                assisted decoding, whose last drafts may have been rejected.
+
+        Returns:
+            The page.
+
+        Raises:
+            ValueError: an empty trace, or sequences of another call (also of beam search, whose steps are no rows).
+            OSError: the page cannot be written.
+        """
+        from .trace_html import render_page
+
+        if path is not None and not Path(path).parent.is_dir():
+            raise FileNotFoundError(f"cannot write the page to {path}: make the folder {Path(path).parent} first")
+        page = render_page(self, tokenizer, sequences)
+        if path is not None:
+            Path(path).write_text(page, encoding="utf-8")
+        return page
+
     def add(self, **step: Any) -> None:
-        """Append a step, and fill in what the previous one led to."""
-        self.steps.append(TraceStep(**step))
+        """Append a step, after those whose tokens it goes on from: later ones were for drafts since rejected."""
+        added = TraceStep(**step)
+        before = len(self.steps)
+        while self.steps and self.steps[-1].length >= added.length:
+            self.steps.pop()
+        if self.steps and len(self.steps) < before:
+            self.steps[-1].taken.fill_(-1)  # perhaps a rejected draft
+        if self.steps:
+            self.steps[-1] = self.steps[-1].narrow(KEPT)
+        self.steps.append(added)
+
+    def add_step(self, step: Step, length: int, live: Tensor) -> None:
+        """Append a step of Algorithm 2 whose token is not known yet."""
+        self.add(
+            length=length, live=live, candidates=step.candidates, reference=step.reference, tilted=step.tilted,
+            values=step.values, beta=step.beta.expand(len(live)), kl=step.kl,
+            taken=torch.full_like(step.candidates[:, 0], -1),
+        )  # fmt: skip
 
     def took(self, tokens: Tensor) -> None:
         """Record the tokens [R] that followed the last step."""
