@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -54,9 +55,23 @@ def test_value_functions_mix_under_names_of_ones_own(folder: Path, capsys: pytes
     assert "steered: helpful 0, brief 1" in capsys.readouterr().err
 
 
+def test_a_page_shows_what_the_answer_was_chosen_from(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder / "page.html"
+    assert generate(folder, "--values", str(folder / "head"), "--top-k", "4", "--trace", str(path)) == 0
+    shown = capsys.readouterr()
+    assert f"what each token was chosen from: {path}" in shown.err
+    page = path.read_text(encoding="utf-8")
+    assert "Objectives: helpful, humour." in page
+    assert page.count('class="card"') == int(re.findall(r"--- (\d+) tokens", shown.err)[0])
+    for word in shown.out.split():
+        assert word in page
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--trace", "no/such/folder/page.html"], "--trace got no/such/folder/page.html; expected"),
+        (["--trace", "."], "a file in a folder that exists"),
         (["--weights", "helpfull=1"], "did you mean 'helpful'"),
         (["--weights", "helpful=nan"], "finite"),
         (["--top-k", "0"], "top_k must be"),

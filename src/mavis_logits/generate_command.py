@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mavis_logits import MavisLogitsProcessor
 
 DEFAULT_VALUES = "model_cards/smollm2-135m-value-head"
 EXAMPLES = """examples:
   mavis generate --prompt "How do I make good tea?" --weights helpful=1 --unsteered
   mavis generate --prompt "How do I make good tea?" --weights helpful=0.3,humour=0.7 --beta 8
+  mavis generate --prompt "How do I make good tea?" --weights humour=1 --trace tea.html
   mavis generate --prompt "..." --model org/chat-model --values kind=org/value-kind short=./my-value-short \\
       --weights kind=0.5,short=0.5
 """
@@ -24,6 +28,8 @@ def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
     weights = parse_weights(arguments.weights) if arguments.weights else None
     values = parse_values(arguments.values) if arguments.values else None
+    if arguments.trace is not None and (arguments.trace.is_dir() or not arguments.trace.parent.is_dir()):
+        raise OSError(f"--trace got {arguments.trace}; expected the name of a file in a folder that exists")
 
     # Imported only here, so that `--help` and a mistyped option answer at once.
     import torch
@@ -45,11 +51,12 @@ def main(argv: list[str]) -> int:
         top_k=arguments.top_k,
         model=model,
         tokenizer=tokenizer,
+        trace=arguments.trace is not None,
     )
 
-    def answer(processors: list[MavisLogitsProcessor]) -> None:
+    def answer(processors: list[MavisLogitsProcessor]) -> Tensor:
         torch.manual_seed(arguments.seed)
-        model.generate(  # type: ignore[operator]
+        sequences: Tensor = model.generate(  # type: ignore[operator]
             **inputs,
             do_sample=True,
             temperature=1.0,
@@ -60,6 +67,7 @@ def main(argv: list[str]) -> int:
             pad_token_id=tokenizer.pad_token_id,
             streamer=transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         )
+        return sequences
 
     if arguments.unsteered:
         print("--- unsteered", file=sys.stderr)
@@ -68,8 +76,11 @@ def main(argv: list[str]) -> int:
         f"{name} {weight:g}" for name, weight in zip(mavis.objectives, mavis.weights.tolist(), strict=True)
     )
     print(f"--- steered: {shown}, beta {arguments.beta:g}", file=sys.stderr)
-    answer([mavis])
+    sequences = answer([mavis])
     print(f"--- {mavis.stats.tokens} tokens, {mavis.stats.kl:.1f} nats from the unsteered model", file=sys.stderr)
+    if mavis.trace is not None:
+        mavis.trace.to_html(tokenizer, arguments.trace, sequences=sequences)
+        print(f"--- what each token was chosen from: {arguments.trace}", file=sys.stderr)
     return 0
 
 
@@ -106,6 +117,7 @@ def parser() -> argparse.ArgumentParser:
     add("--max-new-tokens", type=int, default=48, help="length of the answer (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
     add("--unsteered", action="store_true", help="first print what the model says by itself, with the same seed")
+    add("--trace", type=Path, metavar="FILE.html", help="write a page that shows how each token was steered")
     return result
 
 
