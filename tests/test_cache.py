@@ -43,8 +43,8 @@ def assert_same(cache: RaggedCache, lists: Lists) -> None:
         for r, row in enumerate(lists.rows):
             if layer.is_initialized:
                 expected = states(torch.tensor([row], dtype=torch.long))[0]
-                assert torch.equal(layer.keys[r, :, : len(row)], expected)
-                assert torch.equal(layer.values[r, :, : len(row)], -expected)
+                assert torch.equal(layer.keys[r, : len(row)].transpose(0, 1), expected)
+                assert torch.equal(layer.values[r, : len(row)].transpose(0, 1), -expected)
 
 
 def seen(feed: Feed, keys: Tensor, row: int, query: int) -> list[int]:
@@ -125,7 +125,7 @@ def test_buffers_grow_by_doubling_and_keep_what_they_hold() -> None:
         for row in lists.rows:
             row.append(token)
         capacities.append(cache.capacity)
-        assert cache.layers[0].keys.shape == (2, HEADS, cache.capacity, WIDTH)
+        assert cache.layers[0].keys.shape == (2, cache.capacity, HEADS, WIDTH)
     assert sorted(set(capacities)) == [4, 8, 16, 32]
     assert_same(cache, lists)
 

@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import MavisConfig
     from .processor import MavisLogitsProcessor
+    from .strategies import MavisOutput, MavisSampling, MavisStrategy
     from .value_head import ValueHead, ValueHeadConfig
     from .value_model import ValueModel, ValueModelConfig, ValueModelOutput
 
 _MODULES = {
     "MavisConfig": "config",
     "MavisLogitsProcessor": "processor",
+    "MavisOutput": "strategies",
+    "MavisSampling": "strategies",
+    "MavisStrategy": "strategies",
     "ValueHead": "value_head",
     "ValueHeadConfig": "value_head",
     "ValueModel": "value_model",

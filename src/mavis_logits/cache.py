@@ -24,7 +24,10 @@ ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
 @dataclass
 class Feed:
-    """One forward pass over a `RaggedCache`: R rows, q query tokens each, n visible slots.
+    """One forward pass over a `RaggedCache`: R rows, q query columns each, n visible slots.
+
+    Where rows bring different numbers of tokens, some columns are void. A decoder that runs `ragged_attention` is fed
+    only the others, row after row (`packed`); any other computes the void ones too, which nobody reads.
 
     Attributes:
         input_ids: [R, q] tokens.
@@ -32,6 +35,8 @@ class Feed:
         slots: [R, q] slot that each token's keys and values are written to.
         allowed: [R, q, n] bool, whether query may attend to slot.
         rows: [R] rows of the cache this pass is about, or None for all of them, in order.
+        packed: [Q] the columns that are not void, as indices into R * q; None to feed all of them.
+        copies: C, how often the decoder runs every row (`RaggedCache`).
     """
 
     input_ids: Tensor
@@ -39,6 +44,8 @@ class Feed:
     slots: Tensor
     allowed: Tensor
     rows: Tensor | None = None
+    packed: Tensor | None = None
+    copies: int = 1
 
     def inputs(self, config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
         """Keyword arguments for the decoder: `input_ids`, `position_ids`, `attention_mask`.
@@ -48,7 +55,30 @@ class Feed:
         # A slot's number is its token's position; a candidate's own slot lies behind its position, hence within reach.
         slots = torch.arange(self.allowed.shape[-1], device=self.allowed.device)[None]
         mask = attention_masks(self.allowed, self.position_ids, slots, config, dtype)
-        return {"input_ids": self.input_ids, "position_ids": self.position_ids, "attention_mask": mask}
+        ids, positions = self.input_ids, self.position_ids
+        if self.packed is not None:
+            ids, positions = (x.reshape(-1)[self.packed][None] for x in (ids, positions))
+        elif self.copies > 1:
+            masks = mask.items() if isinstance(mask, dict) else [("", mask)]
+            repeated = {kind: m.repeat(self.copies, 1, 1, 1) for kind, m in masks}
+            mask = repeated if isinstance(mask, dict) else repeated[""]
+        ids, positions = (x.repeat(self.copies, 1) for x in (ids, positions))
+        return {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
+
+    def columns(self, output: Tensor, first: int) -> Tensor:
+        """What the decoder gave for columns `first` to q of every row.
+
+        Args:
+            output: [C * R, q, ...], or [C, Q, ...] if packed.
+
+        Returns:
+            [C, R, q - first, ...]; zeros in void columns.
+        """
+        count, columns = self.input_ids.shape
+        if self.packed is None:
+            return output.unflatten(0, (self.copies, count))[:, :, first:]
+        every = output.new_zeros(self.copies, count * columns, *output.shape[2:])
+        return every.index_copy(1, self.packed, output).unflatten(1, (count, columns))[:, :, first:]
 
 
 def attention_windows(config: PreTrainedConfig) -> dict[str, int | None]:
@@ -95,7 +125,7 @@ def attention_masks(
 
 
 class RaggedLayer(CacheLayerMixin):
-    """Keys and values of one decoder layer, each [R, kv_heads, capacity, head_dim]."""
+    """Keys and values of one decoder layer, each [C * R, capacity, kv_heads, head_dim]: slot after slot in memory."""
 
     is_sliding = False
     is_compileable = False
@@ -105,24 +135,27 @@ class RaggedLayer(CacheLayerMixin):
         self.cache = cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        rows, capacity = len(self.cache.lengths), self.cache.capacity
+        rows, capacity = len(self.cache.lengths) * self.cache.copies, self.cache.capacity
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = key_states.new_zeros(rows, key_states.shape[1], capacity, key_states.shape[3])
-        self.values = value_states.new_zeros(rows, value_states.shape[1], capacity, value_states.shape[3])
+        self.keys = key_states.new_zeros(rows, capacity, key_states.shape[1], key_states.shape[3])
+        self.values = value_states.new_zeros(rows, capacity, value_states.shape[1], value_states.shape[3])
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write the [R, kv_heads, q, head_dim] states into the feed's slots; return the slots the mask speaks of."""
+        """Write the [*, kv_heads, *, head_dim] states into the feed's slots; return the slots the mask speaks of."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        feed = self.cache.feed
+        cache = self.cache
+        feed = cache.feed
         width = feed.allowed.shape[-1]
-        rows = torch.arange(len(self.keys), device=self.keys.device) if feed.rows is None else feed.rows
-        self.keys[rows[:, None], :, feed.slots] = key_states.transpose(1, 2)
-        self.values[rows[:, None], :, feed.slots] = value_states.transpose(1, 2)
-        if feed.rows is None:
-            return self.keys[:, :, :width], self.values[:, :, :width]
-        return self.keys[rows, :, :width], self.values[rows, :, :width]
+        found = []
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+            flat = states.transpose(1, 2).reshape(-1, states.shape[1], states.shape[3])
+            buffer.view(-1, *buffer.shape[2:]).index_copy_(0, cache.written, flat)
+            visible = buffer if cache.read is None else buffer[cache.read]
+            found.append(visible[:, :width].transpose(1, 2))
+        found[0].ragged_feed = feed  # type: ignore[attr-defined]  # for `ragged_attention`, which gets these keys
+        return found[0], found[1]
 
     def grow(self, capacity: int) -> None:
         """Enlarge the buffers to `capacity` slots."""
@@ -135,11 +168,12 @@ class RaggedLayer(CacheLayerMixin):
         if self.is_initialized:
             self.keys, self.values = self.keys[rows], self.values[rows]
 
-    def move(self, rows: Tensor, source: Tensor, target: Tensor) -> None:
-        """Copy slot `source[i]` of row `rows[i]` over its slot `target[i]`."""
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copy slots `source` over slots `target`, both counted through all rows."""
         if self.is_initialized:
-            self.keys[rows, :, target] = self.keys[rows, :, source]
-            self.values[rows, :, target] = self.values[rows, :, source]
+            for buffer in (self.keys, self.values):
+                slots = buffer.view(-1, *buffer.shape[2:])
+                slots.index_copy_(0, target, slots[source])
 
     def get_seq_length(self) -> int:
         return self.cache.longest
@@ -155,8 +189,8 @@ class RaggedLayer(CacheLayerMixin):
 
 
 def _grown(buffer: Tensor, capacity: int) -> Tensor:
-    larger = buffer.new_zeros(*buffer.shape[:2], capacity, buffer.shape[3])
-    larger[:, :, : buffer.shape[2]] = buffer
+    larger = buffer.new_zeros(len(buffer), capacity, *buffer.shape[2:])
+    larger[:, : buffer.shape[1]] = buffer
     return larger
 
 
@@ -168,6 +202,8 @@ class RaggedCache(Cache):
         rows: number of sequences R, all empty at first.
         device: where `lengths` lives; buffers follow the states they are given.
         capacity: slots per row to begin with; doubled as needed.
+        copies: C, how many decoders at once keep their keys and values here (value models fused into one): every row
+            is there C times, copy after copy, with the same slots and lengths.
 
     Attributes:
         lengths: [R] committed tokens per row.
@@ -175,15 +211,25 @@ class RaggedCache(Cache):
     """
 
     feed: Feed
+    written: Tensor  # [C * Q] slots that the feed's tokens are written to, counted through all copies and rows
+    read: Tensor | None  # [C * R'] rows that the feed's queries see, None for all
 
-    def __init__(self, num_layers: int, rows: int, device: torch.device | str = "cpu", capacity: int = 64) -> None:
+    def __init__(
+        self, num_layers: int, rows: int, device: torch.device | str = "cpu", capacity: int = 64, copies: int = 1
+    ) -> None:
         super().__init__(layers=[RaggedLayer(self) for _ in range(num_layers)])
-        self.capacity = capacity
+        self.capacity, self.copies = capacity, copies
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.longest = 0
 
     def prepare(
-        self, tokens: Tensor, counts: Tensor, candidates: Tensor | None = None, rows: Tensor | None = None
+        self,
+        tokens: Tensor,
+        counts: Tensor,
+        candidates: Tensor | None = None,
+        rows: Tensor | None = None,
+        kept: Tensor | None = None,
+        pack: bool = False,
     ) -> Feed:
         """Plan a forward pass: new tokens, then (optionally) k alternatives for the token after them.
 
@@ -192,6 +238,8 @@ class RaggedCache(Cache):
             counts: [R] how many new tokens each row brings, 0 to p.
             candidates: [R, k] alternatives that each see their row's tokens and themselves, not each other.
             rows: [R] the cache rows meant, when not all.
+            kept: [R, k] bool, the alternatives that matter; None for all of them.
+            pack: leave void columns out of the pass, for a decoder that runs `ragged_attention`.
 
         Returns:
             the feed; its queries are [R, p + k], the last k being the candidates. New tokens become part of the row
@@ -203,8 +251,8 @@ class RaggedCache(Cache):
         k = 0 if candidates is None else candidates.shape[1]
         input_ids = tokens if candidates is None else torch.cat([tokens, candidates], dim=1)
 
-        # Query j of row r is its new token number j - skip[r]; earlier columns are padding, which writes to slots
-        # behind the candidates, is attended by nothing but itself and read by nobody.
+        # Query j of row r is its new token number j - skip[r]; earlier columns are void: they write to slots behind
+        # the candidates, are attended by nothing but themselves and read by nobody.
         order = torch.arange(pending + k, device=device) - (pending - counts)[:, None]
         offset = torch.where(order < 0, order + pending + k, order)
         slots = lengths[:, None] + offset
@@ -218,7 +266,18 @@ class RaggedCache(Cache):
         reach = lengths[:, None] + torch.where(order < 0, 0, (order + 1).minimum(counts[:, None]))
         new = (slot >= lengths[:, None, None]) & (slot < reach[..., None])
         allowed = committed | new | (slot == slots[..., None])
-        self.feed = Feed(input_ids, positions, slots, allowed, rows)
+
+        packed = None
+        if pack and (kept is not None or pending):
+            matters = order >= 0
+            if kept is not None:
+                matters[:, pending:] &= kept
+            packed = torch.nonzero(matters.reshape(-1))[:, 0]
+        self.feed = Feed(input_ids, positions, slots, allowed, rows, packed, self.copies)
+        row = torch.arange(len(self.lengths), device=device) if rows is None else rows
+        written = (row[:, None] * self.capacity + slots).reshape(-1)
+        self.written = self._every_copy(written if packed is None else written[packed], self.capacity)
+        self.read = None if rows is None else self._every_copy(rows)
         return self.feed
 
     def advance(self, counts: Tensor, most: int, rows: Tensor | None = None) -> None:
@@ -234,10 +293,11 @@ class RaggedCache(Cache):
 
         Its keys and values move from scratch slot lengths[r] + chosen[r] to slot lengths[r].
         """
-        target = self.lengths if rows is None else self.lengths[rows]
-        row_ids = torch.arange(len(self.lengths), device=self.lengths.device) if rows is None else rows
+        row = torch.arange(len(self.lengths), device=self.lengths.device) if rows is None else rows
+        target = row * self.capacity + (self.lengths if rows is None else self.lengths[rows])
+        slots = [self._every_copy(x, self.capacity) for x in (target + chosen, target)]
         for layer in self.layers:
-            layer.move(row_ids, target + chosen, target)
+            layer.move(*slots)
         self.advance(torch.ones_like(target), 1, rows)
 
     def crop(self, lengths: Tensor, longest: int) -> None:
@@ -246,9 +306,21 @@ class RaggedCache(Cache):
 
     def select(self, rows: Tensor) -> None:
         """Keep `rows` [R'], in that order; a row named twice is copied."""
+        every = self._every_copy(rows)
         self.lengths = self.lengths[rows]
         for layer in self.layers:
-            layer.select(rows)
+            layer.select(every)
+
+    def nbytes(self) -> int:
+        """Memory of all buffers."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers if layer.is_initialized)
+
+    def _every_copy(self, index: Tensor, per_row: int = 1) -> Tensor:
+        """`index` into one copy's rows (or their `per_row` slots each), repeated for every copy."""
+        if self.copies == 1:
+            return index
+        step = len(self.lengths) * per_row
+        return (torch.arange(self.copies, device=index.device)[:, None] * step + index).reshape(-1)
 
     def _reserve(self, slots: int) -> None:
         if slots > self.capacity:

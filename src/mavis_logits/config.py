@@ -22,6 +22,9 @@ class MavisConfig:
         weights: lambda, by objective; None for equal weights.
         beta: strength of the tilt, 1 / eta of equation 1 for values normalised to [0, 1].
         top_k: candidates per step; None for the whole vocabulary (value heads only).
+        candidate_min_p: of these, only those whose reference probability is at least this share of the best one's
+            (0 to 1). Algorithm 2 then runs over fewer candidates: the same distribution as over a smaller k, chosen
+            anew at every step. None keeps all k.
         normalize: `"minmax"` (equation 14), `"gap"`, `"center"` or `"none"`; see `mavis_logits.tilting.normalize`.
         unscored: what becomes of the other tokens: `"drop"` (the paper: no probability) or `"keep"` (their own score).
         kl_budget: in place of `beta`: the divergence from the reference per step, in nats.
@@ -32,6 +35,7 @@ class MavisConfig:
     weights: Mapping[str, float] | None = None
     beta: float = 5.0
     top_k: int | None = 15
+    candidate_min_p: float | None = None
     normalize: Normalization = "minmax"
     unscored: Unscored = "drop"
     kl_budget: float | None = None
@@ -48,6 +52,10 @@ class MavisConfig:
         whole = isinstance(self.top_k, int) and not isinstance(self.top_k, bool) and self.top_k >= 1
         _require(
             self.top_k is None or whole, "top_k", "a whole number of at least 1, or None for all tokens", self.top_k
+        )
+        share = self.candidate_min_p
+        _require(
+            share is None or (_is_number(share) and 0 < share <= 1), "candidate_min_p", "above 0 and at most 1", share
         )
         for name, kind in (("normalize", Normalization), ("unscored", Unscored)):
             choices = get_args(kind)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from .fingerprint import tokenizer_fingerprint
+from .fused import FusedValueModel, fusable_groups, why_not_fused
 from .value_head import ValueHead, ValueHeadConfig
 from .value_model import ValueModel, ValueModelConfig
 
@@ -25,21 +26,26 @@ class ValueFunctions:
     Args:
         given: one value function, several, or a mapping from objective to value function.
         tokenizer: of the base model; value functions made for another are refused.
+        fuse: whether value models with LoRA adapters on one backbone become one (`FusedValueModel`): None where it is
+            possible, True to insist on it, False not.
 
     Raises:
-        ValueError: none given, an objective twice, one that its value function has not, or another tokenizer.
+        ValueError: none given, an objective twice, one that its value function has not, another tokenizer, or with
+            `fuse=True` value models that cannot be fused.
     """
 
-    def __init__(self, given: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        self._outputs = _outputs(given)
-        self.objectives = [name for name, _, _ in self._outputs]
-        self.all: list[ValueModel | ValueHead] = list({id(f): f for _, f, _ in self._outputs}.values())
-        self.models = [f for f in self.all if isinstance(f, ValueModel)]
-        self.heads = [f for f in self.all if isinstance(f, ValueHead)]
-        for function in self.all:
+    def __init__(self, given: Any, tokenizer: PreTrainedTokenizerBase | None = None, fuse: bool | None = None) -> None:
+        outputs = _outputs(given)
+        for _, function, _ in outputs:
             function.eval()
             if tokenizer is not None:
                 _check_tokenizer(function, tokenizer)
+        self._outputs = outputs if fuse is False else _fused(outputs, insist=fuse is True)
+        self.objectives = [name for name, _, _ in self._outputs]
+        distinct = {id(function): function for _, function, _ in self._outputs}
+        self.all: list[ValueModel | FusedValueModel | ValueHead] = list(distinct.values())
+        self.models = [f for f in self.all if isinstance(f, ValueModel | FusedValueModel)]
+        self.heads = [f for f in self.all if isinstance(f, ValueHead)]
 
     def gather(self, parts: Mapping[int, Tensor]) -> Tensor:
         """Values [R, k, M] of all objectives, from those of each value function by its id; 0 for those not there."""
@@ -54,9 +60,9 @@ class ValueFunctions:
         """
         weighted = weights.reshape(-1, len(self.objectives)).any(dim=0).tolist()
         busy = {id(function) for (_, function, _), weight in zip(self._outputs, weighted, strict=True) if weight}
-        return [bool(busy) and id(f) not in busy and isinstance(f, ValueModel) for _, f, _ in self._outputs]
+        return [bool(busy) and id(f) not in busy and not isinstance(f, ValueHead) for _, f, _ in self._outputs]
 
-    def busy_models(self, idle: Sequence[bool]) -> list[ValueModel]:
+    def busy_models(self, idle: Sequence[bool]) -> list[ValueModel | FusedValueModel]:
         """The value models to be run."""
         resting = {id(function) for (_, function, _), rests in zip(self._outputs, idle, strict=True) if rests}
         return [model for model in self.models if id(model) not in resting]
@@ -104,9 +110,9 @@ class ValueFunctions:
                 )
 
 
-def _outputs(given: Any) -> list[tuple[str, ValueModel | ValueHead, int]]:
+def _outputs(given: Any) -> Outputs:
     """(objective, value function, which of its outputs) of every objective."""
-    outputs: list[tuple[str, ValueModel | ValueHead, int]] = []
+    outputs: Outputs = []
     if isinstance(given, Mapping):
         for name, function in given.items():
             _check_kind(function)
@@ -129,6 +135,36 @@ def _outputs(given: Any) -> list[tuple[str, ValueModel | ValueHead, int]]:
     return outputs
 
 
+Outputs = list[tuple[str, "ValueModel | FusedValueModel | ValueHead", int]]
+
+
+def _fused(outputs: Outputs, insist: bool) -> Outputs:
+    """`outputs` with the value models that share a backbone replaced by one that runs them all."""
+    models = list({id(f): f for _, f, _ in outputs if isinstance(f, ValueModel)}.values())
+    candidates = [
+        m for m in models if m.lora is not None or any(m.backbone is o.backbone for o in models if o is not m)
+    ]
+    if insist and len(models) < 2:
+        raise ValueError(
+            f"fuse=True runs several value models in one forward, but there is {len(models)}: leave it out"
+        )
+    if insist:
+        if len(candidates) < len(models):
+            names = [m.config.objectives for m in models if m not in candidates]
+            raise ValueError(
+                f"the value models for {names} have no LoRA adapter of their own on a shared backbone (a merged one "
+                "cannot be told apart): load adapter repos with merge=False, or use fuse=False"
+            )
+        reason = next((r for m in models[1:] if (r := why_not_fused(models[0], m)) is not None), None)
+        if reason is not None:
+            raise ValueError(f"fuse=True, but {reason}; use fuse=False to score them one after another")
+    for group in fusable_groups(candidates):
+        fused = FusedValueModel(group)
+        places = {id(model): fused.outputs_of(model) for model in group}
+        outputs = [(name, fused, places[id(f)][i]) if id(f) in places else (name, f, i) for name, f, i in outputs]
+    return outputs
+
+
 def _check_kind(function: Any) -> None:
     if not isinstance(function, ValueModel | ValueHead):
         raise ValueError(
@@ -137,7 +173,7 @@ def _check_kind(function: Any) -> None:
         )
 
 
-def _check_tokenizer(function: ValueModel | ValueHead, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_tokenizer(function: ValueModel | FusedValueModel | ValueHead, tokenizer: PreTrainedTokenizerBase) -> None:
     expected, found = function.config.tokenizer_fingerprint, tokenizer_fingerprint(tokenizer)
     if expected is not None and expected != found:
         raise ValueError(
@@ -152,8 +188,11 @@ def load_value_functions(
     model: PreTrainedModel | None,
     device: torch.device | str | None,
     loading: Mapping[str, Any],
+    fuse: bool | None = None,
 ) -> Any:
     """`given` with every Hub id or folder replaced by the loaded value function; each id is loaded once.
+
+    LoRA adapters that can be fused with another are left unmerged, unless `fuse` is False; all others are merged.
 
     Raises:
         ValueError: a value head without its base model, or something that is no value function.
@@ -165,18 +204,27 @@ def load_value_functions(
         if isinstance(item, ValueModel | ValueHead):
             return item
         if str(item) not in loaded:
-            function = _load(str(item), model, loading)
+            function = _load(str(item), model, loading, merge=fuse is False)
             loaded[str(item)] = function.to(device) if device is not None else function  # type: ignore[arg-type]
         return loaded[str(item)]
 
+    found: Any
     if isinstance(given, Mapping):
-        return {name: get(item) for name, item in given.items()}
-    if isinstance(given, Sequence) and not isinstance(given, str):
-        return [get(item) for item in given]
-    return get(given)
+        found = {name: get(item) for name, item in given.items()}
+    elif isinstance(given, Sequence) and not isinstance(given, str):
+        found = [get(item) for item in given]
+    else:
+        found = get(given)
+    everything = found.values() if isinstance(found, Mapping) else found if isinstance(found, list) else [found]
+    adapters = list({id(f): f for f in everything if isinstance(f, ValueModel) and f.lora is not None}.values())
+    together = {id(model) for group in fusable_groups(adapters) for model in group} if fuse is not False else set()
+    for adapter in adapters:
+        if id(adapter) not in together and any(adapter is f for f in loaded.values()):
+            adapter.merge_lora()
+    return found
 
 
-def _load(name: str, model: PreTrainedModel | None, loading: Mapping[str, Any]) -> ValueModel | ValueHead:
+def _load(name: str, model: PreTrainedModel | None, loading: Mapping[str, Any], merge: bool) -> ValueModel | ValueHead:
     hub = {k: v for k, v in loading.items() if k != "dtype"}
     config = None
     with suppress(ValueError):  # a config of no known kind: ValueModel says what it expects
@@ -188,11 +236,13 @@ def _load(name: str, model: PreTrainedModel | None, loading: Mapping[str, Any]) 
     backbone = None
     if isinstance(config, ValueModelConfig) and model is not None and config.backbone == model.config.name_or_path:
         backbone = model
+    if isinstance(config, ValueModelConfig) and not merge:
+        loading = {"merge": False} | dict(loading)
     return ValueModel.from_pretrained(name, backbone=backbone, **loading)
 
 
 def special_tokens(
-    models: Sequence[ValueModel],
+    models: Sequence[ValueModel | FusedValueModel],
     base: PreTrainedModel | None,
     pad_token_id: int | None,
     eos_token_id: int | Iterable[int] | None,
@@ -213,7 +263,7 @@ def special_tokens(
     return pad, frozenset(eos_ids)
 
 
-def check_context(model: ValueModel, length: int) -> None:
+def check_context(model: ValueModel | FusedValueModel, length: int) -> None:
     """Raise `ValueError` if the value model cannot read sequences of `length` tokens."""
     limit = getattr(model.backbone.config, "max_position_embeddings", None)
     if limit is not None and length > limit:

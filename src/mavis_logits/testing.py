@@ -72,12 +72,23 @@ def algorithm_2(log_ref: Tensor, value: Callable[[int], float], k: int, beta: fl
     return policy / policy.sum()
 
 
-def check_scorer(scorer: ValueScorer, vocabulary: int, seed: int = 0, steps: int = 6, tolerance: float = 1e-4) -> None:
+def check_scorer(
+    scorer: ValueScorer,
+    vocabulary: int,
+    seed: int = 0,
+    steps: int = 6,
+    tolerance: float = 1e-4,
+    models: Sequence[ValueModel] | None = None,
+) -> None:
     """Hold a scorer to its laws on random sequences: new, grown, reordered, cropped and leaving rows.
+
+    `models` are those that the scorer's model fuses; None if it is a `ValueModel` itself.
 
     Raises:
         AssertionError: values differ from `recompute_values` by more than `tolerance` (in reward units).
     """
+    assert models is not None or isinstance(scorer.model, ValueModel), "name the models that are fused"
+    twins = models if models is not None else [scorer.model]
     rng = np.random.default_rng(seed)
     tracker = RowTracker()
     sequences = [rng.integers(1, vocabulary, size=n) for n in (5, 2, 9)]
@@ -86,7 +97,7 @@ def check_scorer(scorer: ValueScorer, vocabulary: int, seed: int = 0, steps: int
         given = torch.from_numpy(candidates).to(scorer.model.device)
         values = scorer.score(tracker.plan(sequences), given)
         for row, sequence in enumerate(sequences):
-            expected = recompute_values(scorer.model, sequence, given[row])
+            expected = torch.cat([recompute_values(model, sequence, given[row]) for model in twins], dim=1)
             error = float((values[row] - expected).abs().max())
             if not error <= tolerance:
                 raise AssertionError(

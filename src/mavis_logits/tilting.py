@@ -96,7 +96,7 @@ def tilt(scores: Tensor, values: Tensor, beta: Tensor | float) -> Tensor:
     return scores.to(dtype) + (beta.reshape(-1, 1) * values.to(dtype)).clamp(-limit, limit)
 
 
-def kl_divergence(tilted: Tensor, reference: Tensor) -> Tensor:
+def kl_divergence(tilted: Tensor, reference: Tensor, normalized: bool = False) -> Tensor:
     """KL divergence of one step's policy from the reference, in nats: sum_i pi(a_i) log(pi(a_i) / pi_ref(a_i)).
 
     Summed along a trajectory its expectation is that of equation 7.
@@ -104,11 +104,12 @@ def kl_divergence(tilted: Tensor, reference: Tensor) -> Tensor:
     Args:
         tilted: [R, k] scores of the policy, up to a constant a row; it gives no probability to anything else.
         reference: [R, k] log pi_ref of the same tokens, normalised over the whole vocabulary.
+        normalized: `tilted` is log pi already.
 
     Returns:
         [R], at least 0 (up to rounding).
     """
-    log_policy = torch.log_softmax(_wide(tilted), dim=-1)
+    log_policy = _wide(tilted) if normalized else torch.log_softmax(_wide(tilted), dim=-1)
     policy = log_policy.exp()
     # A token without probability contributes nothing, also where both logarithms are -inf.
     terms = torch.where(policy > 0, policy * (log_policy - _wide(reference)), torch.zeros((), device=policy.device))

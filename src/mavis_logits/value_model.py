@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from .fingerprint import weights_fingerprint
+from .hub.mixin import PushMixin
 from .loading import load_complete
 from .objectives import ObjectivesMixin, check_objectives
 
@@ -76,7 +77,7 @@ class ValueModelOutput(ModelOutput):
     past_key_values: Cache | None = None
 
 
-class ValueModel(PreTrainedModel):
+class ValueModel(PushMixin, PreTrainedModel):
     """A decoder backbone of its own and a linear head, one output per objective (section 4.1, "Value Models").
 
     It needs nothing of the base model but its tokens. Training regresses standardised rewards; `values` are in reward
@@ -92,6 +93,7 @@ class ValueModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     supports_gradient_checkpointing = True
+    copies = 1  # of every row in the cache; `FusedValueModel` has one for each adapter
 
     def __init__(self, config: ValueModelConfig) -> None:
         super().__init__(config)
@@ -201,21 +203,34 @@ class ValueModel(PreTrainedModel):
         output = self.backbone(**inputs, **kwargs)
         return ValueModelOutput(self.values_of(output.last_hidden_state), getattr(output, cache_name, None))
 
+    def join(self, values: Tensor) -> Tensor:
+        """[1, R, k, M] -> [R, k, M]: what a scorer makes of `forward`'s values."""
+        return values[0]
+
+    def merge_lora(self) -> None:
+        """Fold the LoRA adapter into the backbone's weights, which makes it faster and no longer trainable."""
+        if self.lora is not None:
+            self.backbone = self.lora.merge_and_unload()
+            self._peft = []
+            self.requires_grad_(False)
+
     def values_of(self, hidden: Tensor) -> Tensor:
         """Values [..., M] in float32 and reward units, from the backbone's last hidden states [..., d]."""
         standardised = nn.functional.linear(hidden.float(), self.head.weight.float(), self.head.bias.float())
         mean, scale = self.config.reward_units(hidden.device)
         return mean + scale * standardised
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
-        """Save as transformers does; with a LoRA adapter, save an adapter repo (adapter, head, config; no backbone)."""
+    def _save(self, folder: Path, **kwargs: Any) -> None:
+        """With a LoRA adapter, save an adapter repo (adapter, head, config; no copy of the backbone)."""
         if self.lora is None:
-            super().save_pretrained(save_directory, **kwargs)
-            return
-        folder = Path(save_directory)
+            super()._save(folder, **kwargs)
+        else:
+            self._save_adapter(folder, self.lora)
+
+    def _save_adapter(self, folder: Path, peft: PeftModel) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        adapter = {k: v.detach().contiguous().cpu() for k, v in get_peft_model_state_dict(self.lora).items()}
-        lora = copy.deepcopy(self.lora.active_peft_config)
+        adapter = {k: v.detach().contiguous().cpu() for k, v in get_peft_model_state_dict(peft).items()}
+        lora = copy.deepcopy(peft.active_peft_config)
         lora.base_model_name_or_path, lora.inference_mode = self.config.backbone, True
         lora.save_pretrained(str(folder))
         save_file(adapter, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
@@ -223,8 +238,6 @@ class ValueModel(PreTrainedModel):
         save_file(head, folder / HEAD_WEIGHTS, metadata={"format": "pt"})
         self.config.architectures = [type(self).__name__]
         self.config.save_pretrained(str(folder))
-        if kwargs.get("push_to_hub"):
-            self.push_to_hub(kwargs.get("repo_id") or folder.name)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -306,9 +319,7 @@ def load_adapter(model: ValueModel, lora: LoraConfig, folder: Path, merge: bool)
             f"the adapter in {folder} does not fit the backbone given: it has no {result.unexpected_keys[0]}"
         )
     if merge:
-        model.backbone = model.lora.merge_and_unload()
-        model._peft = []
-        model.requires_grad_(False)
+        model.merge_lora()
     return model.eval()
 
 

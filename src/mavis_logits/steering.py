@@ -1,0 +1,329 @@
+"""Value functions, settings and one step of Algorithm 2: what the logits processor and all strategies share."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+
+from .config import MavisConfig
+from .functions import ValueFunctions, load_value_functions, special_tokens
+from .tilting import combine, kl_divergence, normalize, solve_beta, tilt
+from .trace import MavisStats, MavisTrace
+from .value_head import ValueHead
+from .value_model import ValueModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    ValueFunction = ValueModel | ValueHead
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a step chooses among, before any value is known (Algorithm 2, line 2).
+
+    Attributes:
+        candidates: [R, k] token ids, the likeliest first (in order of their ids if they are the whole vocabulary).
+        reference: [R, k] log pi_ref, normalised over the whole vocabulary; -inf for those that take no part.
+        everything: [R, V] log pi_ref of all tokens, where those that are no candidates keep theirs; else None.
+    """
+
+    candidates: Tensor
+    reference: Tensor
+    everything: Tensor | None
+
+    @property
+    def mask(self) -> Tensor:
+        """[R, k] bool, candidates that take part."""
+        return torch.isfinite(self.reference)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of R rows over k candidates and M objectives.
+
+    Attributes:
+        candidates, reference: as in `Choice`.
+        values: [R, k, M] in reward units; NaN where they were not asked for.
+        combined: [R, k] sum over m of lambda_m V_m, not normalised; 0 for candidates that take no part.
+        tilted: [R, k] log pi, the distribution to sample from.
+        beta: [] or [R].
+        kl: [R] exact divergence of pi from the reference over the whole vocabulary, in nats.
+        everything: [R, V] log pi of all tokens, in order, where that is at hand; else only candidates have probability.
+    """
+
+    candidates: Tensor
+    reference: Tensor
+    values: Tensor
+    combined: Tensor
+    tilted: Tensor
+    beta: Tensor
+    kl: Tensor
+    everything: Tensor | None
+
+    def log_probs(self, vocabulary: int) -> Tensor:
+        """[R, V] log pi of all tokens, -inf for those without probability."""
+        if self.everything is not None:
+            return self.everything
+        nothing = self.tilted.new_full((len(self.tilted), vocabulary), -torch.inf)
+        return nothing.scatter(1, self.candidates, self.tilted)
+
+
+class Steering:
+    """Value functions and how they tilt a reference. `MavisLogitsProcessor` and the strategies are two uses of it.
+
+    Args:
+        value_functions: one `ValueModel` or `ValueHead`, several of them, or a mapping from objective to the one that
+            predicts it. Without a mapping the objectives bear the names in the value functions' configs.
+        weights: lambda: by objective (absent ones are 0), [M], or [R, M] for weights per sequence; equal by default.
+        beta: strength of the tilt, one number or [R].
+        model: the base model; needed for value heads, whose hidden states it provides.
+        tokenizer: the base model's tokenizer; if given, value functions made for another one are refused.
+        pad_token_id: tells left padding apart; by default the base model's, else the value models'.
+        eos_token_id: by default the base model's; lets finished rows go unscored.
+        trace: keep every step in `self.trace`.
+        fuse: whether value models that are LoRA adapters on one backbone are run in one forward: None where it is
+            possible, True to insist, False for one forward each.
+        config: all other settings; see `MavisConfig`, whose fields may also be given by name.
+
+    Attributes:
+        objectives: names of the M objectives, in the order of `weights` as a tensor.
+        config: the settings as a `MavisConfig`.
+        stats: totals (`MavisStats`).
+        trace: steps of the latest `generate` call (`MavisTrace`), or None.
+
+    Raises:
+        ValueError: unknown objective, weights or settings out of range, a value function of another vocabulary,
+            tokenizer, device or base model, a NaN value. Raised before anything is generated where it can be.
+    """
+
+    def __init__(
+        self,
+        value_functions: ValueFunction | Sequence[ValueFunction] | Mapping[str, ValueFunction],
+        weights: Mapping[str, float] | Sequence[float] | Tensor | None = None,
+        beta: float | Tensor | None = None,
+        *,
+        model: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        pad_token_id: int | None = None,
+        eos_token_id: int | Iterable[int] | None = None,
+        trace: bool = False,
+        fuse: bool | None = None,
+        config: MavisConfig | None = None,
+        **settings: Any,
+    ) -> None:
+        self._functions = ValueFunctions(value_functions, tokenizer, fuse)
+        config = config if config is not None else MavisConfig()
+        self.config = MavisConfig.from_dict({**vars(config), **settings})
+        self.weights = weights if weights is not None else self.config.weights
+        self.beta = beta if beta is not None else self.config.beta
+        self.pad_token_id, self._eos = special_tokens(self._functions.models, model, pad_token_id, eos_token_id)
+        self.tokenizer = tokenizer
+        self.stats = MavisStats()
+        self.trace = MavisTrace(self.objectives, self._eos) if trace else None
+        if model is not None:
+            self.attach(model)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        value_functions: str | Sequence[str] | Mapping[str, Any],
+        weights: Mapping[str, float] | Sequence[float] | Tensor | None = None,
+        beta: float | Tensor | None = None,
+        *,
+        model: PreTrainedModel | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        load: Mapping[str, Any] | None = None,
+        fuse: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Load value functions by Hub id or folder (or take them as objects), and steer by them.
+
+        Args:
+            value_functions: one id, several, or a mapping from objective to id or object; an id that occurs twice is
+                loaded once.
+            weights, beta, fuse, kwargs: as for the class.
+            model: the base model; also the backbone of adapter repos that were trained on its first layers.
+            device: of the value functions; by default the base model's.
+            dtype: of the value models' weights.
+            load: further arguments of `from_pretrained` (`revision`, `token`, `cache_dir`, ...).
+        """
+        loading = dict(load or {}) | ({} if dtype is None else {"dtype": dtype})
+        if device is None and model is not None:
+            device = model.device
+        functions = load_value_functions(value_functions, model, device, loading, fuse)
+        return cls(functions, weights, beta, model=model, fuse=fuse, **kwargs)
+
+    @property
+    def objectives(self) -> list[str]:
+        """Names of the M objectives."""
+        return self._functions.objectives
+
+    @property
+    def config(self) -> MavisConfig:
+        """The settings. May be set between steps; `weights` and `beta` are not taken from it then."""
+        return self._config
+
+    @config.setter
+    def config(self, config: MavisConfig) -> None:
+        if config.top_k is None and self._functions.models:
+            raise ValueError(
+                "top_k=None scores the whole vocabulary, which only value heads can: give top_k for value models"
+            )
+        self._config = config
+
+    @property
+    def weights(self) -> Tensor:
+        """lambda, float32 [M] or [R, M]. May be set between steps, to anything that the constructor takes."""
+        return self._weights
+
+    @weights.setter
+    def weights(self, weights: Mapping[str, float] | Sequence[float] | Tensor | None) -> None:
+        self._weights = self._functions.weights(weights)
+        self._idle = self._functions.idle(self._weights)
+
+    @property
+    def beta(self) -> Tensor:
+        """Strength of the tilt, float32 [] or [R]. May be set between steps."""
+        return self._beta
+
+    @beta.setter
+    def beta(self, beta: float | Tensor) -> None:
+        given = torch.as_tensor(beta, dtype=torch.float32)
+        if given.ndim > 1 or not torch.isfinite(given).all() or (given < 0).any():
+            raise ValueError(f"beta must be a finite number of at least 0, or one a row [R], got {beta!r}")
+        self._beta = given
+
+    def attach(self, model: PreTrainedModel) -> Self:
+        """Make `model` the base model.
+
+        Raises:
+            ValueError: a value head was trained on another model.
+        """
+        for head in self._functions.heads:
+            head.bind(model)
+        temperature = getattr(model.generation_config, "temperature", None) or 1.0
+        if temperature != 1.0 and self.config.reference_temperature != 1.0:
+            warnings.warn(
+                f"reference_temperature={self.config.reference_temperature} and the base model's generation config has "
+                f"temperature={temperature}: both will be applied. Pass temperature=1.0 to generate, to tilt as the "
+                "paper does.",
+                stacklevel=3,
+            )
+        return self
+
+    def reset(self) -> None:
+        """Begin `stats` and `trace` anew."""
+        self.stats = MavisStats()
+        if self.trace is not None:
+            self.trace = MavisTrace(self.objectives, self._eos)
+
+    def choose(self, scores: Tensor) -> Choice:
+        """The candidates of a step: the k likeliest tokens, of these only those within `candidate_min_p` of the best.
+
+        Args:
+            scores: [R, V] next-token scores, logits or log-probabilities; -inf for banned tokens.
+        """
+        config = self.config
+        scores = scores.float()
+        if config.reference_temperature != 1.0:
+            scores = scores / config.reference_temperature
+        needs_all = config.top_k is None or config.unscored == "keep"
+        everything = torch.log_softmax(scores, dim=-1) if needs_all else None
+        if config.top_k is None:
+            assert everything is not None
+            reference = everything
+            candidates = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
+        else:
+            top = (scores if everything is None else everything).topk(min(config.top_k, scores.shape[1]), dim=-1)
+            reference, candidates = top.values, top.indices
+            if everything is None:
+                reference = reference - scores.logsumexp(dim=-1, keepdim=True)
+        if config.candidate_min_p is not None:
+            least = reference.amax(dim=-1, keepdim=True) + math.log(config.candidate_min_p)
+            # A NaN stays, so that it is noticed.
+            reference = reference.masked_fill(reference < least, -torch.inf)
+        return Choice(candidates, reference, everything if config.unscored == "keep" else None)
+
+    def worth_scoring(self, choice: Choice) -> Tensor:
+        """[R, k] bool, the candidates whose values can matter: those that take part, unless the row has but one.
+
+        Every normalisation takes a lone candidate's value to 0, so that the step needs no value at all; with
+        `normalize="none"` it still weighs against tokens that keep their score.
+        """
+        mask = choice.mask
+        if self.config.candidate_min_p is None or (choice.everything is not None and self.config.normalize == "none"):
+            return mask
+        return mask & (mask.sum(dim=-1, keepdim=True) > 1)
+
+    def tilt(self, choice: Choice, values: Tensor, request: Tensor | None = None) -> Step:
+        """Algorithm 2 from the values on: combine, normalise, tilt.
+
+        Args:
+            choice: of R rows.
+            values: [R, k, M]; those of candidates that take no part mean nothing.
+            request: [R] which request each row belongs to, where weights or beta are given per request; None if the
+                rows are the requests, each repeated for its beams or samples.
+        """
+        config, mask = self.config, choice.mask
+        weights = self._per_row(self._weights, 1, values, request)
+        beta = self._per_row(self._beta, 0, values, request)
+        combined = combine(values, weights).masked_fill(~mask, 0.0)
+        policy = normalize(combined, mask, config.normalize, config.gap_floor)
+        reference = choice.reference
+        if choice.everything is not None:
+            policy = torch.zeros_like(choice.everything).scatter(1, choice.candidates, policy)
+            reference = choice.everything
+        if config.kl_budget is not None:
+            beta = solve_beta(reference, policy, config.kl_budget)
+        tilted = torch.log_softmax(tilt(reference, policy, beta), dim=-1)
+        kl = kl_divergence(tilted, reference, normalized=True)
+        everything = tilted if config.top_k is None else None
+        if choice.everything is not None:
+            everything, tilted = tilted, tilted.gather(1, choice.candidates).masked_fill(~mask, -torch.inf)
+        return Step(choice.candidates, choice.reference, values, combined, tilted, beta, kl, everything)
+
+    def _per_row(self, setting: Tensor, shared_dims: int, values: Tensor, request: Tensor | None) -> Tensor:
+        """Weights or beta on the values' device, row by row; `shared_dims`: dimensions of one that all rows share."""
+        setting, count = setting.to(values.device), len(values)
+        if setting.ndim == shared_dims:
+            return setting
+        if request is not None:
+            return setting[request]
+        if len(setting) == count:
+            return setting
+        if count % len(setting):
+            name = "weights" if shared_dims else "beta"
+            raise ValueError(f"{name} are given for {len(setting)} requests, but the batch has {count} rows")
+        return setting.repeat_interleave(count // len(setting), dim=0)
+
+    def _check_devices(self, scores: Tensor) -> None:
+        for function in self._functions.all:
+            if function.device != scores.device:
+                raise ValueError(
+                    f"the scores are on {scores.device}, the value function for {function.config.objectives} on "
+                    f"{function.device}: pass device={str(scores.device)!r} or move it with .to()"
+                )
+        self._functions.check_vocabulary(scores.shape[1])
+
+    def _check_values(self, values: Tensor, mask: Tensor) -> None:
+        bad = ~torch.isfinite(values) & mask[..., None]
+        if bad.any():
+            row, candidate, m = torch.nonzero(bad)[0].tolist()
+            raise ValueError(
+                f"the value function for {self.objectives[m]!r} gave {float(values[row, candidate, m])} (row {row}, "
+                f"candidate {candidate}): its weights are damaged or it overflows in its dtype; load it in float32"
+            )
+
+
+def check_scores(reference: Tensor) -> None:
+    """Raise `ValueError` if the base model's log-probabilities [R, k] hold NaN."""
+    if torch.isnan(reference).any():
+        raise ValueError("the base model's scores hold NaN: it overflows in its dtype, or its weights are damaged")

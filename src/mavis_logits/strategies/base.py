@@ -1,0 +1,162 @@
+"""What all decoding strategies have in common: `model.generate(custom_generate=strategy)`."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteria
+
+from ..processor import MavisLogitsProcessor
+from ..steering import Steering
+from .session import Session
+
+if TYPE_CHECKING:
+    from transformers.generation.streamers import BaseStreamer
+
+# What `generate` prepares for every decoder-only model; a strategy keeps caches and positions of its own.
+_PREPARED = {"attention_mask", "position_ids", "logits_to_keep", "past_key_values", "use_cache", "cache_position"}
+
+
+@dataclass
+class MavisOutput(GenerateDecoderOnlyOutput):
+    """What `generate(return_dict_in_generate=True)` returns with a strategy.
+
+    Attributes:
+        sequences: [R, T] prompts and completions, as `generate` returns them.
+        scores: with `output_scores`, one [R, V] a step: log pi (`MavisSampling` only).
+        logits: with `output_logits`, one [R, V] a step: the reference's scores (`MavisSampling` only).
+        values: [R, M] value of every finished sequence by objective, in reward units; None where none was computed.
+        sequences_scores: [R] what the sequences were ranked by; None where nothing was ranked.
+    """
+
+    values: Tensor | None = None
+    sequences_scores: Tensor | None = None
+
+
+class MavisStrategy(Steering):
+    """A way of decoding, passed as `model.generate(..., custom_generate=strategy)`; arguments as for `Steering`, and:
+
+    Args:
+        streamer: receives prompts and tokens as they come. `generate` does not pass its own on to a strategy.
+        stop_strings: as for `generate`, which cannot pass them on either; they need `tokenizer`.
+
+    The reference that is tilted is what `generate` would have sampled from: the base model's distribution after all
+    logits processors, generate's own temperature, top-k and top-p included (its default top-k is 50: pass `top_k=0` for
+    the whole distribution). So temperature T is applied once, to the reference, as in the paper.
+    """
+
+    streams = True  # whether tokens are final as they come
+
+    def __init__(
+        self,
+        *args: Any,
+        streamer: BaseStreamer | None = None,
+        stop_strings: str | Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        name = type(self).__name__
+        if streamer is not None and not self.streams:
+            raise ValueError(f"{name} knows the text only at its end and cannot stream: leave streamer out")
+        if stop_strings is not None and self.tokenizer is None:
+            raise ValueError(f"stop_strings need the tokenizer: pass tokenizer= to {name}")
+        self.streamer, self.stop_strings = streamer, stop_strings
+
+    @abstractmethod
+    def decode(
+        self, session: Session, stopping_criteria: StoppingCriteriaList, config: GenerationConfig
+    ) -> MavisOutput:
+        """Write all rows of `session` to their ends."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        generation_config: GenerationConfig | None = None,
+        **model_kwargs: Any,
+    ) -> MavisOutput | Tensor:
+        """Called by `generate` with all that it has prepared.
+
+        Returns:
+            ids [R, T], or with `return_dict_in_generate` a `MavisOutput`.
+
+        Raises:
+            ValueError: an argument of `generate` that this strategy cannot honour.
+        """
+        config = generation_config if generation_config is not None else model.generation_config
+        processors = logits_processor if logits_processor is not None else LogitsProcessorList()
+        criteria = StoppingCriteriaList(stopping_criteria or [])
+        self._check_call(model, input_ids, processors, config, model_kwargs)
+        self.attach(model)
+        self._check_devices(input_ids[:, :1].expand(-1, model.config.get_text_config().vocab_size))
+        if self.stop_strings is not None:
+            criteria.append(StopStringCriteria(self.tokenizer, self.stop_strings))
+        if self.trace is not None:
+            self.trace = type(self.trace)(self.objectives, self._eos)
+        prompts = self.prompts(input_ids, config)
+        mask = model_kwargs.get("attention_mask")
+        with Session(self, model, prompts, None if mask is None else self.prompts(mask, config), processors) as session:
+            output = self.decode(session, criteria, config)
+        if self.streamer is not None:
+            self.streamer.end()
+        return output if config.return_dict_in_generate else output.sequences
+
+    def prompts(self, rows: Tensor, config: GenerationConfig) -> Tensor:
+        """The rows that a session begins with, from those that generate has repeated `num_return_sequences` times."""
+        return rows
+
+    def _check_call(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        processors: LogitsProcessorList,
+        config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+    ) -> None:
+        name = type(self).__name__
+        if model.config.is_encoder_decoder:
+            raise ValueError(f"{name} decodes with decoder-only models, got {type(model).__name__}")
+        if input_ids.shape[1] == 0:
+            raise ValueError("the prompt is empty: give generate at least one token to go on from")
+        for key, value in model_kwargs.items():
+            if key not in _PREPARED and value is not None:
+                raise ValueError(f"{name} cannot pass {key} on to the model; it decodes from token ids alone")
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length():
+            raise ValueError(
+                f"{name} keeps caches of its own and cannot go on from past_key_values: give it the whole text so far"
+            )
+        if model_kwargs.get("use_cache") is False:
+            raise ValueError(f"{name} always decodes with a cache: leave use_cache out")
+        if (config.num_beams or 1) > 1:
+            raise ValueError(
+                f"num_beams={config.num_beams} asks for generate's own beam search, not {name}: use "
+                "MavisBeamSearch(num_beams=...), or generate's with a MavisLogitsProcessor"
+            )
+        for flag in ("output_attentions", "output_hidden_states", "prompt_lookup_num_tokens", "penalty_alpha",
+                     "dola_layers", "constraints", "force_words_ids", "prefill_chunk_size"):  # fmt: skip
+            if getattr(config, flag, None):
+                raise ValueError(f"{name} does not support {flag}={getattr(config, flag)!r}: leave it out")
+        if any(isinstance(processor, MavisLogitsProcessor) for processor in processors):
+            raise ValueError(f"{name} steers by itself: leave the MavisLogitsProcessor out of logits_processor")
+        rows = len(input_ids)
+        for setting, shared, what in ((self.weights, 1, "weights"), (self.beta, 0, "beta")):
+            if setting.ndim > shared and rows % len(setting):
+                raise ValueError(f"{what} are given for {len(setting)} requests, but the batch has {rows} rows")
+
+
+def pad_token(config: GenerationConfig, strategy: MavisStrategy) -> int:
+    """The token that fills up finished rows: generate's own, else the strategy's, else 0."""
+    given = getattr(config, "_pad_token_tensor", None)
+    if given is not None:
+        return int(given)
+    return next((token for token in (config.pad_token_id, strategy.pad_token_id) if token is not None), 0)

@@ -1,0 +1,278 @@
+"""Sequences being written by a base model, with the value functions reading along.
+
+A session is what every strategy decodes with. Base model and value models keep their keys and values in ragged caches,
+so that rows may leave, multiply, change places or go back, and nothing is ever padded or computed twice.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import LogitsProcessorList, PreTrainedModel
+
+from ..attention import ragged_attention_on
+from ..cache import RaggedCache
+from ..functions import check_context
+from ..fused import FusedValueModel
+from ..scorer import ValueScorer, make_scorer, ragged_support
+from ..steering import Steering, Step
+from ..value_model import ValueModel
+
+_support: weakref.WeakKeyDictionary[PreTrainedModel, tuple[str, str | None]] = weakref.WeakKeyDictionary()
+
+
+class Session:
+    """R rows of text, their next-token distributions and values. Use it in a `with` block.
+
+    `append` and `select` only note what happens; the base model reads new tokens when `reference` or `score` asks for
+    the distribution after them, value models when `score` or `values` does.
+
+    Args:
+        steering: value functions and settings.
+        model: the base model.
+        input_ids: [R, T] prompts, padded on the left.
+        attention_mask: [R, T], 0 for padding; None if there is none.
+        processors: what `generate` would apply to the scores, its temperature, top-k and top-p included: together they
+            make the reference. They see the rows still being written.
+
+    Attributes:
+        input_ids: [R, T] the rows so far, padded on the left.
+        lengths: tokens of every row without padding.
+        requests: [R] which of the rows given at first each one comes from.
+
+    Raises:
+        ValueError: right padding, an empty row, or a base model whose attention takes no ragged cache.
+    """
+
+    def __init__(
+        self,
+        steering: Steering,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        processors: LogitsProcessorList | None = None,
+    ) -> None:
+        self.steering, self.model = steering, model
+        self.input_ids = input_ids
+        self.lengths = _lengths(input_ids, attention_mask)
+        self.requests = torch.arange(len(input_ids), device=input_ids.device)
+        self._processors = processors or LogitsProcessorList()
+        self._decoder: PreTrainedModel = model.base_model  # type: ignore[assignment]
+        self._packed = _check_support(self._decoder) == "packed"
+        self._cache = RaggedCache(self._decoder.config.num_hidden_layers, len(input_ids), input_ids.device)
+        self._read = [0] * len(input_ids)  # tokens in the base model's cache
+        self._scores: Tensor | None = None
+        self._hidden: Tensor | None = None
+        self._scorers: dict[int, ValueScorer] = {}
+        self._tried: tuple[Tensor, Tensor | None, list[ValueScorer]] | None = None
+        self._logits_to_keep = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+
+    def __enter__(self) -> Self:
+        self._stack = ExitStack()
+        if self._packed:
+            self._stack.enter_context(ragged_attention_on(self._decoder))
+        if self.steering._functions.heads:
+            thread = threading.get_ident()
+
+            def catch(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+                if threading.get_ident() == thread:
+                    self._hidden = inputs[0].detach()[:, -1] if inputs[0].ndim == 3 else inputs[0].detach()
+
+            handle = self.model.get_output_embeddings().register_forward_pre_hook(catch)
+            self._stack.callback(handle.remove)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def reference(self) -> Tensor:
+        """[R, V] next-token scores of the reference: the base model's logits after all processors, not normalised."""
+        if self._scores is None:
+            logits = self._forward()
+            self._scores = self._processors(self.input_ids, logits) if self._processors else logits
+        return self._scores
+
+    def score(self, need_values: bool = False) -> Step:
+        """One step of Algorithm 2 after every row.
+
+        Args:
+            need_values: score the lone candidate of a row too, whose value cannot change the distribution.
+        """
+        steering = self.steering
+        choice = steering.choose(self.reference())
+        kept = choice.mask if need_values else steering.worth_scoring(choice)
+        whole = steering.config.top_k is None
+        started = time.perf_counter()
+        values = self.values(choice.candidates, kept if steering.config.candidate_min_p is not None else None, whole)
+        seconds = time.perf_counter() - started
+        step = steering.tilt(choice, values.masked_fill(~kept[..., None], 0.0), self.requests)
+        steering.stats.add(len(self), step.kl, seconds)
+        return step
+
+    def values(self, candidates: Tensor, kept: Tensor | None = None, whole_vocabulary: bool = False) -> Tensor:
+        """Values [R, k, M] of appending each of `candidates` [R, k], in reward units.
+
+        Args:
+            candidates: [R, k] token ids.
+            kept: [R, k] bool, those whose values are wanted, in front of the others; None for all.
+            whole_vocabulary: `candidates` are all tokens in order.
+
+        Raises:
+            ValueError: a sequence longer than a value model can read, or a value that is not finite.
+            MemoryError: no room for a value model's cache.
+        """
+        functions = self.steering._functions
+        parts: dict[int, Tensor] = {}
+        if functions.heads:
+            self.reference()
+            assert self._hidden is not None
+            for head in functions.heads:
+                parts[id(head)] = head(self._hidden, None if whole_vocabulary else candidates)
+        models = functions.busy_models(self.steering._idle)
+        if models:
+            fed, columns = candidates, candidates.shape[1]
+            if kept is not None:
+                columns = int(kept.sum(dim=1).max())
+                fed, kept = candidates[:, :columns], kept[:, :columns]
+            scorers = [self._scorer(model) for model in models]
+            if columns:
+                for model, scorer in zip(models, scorers, strict=True):
+                    check_context(model, max(self.lengths) + 1)
+                    values = self._read_along(scorer, fed, kept)
+                    missing = candidates.shape[1] - columns
+                    parts[id(model)] = nn.functional.pad(values, (0, 0, 0, missing)) if missing else values
+                self._tried = (fed, kept, scorers)
+        if not parts:
+            return candidates.new_zeros(*candidates.shape, len(self.steering.objectives), dtype=torch.float32)
+        return functions.gather(parts)
+
+    def append(self, tokens: Tensor, chosen: Tensor | None = None) -> None:
+        """Add one token to every row.
+
+        Args:
+            tokens: [R].
+            chosen: [R] which of the candidates of the last `score` or `values` they are, if that is known of all: it
+                spares the search for them.
+        """
+        if self._tried is not None:
+            candidates, kept, scorers = self._tried
+            rows = None
+            if chosen is None:
+                match = candidates == tokens[:, None]
+                chosen = match.int().argmax(dim=1)
+                hit = match.any(dim=1)
+                if kept is not None:
+                    hit &= kept.gather(1, chosen[:, None])[:, 0]
+                rows = torch.nonzero(hit)[:, 0]
+            elif kept is not None:
+                rows = torch.nonzero(kept.gather(1, chosen[:, None])[:, 0])[:, 0]
+            if rows is not None and len(rows) == len(self):
+                rows = None
+            if rows is None or len(rows):
+                for scorer in scorers:
+                    scorer.commit(chosen if rows is None else chosen[rows], rows)
+        self.input_ids = torch.cat([self.input_ids, tokens[:, None]], dim=1)
+        self.lengths = [length + 1 for length in self.lengths]
+        self._scores = self._tried = None
+
+    def select(self, rows: Tensor) -> None:
+        """Keep `rows` [R'], in that order; a row named twice is copied."""
+        numbers = rows.tolist()
+        self.input_ids, self.requests = self.input_ids[rows], self.requests[rows]
+        self.lengths = [self.lengths[row] for row in numbers]
+        self._read = [self._read[row] for row in numbers]
+        self._cache.select(rows)
+        self._cache.longest = max(self._read, default=0)
+        for scorer in self._scorers.values():
+            scorer.select(rows)
+        if self._scores is not None:
+            self._scores = self._scores[rows]
+        if self._hidden is not None:
+            self._hidden = self._hidden[rows]
+        if self._tried is not None:
+            candidates, kept, scorers = self._tried
+            self._tried = (candidates[rows], None if kept is None else kept[rows], scorers)
+
+    def replace(self, sequences: Sequence[Sequence[int]], pad_token_id: int = 0) -> None:
+        """Make every row another sequence of its own, prompt included; what it shares with the old one stays cached."""
+        old = [row[len(row) - n :] for row, n in zip(self.input_ids.tolist(), self.lengths, strict=True)]
+        shared = [_shared(a, b) for a, b in zip(old, sequences, strict=True)]
+        # The last token is always read anew: the distribution after it is wanted.
+        self._read = [min(have, same, len(s) - 1) for have, same, s in zip(self._read, shared, sequences, strict=True)]
+        self._cache.crop(torch.tensor(self._read, device=self.input_ids.device), max(self._read))
+        for scorer in self._scorers.values():
+            scorer.crop([min(have, same) for have, same in zip(scorer.lengths, shared, strict=True)])
+        self.lengths = [len(sequence) for sequence in sequences]
+        longest = max(self.lengths)
+        padded = [[pad_token_id] * (longest - len(s)) + list(s) for s in sequences]
+        self.input_ids = torch.tensor(padded, device=self.input_ids.device)
+        self._scores = self._hidden = self._tried = None
+
+    def _forward(self) -> Tensor:
+        """The base model's logits [R, V] after the tokens that it has not read yet."""
+        counts = [length - read for length, read in zip(self.lengths, self._read, strict=True)]
+        most = max(counts)
+        new = torch.tensor(counts, device=self.input_ids.device) if most > 1 else torch.ones_like(self._cache.lengths)
+        feed = self._cache.prepare(self.input_ids[:, self.input_ids.shape[1] - most :], new)
+        inputs = feed.inputs(self._decoder.config, self.model.dtype)
+        output = self.model(**inputs, past_key_values=self._cache, use_cache=True, **self._logits_to_keep)
+        self._cache.advance(new, most)
+        self._read = list(self.lengths)
+        self._cache.longest = max(self._read)
+        return output.logits[:, -1].float()
+
+    def _scorer(self, model: ValueModel | FusedValueModel) -> ValueScorer:
+        if id(model) not in self._scorers:
+            self._scorers[id(model)] = scorer = make_scorer(model)
+            scorer.begin(len(self))
+        return self._scorers[id(model)]
+
+    def _read_along(self, scorer: ValueScorer, candidates: Tensor, kept: Tensor | None) -> Tensor:
+        """Values [R, k, M] from one value model, which first reads the tokens that it has not seen."""
+        counts = [length - read for length, read in zip(self.lengths, scorer.lengths, strict=True)]
+        unread = self.input_ids[:, self.input_ids.shape[1] - max(counts) :]
+        return scorer.read(unread, counts, candidates, kept)
+
+
+def _lengths(input_ids: Tensor, attention_mask: Tensor | None) -> list[int]:
+    if attention_mask is None:
+        return [input_ids.shape[1]] * len(input_ids)
+    if (attention_mask[:, 1:] < attention_mask[:, :-1]).any():
+        raise ValueError(
+            "the prompts are padded on the right or masked in the middle; strategies go on at the right end: set "
+            'tokenizer.padding_side = "left"'
+        )
+    lengths = attention_mask.sum(dim=1).tolist()
+    if not all(lengths):
+        raise ValueError(f"row {lengths.index(0)} of the batch is an empty prompt: its attention mask is all 0")
+    return lengths
+
+
+def _check_support(decoder: PreTrainedModel) -> str:
+    """How the base model runs on a ragged cache; each model is tried once."""
+    implementation = decoder.config._attn_implementation
+    if decoder not in _support or _support[decoder][0] != implementation:
+        _support[decoder] = (implementation, ragged_support(decoder))
+    kind = _support[decoder][1]
+    if kind is None:
+        raise ValueError(
+            f"{type(decoder).__name__} with {implementation} attention cannot run on the strategies' cache (it keeps "
+            'no keys and values by token, or takes no 4-D mask): load it with attn_implementation="sdpa", or use '
+            "MavisLogitsProcessor, which works with any base model"
+        )
+    return kind
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common prefix."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
