@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mavis_logits import MavisLogitsProcessor
 from mavis_logits.tilting import combine, normalize
 from mavis_logits.trace import KEPT, MavisStats, MavisTrace, TraceStep
-from tiny import EOS, PAD, VOCABULARY, make_base, make_head
+from tiny import EOS, PAD, VOCABULARY, make_base, make_head, make_value_model
 
 
 def step(length: int, rows: int = 2, **changed: Any) -> dict[str, Any]:
@@ -209,3 +209,29 @@ def test_stats_and_trace_over_a_whole_vocabulary_are_exact(
         assert mavis.trace[t].candidates.shape == (3, VOCABULARY if t == 4 else 8)
     assert mavis.stats.kl == pytest.approx(total, abs=1e-4)
     assert (mavis.stats.steps, mavis.stats.tokens) == (5, 15)
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own, about how its assistant is called
+def test_log_ratios_after_assisted_decoding_are_those_of_decoding_alone() -> None:
+    base, draft = make_base(), make_base()
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    settings = {"top_k": 6, "pad_token_id": PAD, "eos_token_id": EOS, "trace": True}
+    assisted, alone = (MavisLogitsProcessor(make_value_model("a"), beta=3.0, **settings) for _ in range(2))
+    prompt = torch.tensor([[5, 6, 7, 8]])
+    torch.manual_seed(3)
+    out = base.generate(
+        prompt, do_sample=True, max_new_tokens=12, assistant_model=draft, suppress_tokens=[EOS],
+        logits_processor=[assisted],
+    )  # fmt: skip
+    assert assisted.stats.steps > 12  # the assistant's drafts, too
+    with torch.no_grad():
+        for end in range(4, 16):
+            logits = base(out[:, :end]).logits[:, -1]
+            alone(out[:, :end], logits.index_fill(1, torch.tensor([EOS]), -torch.inf))
+    assert assisted.trace is not None
+    assert alone.trace is not None
+    torch.testing.assert_close(
+        assisted.trace.log_ratios(out[:, 4:]), alone.trace.log_ratios(out[:, 4:]), atol=1e-4, rtol=0
+    )
