@@ -87,8 +87,9 @@ def check_scorer(
     Raises:
         AssertionError: values differ from `recompute_values` by more than `tolerance` (in reward units).
     """
-    assert models is not None or isinstance(scorer.model, ValueModel), "name the models that are fused"
-    twins = models if models is not None else [scorer.model]
+    if models is None:
+        assert isinstance(scorer.model, ValueModel), "name the models that are fused"
+        models = [scorer.model]
     rng = np.random.default_rng(seed)
     tracker = RowTracker()
     sequences = [rng.integers(1, vocabulary, size=n) for n in (5, 2, 9)]
@@ -97,7 +98,7 @@ def check_scorer(
         given = torch.from_numpy(candidates).to(scorer.model.device)
         values = scorer.score(tracker.plan(sequences), given)
         for row, sequence in enumerate(sequences):
-            expected = torch.cat([recompute_values(model, sequence, given[row]) for model in twins], dim=1)
+            expected = torch.cat([recompute_values(model, sequence, given[row]) for model in models], dim=1)
             error = float((values[row] - expected).abs().max())
             if not error <= tolerance:
                 raise AssertionError(
