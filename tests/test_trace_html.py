@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -18,6 +19,7 @@ from tokenizers.models import BPE, WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from mavis_logits import MavisLogitsProcessor
+from mavis_logits.strategies import MavisSampling
 from mavis_logits.trace import MavisTrace
 from mavis_logits.trace_html import SHOWN, Speller, percent, signed, value, visible
 from tiny import EOS, PAD, VOCABULARY, make_base, make_head
@@ -322,21 +324,23 @@ def test_numbers_read_well(shown: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize("top_k", [6, None])
-def test_a_steered_generation_has_a_page(top_k: int | None, prompts: dict[str, torch.Tensor]) -> None:
+@pytest.mark.parametrize("kind", [MavisLogitsProcessor, MavisSampling])
+def test_a_steered_generation_has_a_page(kind: Any, top_k: int | None, prompts: dict[str, torch.Tensor]) -> None:
     base = make_base()
-    mavis = MavisLogitsProcessor(
-        make_head(base, "a", "b"), model=base, top_k=top_k, pad_token_id=PAD, eos_token_id=EOS, trace=True
-    )
-    out = base.generate(**prompts, do_sample=True, max_new_tokens=6, logits_processor=[mavis])
+    mavis = kind(make_head(base, "a", "b"), model=base, top_k=top_k, pad_token_id=PAD, eos_token_id=EOS, trace=True)
+    way = {"custom_generate": mavis} if kind is MavisSampling else {"logits_processor": [mavis]}
+    torch.manual_seed(0)
+    out = base.generate(**prompts, do_sample=True, max_new_tokens=40, **way)
     assert mavis.trace is not None
     page = Page(mavis.trace.to_html(word_tokenizer(), sequences=out))
     completions = [row[prompts["input_ids"].shape[1] :].tolist() for row in out]
     kept = [row[: row.index(EOS) + 1] if EOS in row else row for row in completions]
     assert page.tokens == [f"w{token}" for row in kept for token in row]
-    for number, (heading, ratio) in enumerate(
-        zip(page.headings, mavis.trace.log_ratios(out[:, 5:]).sum(1), strict=True)
-    ):
-        assert f"log-ratio in all {signed(float(ratio))} nats" in heading, number
+    ratios = mavis.trace.log_ratios(out[:, 5:]).double().sum(1)
+    for heading, ratio in zip(page.headings, ratios.tolist(), strict=True):
+        shown = re.search(r"log-ratio in all (\S+) nats", heading)
+        assert shown
+        assert float(shown[1].replace("−", "-")) == pytest.approx(ratio, abs=0.006)
     assert len(page.tables[0]) == (6 if top_k else SHOWN) + 2
 
 
