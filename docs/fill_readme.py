@@ -100,13 +100,14 @@ def steering(results: Path) -> str:
 
 
 def decode(results: Path) -> str:
-    """Return the ratios of decoding times."""
+    """Return the ratios of decoding times: the main comparison, all others are in docs/results/decode.md."""
     run = read(results / "decode.json")
     if run is None:
         return ""
     rows = [
         (row["batch"], row["variant"], f"{row['median']:.2f} ({row['low']:.2f} to {row['high']:.2f})")
         for row in run["results"]
+        if (row.get("section", "main"), row.get("device", "cpu")) == ("main", "cpu")
     ]
     note = f"{run['machine']}; {run['settings']['new_tokens']} new tokens, k {run['settings']['top_k']}, {run['date']}."
     return "\n".join([*table(["batch", "decoding", "time over plain: median (range)"], rows), "", note, ""])
