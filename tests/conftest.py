@@ -8,11 +8,15 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import settings
 from transformers import PreTrainedModel
 
+from hub_server import HubServer, hub_server, use_hub
 from mavis_logits import ValueModel
 from tiny import PAD, make_base, make_value_model
 
@@ -40,3 +44,11 @@ def prompts() -> dict[str, torch.Tensor]:
         "input_ids": torch.tensor([[PAD] * (width - len(r)) + r for r in rows]),
         "attention_mask": torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows]),
     }
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """A Hub on this machine, which the client in this process uses, logged in as one who may write to `org/`."""
+    with hub_server() as server:
+        use_hub(server, monkeypatch, tmp_path / "home")
+        yield server

@@ -9,20 +9,17 @@
 from __future__ import annotations
 
 import copy
-import json
 import warnings
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
-from transformers.utils import cached_file
 
 from .fingerprint import weights_fingerprint
-from .loading import damage_is_os_error, load_complete
+from .loading import commit_of, damage_is_os_error, find_file, find_weights, hub_arguments, load_complete, read_json
 from .value_model import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -36,7 +33,6 @@ from .value_model import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-_HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
 _TRL_HEAD = "v_head.summary."
 
 
@@ -50,9 +46,12 @@ def load_value_model(
     **kwargs: Any,
 ) -> ValueModel:
     """Load the value model `name` (Hub id or folder); see `ValueModel.from_pretrained`."""
-    hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
-    config = _read_json(_find(name, "config.json", hub))
-    adapter = _read_json(_find(name, ADAPTER_CONFIG, hub))
+    hub = hub_arguments(kwargs)
+    found = [find_file(name, file, hub) for file in ("config.json", ADAPTER_CONFIG)]
+    config, adapter = ({} if path is None else read_json(path) for path in found)
+    commit = commit_of(found[0] or found[1])
+    if commit is not None:  # all else comes from the same one
+        hub["revision"] = kwargs["revision"] = commit
     with damage_is_os_error(name):
         if config.get("model_type") == ValueModelConfig.model_type:
             if adapter:
@@ -63,7 +62,7 @@ def load_value_model(
         head = _trl_head(name, hub)
         if head:
             return _load_trl(cls, name, head, objectives, kwargs)
-    if not adapter and _find(name, "pytorch_model.bin", hub):
+    if not adapter and find_file(name, "pytorch_model.bin", hub):
         raise OSError(
             f"{name} has its weights only as a pickle (pytorch_model.bin), which is not loaded: convert it to "
             "safetensors"
@@ -75,23 +74,20 @@ def load_value_model(
     )
 
 
-def _find(name: str, file: str, hub: dict[str, Any]) -> Path | None:
-    found = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub)
-    return Path(found) if found else None
-
-
-def _read_json(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise OSError(f"{path} is no valid JSON ({error}): download or save it again") from error
-
-
 def _of_another_repo(arguments: dict[str, Any]) -> dict[str, Any]:
     """`arguments` without those that say where in one repo something is."""
     return {key: value for key, value in arguments.items() if key not in ("revision", "subfolder")}
+
+
+def _one_device(name: str, device_map: Any) -> Any:
+    """The device that a `device_map` means for a small model; None for where it is."""
+    if isinstance(device_map, Mapping):
+        if list(device_map) != [""]:
+            raise ValueError(f"{name} is an adapter repo, which is put on one device: got device_map={device_map!r}")
+        return device_map[""]
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return device_map
 
 
 def _is_sequence_classifier(config: dict[str, Any]) -> bool:
@@ -108,7 +104,7 @@ def _load_own_adapter(
     kwargs: dict[str, Any],
 ) -> ValueModel:
     config = ValueModelConfig.from_dict(config_json)
-    files = {file: _find(name, file, hub) for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEAD_WEIGHTS)}
+    files = {file: find_file(name, file, hub) for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEAD_WEIGHTS)}
     missing = [file for file, path in files.items() if path is None]
     if missing:
         raise OSError(f"{name} is an adapter repo without {', '.join(missing)}: download or save it again")
@@ -132,7 +128,9 @@ def _load_own_adapter(
             stacklevel=4,
         )
     lora = LoraConfig.from_pretrained(str(folder))
-    return load_adapter(cls._assemble(config, trunk), lora, folder, merge)
+    model = load_adapter(cls._assemble(config, trunk), lora, folder, merge)
+    device = _one_device(name, kwargs.get("device_map"))
+    return model if device is None else model.to(device)
 
 
 def _load_sequence_classifier(
@@ -202,13 +200,10 @@ def _trl_head(name: str, hub: dict[str, Any]) -> dict[str, Tensor]:
 
 def _tensors(name: str, file: str, part: str, hub: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors with `part` in their names, from a safetensors file or its shards."""
-    index = _read_json(_find(name, f"{file}.index.json", hub)).get("weight_map", {})
-    files = {shard for key, shard in index.items() if part in key} if index else {file}
     found: dict[str, Tensor] = {}
-    for path in (_find(name, shard, hub) for shard in sorted(files)):
-        if path is not None:
-            with safe_open(path, framework="pt") as opened:
-                found |= {key: opened.get_tensor(key) for key in opened.keys() if part in key}  # noqa: SIM118
+    for path in find_weights(name, file, hub, part):
+        with safe_open(path, framework="pt") as opened:
+            found |= {key: opened.get_tensor(key) for key in opened.keys() if part in key}  # noqa: SIM118
     return found
 
 

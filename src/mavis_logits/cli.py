@@ -25,6 +25,14 @@ SUMMARIES = {
     "train-head": "training 3: train a value head, which reads the language model's own hidden state",
     "evaluate": "measure rewards and divergence of steered completions on held-out prompts",
     "card": "write the model card of a trained value function",
+    "bundle": "make one id of several value functions and their settings",
+    "push": "publish a value function or a bundle on the Hugging Face Hub",
+}
+# Those that need no extra, and so are there from the first.
+OWN = {
+    "generate": "mavis_logits.generate_command:main",
+    "bundle": "mavis_logits.hub.commands:bundle",
+    "push": "mavis_logits.hub.commands:push",
 }
 # The extras of this distribution that a command needs.
 EXTRAS = {"generate": "demo", "demo": "demo,training"}
@@ -61,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def available_commands() -> dict[str, EntryPoint]:
     """Return the commands by name, not yet imported, in the order in which help lists them."""
-    own = EntryPoint("generate", "mavis_logits.generate_command:main", "mavis.commands")
-    found = {"generate": own} | {point.name: point for point in entry_points(group="mavis.commands")}
+    own = (EntryPoint(name, function, "mavis.commands") for name, function in OWN.items())
+    found = {point.name: point for point in own} | {point.name: point for point in entry_points(group="mavis.commands")}
     ordered = [*(name for name in SUMMARIES if name in found), *sorted(found.keys() - SUMMARIES.keys())]
     return {name: found[name] for name in ordered}
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from .fingerprint import weights_fingerprint
+from .hub.mixin import PushMixin
 from .loading import load_complete
 from .objectives import ObjectivesMixin, check_objectives
 
@@ -56,7 +57,7 @@ class ValueHeadConfig(ObjectivesMixin, PreTrainedConfig):
         super().__init__(**kwargs)
 
 
-class ValueHead(PreTrainedModel):
+class ValueHead(PushMixin, PreTrainedModel):
     """Pairwise value head: z = LayerNorm(W_h h + W_e e_a), residual GELU layers, M outputs.
 
     h is what enters the base model's output embedding, e_a the candidate's row of that embedding, both normalised. A

@@ -1,0 +1,1 @@
+"""Publishing on the Hugging Face Hub: model cards, value functions, bundles."""

@@ -1,0 +1,96 @@
+"""`model.generate(custom_generate="org/bundle", trust_remote_code=True)`: what a bundle's `custom_generate/` holds.
+
+It is thin: the repository's name, and a call of `steered_generate` below. transformers hands a Hub-hosted `generate`
+everything that the caller gave, with `model` in place of `self`, but not the repository's id.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from ..config import MavisConfig
+from ..loading import hub_arguments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..strategies import MavisSampling
+
+GENERATE_FILE, REQUIREMENTS_FILE = "custom_generate/generate.py", "custom_generate/requirements.txt"
+_PREFIX = "mavis_"
+_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "code_revision", "proxies")
+_TEMPLATE = '''"""Steers by the value functions of this repository; all the work is done by the package mavis-logits."""
+
+from mavis_logits.hub.remote import steered_generate
+
+REPOSITORY = "{repository}"
+
+
+def generate(model, **arguments):
+    """`GenerationMixin.generate` with `mavis_weights=`, `mavis_beta=`, `mavis_top_k=` and so on."""
+    return steered_generate(model, REPOSITORY, __file__, **arguments)
+'''
+_strategies: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
+
+
+def generate_source(repository: str) -> str:
+    """The text of `custom_generate/generate.py` for a bundle in `repository`."""
+    return _TEMPLATE.format(repository=repository)
+
+
+def requirements() -> str:
+    """The text of `custom_generate/requirements.txt`, which transformers checks before it runs the code."""
+    return f"mavis-logits>={version('mavis-logits')}\n"
+
+
+def steered_generate(model: PreTrainedModel, repository: str, file: str, **arguments: Any) -> Any:
+    """`model.generate(**arguments)`, steered by the bundle in `repository`.
+
+    Args:
+        model: the language model.
+        repository: Hub id of the bundle.
+        file: path of the `generate.py` that calls; in the cache of transformers it bears the commit, and the bundle is
+            read from the same one.
+        arguments: of `generate`. `mavis_weights`, `mavis_beta` and every field of `MavisConfig` after `mavis_` override
+            the bundle's settings; `mavis_bundle` names another bundle, for copies of the code. `token`, `cache_dir` and
+            `local_files_only` serve to load it. The value functions are loaded by the first call with a model.
+
+    Returns:
+        What `generate` returns.
+
+    Raises:
+        ValueError, OSError: as for `MavisSampling.from_pretrained`.
+    """
+    settings = {key.removeprefix(_PREFIX): arguments.pop(key) for key in list(arguments) if key.startswith(_PREFIX)}
+    hub = {key: arguments.pop(key) for key in _HUB if key in arguments}
+    bundle = settings.pop("bundle", None)
+    commit = Path(file).parents[1].name
+    if bundle is None:
+        bundle = repository
+        hub["revision"] = commit if re.fullmatch("[0-9a-f]{40}", commit) else hub.get("revision")
+    strategy = copy.copy(_loaded(model, str(bundle), hub_arguments(hub)))
+    strategy.reset()
+    for name in ("weights", "beta"):
+        if settings.get(name) is not None:
+            setattr(strategy, name, settings[name])
+        settings.pop(name, None)
+    strategy.config = MavisConfig.from_dict({**vars(strategy.config), **settings})
+    for name in ("streamer", "tokenizer", "stop_strings"):  # generate does not pass these on to a strategy
+        setattr(strategy, name, arguments.pop(name, None))
+    return model.generate(custom_generate=strategy, **arguments)  # type: ignore[operator]
+
+
+def _loaded(model: PreTrainedModel, bundle: str, hub: dict[str, Any]) -> MavisSampling:
+    """The strategy for a model and a bundle, loaded once."""
+    from ..strategies import MavisSampling
+
+    kept = _strategies.setdefault(model, {})
+    key = (bundle, *(str(hub.get(name)) for name in ("revision", "cache_dir")))
+    if key not in kept:
+        kept[key] = MavisSampling.from_pretrained(bundle, model=model, load=hub)
+    return kept[key]
