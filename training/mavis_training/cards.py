@@ -1,19 +1,15 @@
-"""Model cards, rendered from what training and evaluation wrote: no number is typed by hand."""
+"""`mavis card`: a value function's folder gets its model card, rendered from what training and evaluation wrote."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from mavis_logits.hub.cards import CARD, CARD_DETAILS, KINDS, METRICS, CardDetails, evaluation_of, render_folder
 
 from .files import read_json, replace_when_whole
-
-TEMPLATE = Path(__file__).with_name("card_template.md")
-KINDS = {"mavis_value": "value model", "mavis_value_head": "value head"}
 
 
 @dataclass(frozen=True)
@@ -22,11 +18,15 @@ class CardConfig:
 
     Attributes:
         folder: of a trained value function, with its `config.json` and `metrics.json`; the card is its `README.md`.
-        name: title of the card, and the repository's name in its examples; None for the folder's name.
+        name: title of the card, and the id in its examples; None for the folder's name.
         evaluation: results of `mavis evaluate` with this value function, as JSON.
         rewards: what each objective's reward is, in a sentence.
         prompts: what the prompts of the training trees are, in a sentence.
+        datasets: Hub ids of the data sets that the prompts come from.
+        base_weights: which copy of the base model's weights it was trained on, in a sentence, where that matters.
+        load_base: Python code for the card's example that sets `model` and `tokenizer` to that copy.
         license: of the value function.
+        plots: draw the card's two pictures, too (needs matplotlib).
     """
 
     folder: str
@@ -34,84 +34,89 @@ class CardConfig:
     evaluation: str | None = None
     rewards: dict[str, str] | None = None
     prompts: str | None = None
+    datasets: list[str] | None = None
+    base_weights: str | None = None
+    load_base: str | None = None
     license: str = "apache-2.0"
+    plots: bool = True
 
 
 def write_card(config: CardConfig) -> Path:
-    """Write a value function's model card, and return its path.
+    """Write a value function's model card and the `card.json` that it can be rendered from again; return its path.
 
     Raises:
         OSError: no trained value function in the folder.
         ValueError: `config.json` is of something else, or a file is no valid JSON.
+        ImportError: pictures are wanted, and matplotlib is not installed.
     """
     folder = Path(config.folder)
-    model, metrics = read_json(folder / "config.json"), read_json(folder / "metrics.json")
-    evaluation = read_json(Path(config.evaluation)) if config.evaluation else None
-    path = folder / "README.md"
-    with replace_when_whole(path) as temporary:
-        temporary.write_text(render(config, model, metrics, evaluation), encoding="utf-8")
-    return path
+    model, metrics = read_json(folder / "config.json"), read_json(folder / METRICS)
+    if model.get("model_type") not in KINDS:
+        raise ValueError(f"{folder} has a config.json of type {model.get('model_type')!r}, expected {list(KINDS)}.")
+    objectives = model["objectives"]
+    evaluation = evaluation_of(read_json(Path(config.evaluation)), objectives) if config.evaluation else None
+    details = CardDetails(
+        rewards=config.rewards or {},
+        prompts=config.prompts,
+        datasets=config.datasets or (),
+        evaluation=evaluation,
+        base_weights=config.base_weights,
+        load_base=config.load_base,
+        license=config.license,
+    )
+    if config.plots:
+        draw_plots(folder, {name: metrics[name] for name in objectives}, evaluation)
+    _write(folder / CARD_DETAILS, details.to_json())
+    _write(folder / CARD, render_folder(folder, config.name or folder.resolve().name))
+    return folder / CARD
 
 
-def render(
-    config: CardConfig, model: Mapping[str, Any], metrics: Mapping[str, Any], evaluation: Mapping[str, Any] | None
-) -> str:
-    """The card's text.
+def draw_plots(folder: Path, metrics: Mapping[str, Mapping], evaluation: Mapping | None) -> None:
+    """Write `foresight.png` and, with an evaluation, `steering.png` into `folder`.
 
     Args:
-        config: title and words.
-        model: `config.json` of the value function.
-        metrics: `metrics.json`, of `validation_metrics`.
-        evaluation: JSON of `evaluate`, or None.
+        folder: of the card.
+        metrics: of the validation, by objective.
+        evaluation: what `evaluation_of` returns.
 
     Raises:
-        ValueError: `model` is no value function's config.
+        ImportError: matplotlib is not installed.
     """
-    kind = KINDS.get(str(model.get("model_type")))
-    if kind is None:
-        raise ValueError(
-            f"{config.folder} has a config.json of type {model.get('model_type')!r}, expected {list(KINDS)}."
-        )
-    objectives = model["objectives"]
-    unknown = set(config.rewards or {}) - set(objectives)
-    if unknown:
-        raise ValueError(f"rewards describes {sorted(unknown)}, but the value function predicts {objectives}.")
-    data = ModelCardData(
-        license=config.license,
-        library_name="mavis-logits",
-        base_model=model.get("base_model"),
-        language="en",
-        tags=["mavis-logits", "value-function", "decoding", *objectives],
-    )
-    card = ModelCard.from_template(
-        data,
-        template_str=TEMPLATE.read_text(encoding="utf-8"),
-        name=config.name or Path(config.folder).name,
-        kind=kind,
-        objectives=objectives,
-        mean=dict(zip(objectives, model["reward_mean"], strict=True)),
-        scale=dict(zip(objectives, model["reward_scale"], strict=True)),
-        about=config.rewards or {},
-        prompts=config.prompts,
-        base=model.get("base_model"),
-        layers=(model.get("backbone_config") or {}).get("num_hidden_layers"),
-        iteration=model.get("iteration", 0),
-        recipe=yaml.safe_dump(model.get("recipe") or {}, sort_keys=False).strip(),
-        sampling=((model.get("recipe") or {}).get("data") or {}).get("sampling") or {},
-        metrics=metrics,
-        fractions=list(metrics[objectives[0]]["by_fraction"]),
-        steering=steering_rows(evaluation, objectives),
-        evaluation=evaluation,
-    )
-    return str(card).rstrip() + "\n"
+    if find_spec("matplotlib") is None:
+        raise ImportError('the pictures of a card need matplotlib: pip install "mavis-logits[demo]", or plots: false')
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for objective, values in metrics.items():
+        shares = [float(share) for share in values["by_fraction"]]
+        axes.plot(shares, [v["correlation"] for v in values["by_fraction"].values()], marker="o", label=objective)
+    axes.set(xlabel="share of the answer that is written", ylabel="correlation with the final reward", ylim=(-0.05, 1))
+    axes.legend()
+    _save(figure, folder / "foresight.png")
+    if evaluation is None:
+        return
+    rows = evaluation["settings"][::-1]  # the first on top
+    names = list(rows[0]["rewards"])
+    height = 0.8 / len(names)
+    figure = Figure(figsize=(6, 0.9 + 0.4 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for index, name in enumerate(names):
+        places = [row - index * height for row in range(len(rows))]
+        axes.barh(places, [row["rewards"][name]["gain_sd"] for row in rows], height, label=name)
+    labels = [f"{row['name']} ({row['kl']:.0f} nats)" for row in rows]
+    axes.set_yticks([row - 0.4 + height / 2 for row in range(len(rows))], labels)
+    axes.axvline(0, color="black", linewidth=0.6)
+    axes.set(xlabel="change of mean reward (standard deviations)")
+    axes.legend(fontsize=8)
+    _save(figure, folder / "steering.png")
 
 
-def steering_rows(evaluation: Mapping[str, Any] | None, objectives: list[str]) -> list[dict[str, Any]]:
-    """The evaluated settings that these objectives have a part in, and those without steering, for the card's table."""
-    rows = []
-    for name, row in (evaluation or {"settings": {}})["settings"].items():
-        weights = row["setting"].get("weights")
-        if weights is None or any(weights.get(objective) for objective in objectives):
-            rewards = {key: value for key, value in row.items() if isinstance(value, dict) and "reward" in value}
-            rows.append({"name": name, "rewards": rewards, "kl": row["kl"], "kl_error": row["kl_error"]})
-    return rows
+def _save(figure, path: Path) -> None:  # type: ignore[no-untyped-def]
+    with replace_when_whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
+
+
+def _write(path: Path, text: str) -> None:
+    with replace_when_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
