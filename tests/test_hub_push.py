@@ -221,7 +221,7 @@ def test_no_token_and_one_without_permission(
     saved(tmp_path / "value")
     for token in ("hf_other", "hf_unknown"):
         monkeypatch.setenv("HF_TOKEN", token)
-        with pytest.raises(OSError, match="no permission to write to org/value .* log in with a token that may write"):
+        with pytest.raises(OSError, match=r"no permission to write to org/value .* log in with a token that may write"):
             push_folder(tmp_path / "value", "org/value")
     use_hub(hub, monkeypatch, tmp_path / "home", token=None)
     with pytest.raises(OSError, match="needs a token that may write: hf auth login"):
@@ -240,7 +240,7 @@ def test_a_push_that_breaks_off_changes_nothing_and_can_be_repeated(
     second = make_value_model("a", seed=2)
     method = "PUT" if step == "/lfs/" else "POST"
     hub.fault(method, step, "cut", times=100)
-    with pytest.raises(OSError, match="was left as it was; .* Push again"):
+    with pytest.raises(OSError, match=r"was left as it was; .* Push again"):
         second.push_to_hub("org/value")
     assert hub.files("org/value") == before
     hub.stop_faults()
@@ -268,6 +268,6 @@ def test_a_hub_that_stumbles_once_is_asked_again(hub: HubServer, step: str, tmp_
 
 def test_an_error_of_the_hub_says_that_nothing_changed(hub: HubServer, tmp_path: Path) -> None:
     hub.fault("POST", "/commit/", "500", times=100)
-    with pytest.raises(OSError, match="org/value was left as it was; .*500.* Try again"):
+    with pytest.raises(OSError, match=r"org/value was left as it was; .*500.* Try again"):
         push_folder(saved(tmp_path), "org/value")
     assert set(hub.files("org/value")) == {".gitattributes"}

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from .fingerprint import tokenizer_fingerprint
 from .fused import FusedValueModel, fusable_groups, why_not_fused
+from .loading import Source, find_file, hub_arguments, read_json
 from .value_head import ValueHead, ValueHeadConfig
 from .value_model import ValueModel, ValueModelConfig
 
@@ -184,7 +184,7 @@ def _check_tokenizer(function: ValueModel | FusedValueModel | ValueHead, tokeniz
 
 
 def load_value_functions(
-    given: str | Sequence[Any] | Mapping[str, Any],
+    given: str | Path | Sequence[Any] | Mapping[str, Any],
     model: PreTrainedModel | None,
     device: torch.device | str | None,
     loading: Mapping[str, Any],
@@ -198,15 +198,17 @@ def load_value_functions(
         ValueError: a value head without its base model, or something that is no value function.
         OSError: nothing there.
     """
-    loaded: dict[str, ValueModel | ValueHead] = {}
+    loaded: dict[Source, ValueModel | ValueHead] = {}
 
     def get(item: Any) -> Any:
         if isinstance(item, ValueModel | ValueHead):
             return item
-        if str(item) not in loaded:
-            function = _load(str(item), model, loading, merge=fuse is False)
-            loaded[str(item)] = function.to(device) if device is not None else function  # type: ignore[arg-type]
-        return loaded[str(item)]
+        given = Source(str(item), loading.get("revision"), loading.get("subfolder"))
+        source = item if isinstance(item, Source) else given
+        if source not in loaded:
+            function = _load(source, model, loading, merge=fuse is False)
+            loaded[source] = function.to(device) if device is not None else function  # type: ignore[arg-type]
+        return loaded[source]
 
     found: Any
     if isinstance(given, Mapping):
@@ -224,21 +226,24 @@ def load_value_functions(
     return found
 
 
-def _load(name: str, model: PreTrainedModel | None, loading: Mapping[str, Any], merge: bool) -> ValueModel | ValueHead:
-    hub = {k: v for k, v in loading.items() if k != "dtype"}
-    config = None
-    with suppress(ValueError):  # a config of no known kind: ValueModel says what it expects
-        config = AutoConfig.from_pretrained(name, **hub)
-    if isinstance(config, ValueHeadConfig):
+def _load(
+    source: Source, model: PreTrainedModel | None, loading: Mapping[str, Any], merge: bool
+) -> ValueModel | ValueHead:
+    name, arguments = source.name, source.arguments(loading)
+    path = find_file(name, "config.json", hub_arguments(arguments))
+    config = read_json(path) if path is not None else {}  # ValueModel says what it expects in its place
+    kind = config.get("model_type")
+    if kind == ValueHeadConfig.model_type:
         if model is None:
             raise ValueError(f"{name} is a value head, which needs its base model's hidden states: pass model=")
-        return ValueHead.from_pretrained(name, **hub)
+        return ValueHead.from_pretrained(name, **{k: v for k, v in arguments.items() if k != "dtype"})
     backbone = None
-    if isinstance(config, ValueModelConfig) and model is not None and config.backbone == model.config.name_or_path:
-        backbone = model
-    if isinstance(config, ValueModelConfig) and not merge:
-        loading = {"merge": False} | dict(loading)
-    return ValueModel.from_pretrained(name, backbone=backbone, **loading)
+    if kind == ValueModelConfig.model_type:
+        if model is not None and config.get("backbone") == model.config.name_or_path:
+            backbone = model
+        if not merge:
+            arguments = {"merge": False} | arguments
+    return ValueModel.from_pretrained(name, backbone=backbone, **arguments)
 
 
 def special_tokens(

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 WEIGHTS = "model.safetensors"
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
+LOADING_ARGUMENTS = (*HUB_ARGUMENTS, "device_map")
 _COMMIT = re.compile(r"/snapshots/([0-9a-f]{40})/")
 
 

@@ -261,7 +261,7 @@ def _push_errors(repo_id: str) -> Iterator[None]:
                 f"the token has no permission to write to {repo_id} on {constants.ENDPOINT}, or is not valid "
                 f"({status}): check the name, and log in with a token that may write (hf auth login)"
             ) from error
-        raise OSError(f"{repo_id} was left as it was; the Hub answered {status}: {one_line(error)}. Try again") from error
+        raise OSError(f"{repo_id} was left as it was; the Hub says {status}: {one_line(error)}. Try again") from error
     except (RuntimeError, OSError, HTTPError) as error:  # the client's words for an upload that was cut off
         raise OSError(
             f"{repo_id} was left as it was; the upload did not get through ({one_line(error)}). Push again: "
