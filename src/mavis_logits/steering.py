@@ -6,13 +6,16 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
+from .bundle import load_bundle
 from .config import MavisConfig
 from .functions import ValueFunctions, load_value_functions, special_tokens
+from .loading import LOADING_ARGUMENTS
 from .tilting import combine, kl_divergence, normalize, solve_beta, tilt
 from .trace import MavisStats, MavisTrace
 from .value_head import ValueHead
@@ -133,7 +136,7 @@ class Steering:
     @classmethod
     def from_pretrained(
         cls,
-        value_functions: str | Sequence[str] | Mapping[str, Any],
+        value_functions: str | Path | Sequence[str] | Mapping[str, Any],
         weights: Mapping[str, float] | Sequence[float] | Tensor | None = None,
         beta: float | Tensor | None = None,
         *,
@@ -148,16 +151,22 @@ class Steering:
 
         Args:
             value_functions: one id, several, or a mapping from objective to id or object; an id that occurs twice is
-                loaded once.
+                loaded once. One id may be that of a bundle, whose settings then are the defaults.
             weights, beta, fuse, kwargs: as for the class.
             model: the base model; also the backbone of adapter repos that were trained on its first layers.
             device: of the value functions; by default the base model's.
             dtype: of the value models' weights.
-            load: further arguments of `from_pretrained` (`revision`, `token`, `cache_dir`, ...).
+            load: further arguments of `from_pretrained`, which may also be given by name: `revision`, `token`,
+                `cache_dir`, `local_files_only`, `subfolder`, `force_download`, `device_map`.
         """
-        loading = dict(load or {}) | ({} if dtype is None else {"dtype": dtype})
-        if device is None and model is not None:
+        named = {key: kwargs.pop(key) for key in LOADING_ARGUMENTS if key in kwargs}
+        loading = {**(load or {}), **named} | ({} if dtype is None else {"dtype": dtype})
+        if device is None and model is not None and loading.get("device_map") is None:
             device = model.device
+        bundle = load_bundle(value_functions, **loading) if isinstance(value_functions, str | Path) else None
+        if bundle is not None:
+            value_functions, settings = bundle
+            kwargs["config"] = kwargs.get("config") or settings
         functions = load_value_functions(value_functions, model, device, loading, fuse)
         return cls(functions, weights, beta, model=model, fuse=fuse, **kwargs)
 
