@@ -141,7 +141,7 @@ def test_models_that_do_not_fit_are_scored_separately_or_refused() -> None:
     one, other = adapter("a", seed=2), adapter("b", seed=3, base_seed=7)
     assert fusable_groups([one, other]) == []
     assert len(ValueFunctions([one, other]).models) == 2
-    with pytest.raises(ValueError, match=r"fuse=True, but the backbones for \['a'\] and \['b'\] differ \(at .*use fuse"):
+    with pytest.raises(ValueError, match=r"fuse=True, but the backbones for .* differ \(at .*use fuse"):
         ValueFunctions([one, other], fuse=True)
     with pytest.raises(ValueError, match="no LoRA adapter of their own"):
         ValueFunctions([one, make_value_model("b")], fuse=True)

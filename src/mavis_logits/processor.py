@@ -186,9 +186,10 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         """Add a step to the trace, which begins anew with every `generate` call."""
         assert self.trace is not None
         before: Tensor | None = getattr(self._local, "traced", None)
-        if before is not None and _begins(before, input_ids):
-            self.trace.took(input_ids[:, before.shape[1]])
-        elif not _begins(getattr(self._local, "prompt", None), input_ids):  # nor beams reordered, or drafts rejected
+        goes_on = before is not None and input_ids.shape[1] <= before.shape[1] + 1  # no later turn of a chat
+        if goes_on and _begins(before, input_ids):
+            self.trace.took(input_ids[:, -1])
+        elif not (goes_on and _begins(getattr(self._local, "prompt", None), input_ids)):  # nor reordered or rejected
             self.trace = MavisTrace(self.objectives, self._eos)
             self._local.prompt = input_ids.clone()
         self._local.traced = input_ids.clone()

@@ -59,6 +59,7 @@ class Step:
         beta: [] or [R].
         kl: [R] exact divergence of pi from the reference over the whole vocabulary, in nats.
         everything: [R, V] log pi of all tokens, in order, where that is at hand; else only candidates have probability.
+        others: [R] log(pi / pi_ref) of every token that is no candidate, -inf where these have no probability.
     """
 
     candidates: Tensor
@@ -69,6 +70,7 @@ class Step:
     beta: Tensor
     kl: Tensor
     everything: Tensor | None
+    others: Tensor
 
     def log_probs(self, vocabulary: int) -> Tensor:
         """[R, V] log pi of all tokens, -inf for those without probability."""
@@ -292,12 +294,15 @@ class Steering:
             reference = choice.everything
         if config.kl_budget is not None:
             beta = solve_beta(reference, policy, config.kl_budget)
-        tilted = torch.log_softmax(tilt(reference, policy, beta), dim=-1)
+        scores = tilt(reference, policy, beta)
+        tilted = torch.log_softmax(scores, dim=-1)
         kl = kl_divergence(tilted, reference, normalized=True)
         everything = tilted if config.top_k is None else None
+        others = torch.full_like(kl, -torch.inf)
         if choice.everything is not None:
             everything, tilted = tilted, tilted.gather(1, choice.candidates).masked_fill(~mask, -torch.inf)
-        return Step(choice.candidates, choice.reference, values, combined, tilted, beta, kl, everything)
+            others = -scores.logsumexp(dim=-1)
+        return Step(choice.candidates, choice.reference, values, combined, tilted, beta, kl, everything, others)
 
     def _per_row(self, setting: Tensor, shared_dims: int, values: Tensor, request: Tensor | None) -> Tensor:
         """Weights or beta on the values' device, row by row; `shared_dims`: dimensions of one that all rows share."""

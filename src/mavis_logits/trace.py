@@ -62,6 +62,8 @@ class TraceStep:
         kl: [R] exact divergence of the step, in nats.
         taken: [R] the token that followed, -1 if not known.
 
+        others: [R] log(pi / pi_ref) of every token that is no candidate, -inf where these have no probability.
+
     The divergence, and the tilted probabilities of the candidates kept, are those of the step over all its candidates.
     """
 
@@ -74,6 +76,7 @@ class TraceStep:
     beta: Tensor
     kl: Tensor
     taken: Tensor
+    others: Tensor | None = None
 
     def narrow(self, count: int) -> TraceStep:
         """This step with at most `count` candidates a row.
@@ -144,7 +147,8 @@ class MavisTrace:
         for t, step in enumerate(self.steps[:count]):
             hit = (step.candidates == completions[:, t, None]) & torch.isfinite(step.tilted)
             counted = written[:, t] & step.live
-            missed = counted & ~hit.any(dim=1)
+            others = torch.full_like(step.kl, -torch.inf) if step.others is None else step.others
+            missed = counted & ~hit.any(dim=1) & torch.isinf(others)
             if missed.any():
                 row = int(torch.nonzero(missed)[0])
                 raise ValueError(
@@ -152,7 +156,7 @@ class MavisTrace:
                     "that the trace holds of that step: pass the completions that the traced call returned"
                 )
             ratio = torch.where(hit, step.tilted - step.reference, 0.0).sum(dim=1)
-            columns.append(torch.where(counted, ratio, 0.0))
+            columns.append(torch.where(counted, torch.where(hit.any(dim=1), ratio, others), 0.0))
         return torch.stack(columns, dim=1)
 
     def to_html(
@@ -203,7 +207,7 @@ class MavisTrace:
         self.add(
             length=length, live=live, candidates=step.candidates, reference=step.reference, tilted=step.tilted,
             values=step.values, beta=step.beta.expand(len(live)), kl=step.kl,
-            taken=torch.full_like(step.candidates[:, 0], -1),
+            taken=torch.full_like(step.candidates[:, 0], -1), others=step.others,
         )  # fmt: skip
 
     def took(self, tokens: Tensor) -> None:

@@ -160,7 +160,7 @@ def _row(
                 text=visible(text),
                 name=speller.candidate(token),
                 id=token,
-                log_ratio=next((each.log_ratio for each in candidates if each.taken), None),
+                log_ratio=next((each.log_ratio for each in candidates if each.taken), _of_others(step, number)),
                 kl=max(0.0, float(step.kl[number])),
                 beta=float(step.beta[number]),
                 candidates=candidates,
@@ -169,6 +169,13 @@ def _row(
             )
         )
     return Row(visible(speller.text(prompt)), tokens)
+
+
+def _of_others(step: TraceStep, row: int) -> float | None:
+    """Log-ratio of a token that was no candidate but kept a probability."""
+    if step.others is None or int(step.taken[row]) == UNKNOWN or not math.isfinite(float(step.others[row])):
+        return None
+    return float(step.others[row])
 
 
 def _candidates(step: TraceStep, row: int, speller: Speller) -> list[Candidate]:

@@ -14,7 +14,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteri
 
 from ..processor import MavisLogitsProcessor
 from ..steering import Steering
-from .session import Session
+from .session import Session, check_support
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
@@ -31,7 +31,8 @@ class MavisOutput(GenerateDecoderOnlyOutput):
         sequences: [R, T] prompts and completions, as `generate` returns them.
         scores: with `output_scores`, one [R, V] a step: log pi (`MavisSampling` only).
         logits: with `output_logits`, one [R, V] a step: the reference's scores (`MavisSampling` only).
-        values: [R, M] value of every finished sequence by objective, in reward units; None where none was computed.
+        values: [R, M] value of every finished sequence by objective, in reward units; NaN where it was not computed
+            (its last token was no candidate).
         sequences_scores: [R] what the sequences were ranked by; None where nothing was ranked.
     """
 
@@ -102,6 +103,8 @@ class MavisStrategy(Steering):
             criteria.append(StopStringCriteria(self.tokenizer, self.stop_strings))
         if self.trace is not None:
             self.trace = type(self.trace)(self.objectives, self._eos)
+        if self.streamer is not None:
+            self.streamer.put(input_ids.cpu())
         prompts = self.prompts(input_ids, config)
         mask = model_kwargs.get("attention_mask")
         with Session(self, model, prompts, None if mask is None else self.prompts(mask, config), processors) as session:
@@ -125,6 +128,7 @@ class MavisStrategy(Steering):
         name = type(self).__name__
         if model.config.is_encoder_decoder:
             raise ValueError(f"{name} decodes with decoder-only models, got {type(model).__name__}")
+        check_support(model.base_model)
         if input_ids.shape[1] == 0:
             raise ValueError("the prompt is empty: give generate at least one token to go on from")
         for key, value in model_kwargs.items():

@@ -46,7 +46,8 @@ class MavisSampling(MavisStrategy):
                 scores.append(_spread(step.log_probs(session.reference().shape[1]), live, count, pad))
             if keep_logits:
                 logits.append(_spread(session.reference(), live, count, pad))
-            last_values[live] = step.values[torch.arange(len(live), device=device), chosen.clamp(min=0)]
+            own = step.values[torch.arange(len(live), device=device), chosen.clamp(min=0)]
+            last_values[live] = own.masked_fill(chosen[:, None] < 0, torch.nan)
             new = tokens if everyone else torch.full((count,), pad, device=device).index_copy(0, live, tokens)
             written = torch.cat([written, new[:, None]], dim=1)
             if self.streamer is not None:
@@ -54,10 +55,10 @@ class MavisSampling(MavisStrategy):
             if self.trace is not None:
                 self.trace.took(new)
             done = stopping_criteria(written, tuple(scores) if keep_scores else None).to(device)
-            session.append(tokens, None if step.everything is not None else chosen)
-            damaged = ~(torch.isfinite(step.kl) & torch.isfinite(last_values[live]).all(dim=1))
-            ended, any_damaged = torch.stack([done[live], damaged]).tolist()  # the one wait for the device
-            if any(any_damaged):
+            session.append(tokens, chosen if self.config.unscored == "drop" else None)
+            broken = torch.isnan(step.kl) | ~torch.isfinite(step.combined).all(dim=1)
+            ended, damaged = torch.stack([done[live], broken]).tolist()  # the one wait for the device
+            if any(damaged):
                 check_scores(step.reference)
                 self._check_values(step.values, torch.isfinite(step.reference))
             if any(ended):
@@ -88,6 +89,7 @@ class MavisSampling(MavisStrategy):
                 values=step.values[rows],
                 combined=step.combined[rows],
                 tilted=step.tilted[rows],
+                others=step.others[rows],
                 beta=beta,
                 kl=torch.where(mask, step.kl[rows], 0.0),
             ),
@@ -97,12 +99,27 @@ class MavisSampling(MavisStrategy):
 
 
 def draw(step: Step, sample: bool) -> tuple[Tensor, Tensor]:
-    """A token of every row from the tilted distribution: its number among the candidates, and its id, [R] each."""
+    """A token of every row from the tilted distribution.
+
+    Returns:
+        its number among the candidates, -1 if it is none of them, and its id; [R] each.
+    """
     log_probs = step.tilted if step.everything is None else step.everything
-    chosen = torch.multinomial(log_probs.exp(), 1)[:, 0] if sample else log_probs.argmax(dim=1)
-    if step.everything is not None:
-        return chosen, chosen
-    return chosen, step.candidates.gather(1, chosen[:, None])[:, 0]
+    drawn = sample_index(log_probs) if sample else log_probs.argmax(dim=1)
+    if step.everything is None:
+        return drawn, step.candidates.gather(1, drawn[:, None])[:, 0]
+    match = step.candidates == drawn[:, None]
+    return torch.where(match.any(dim=1), match.int().argmax(dim=1), -1), drawn
+
+
+def sample_index(log_probs: Tensor) -> Tensor:
+    """[R] an index of every row of `log_probs` [R, n], by inverting the cumulative distribution.
+
+    Faster than `torch.multinomial`, and a NaN does not stop it: that is noticed later, without waiting for the device.
+    """
+    cumulative = log_probs.double().exp().cumsum(dim=-1)
+    uniform = torch.rand(len(log_probs), 1, dtype=torch.float64, device=log_probs.device) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, uniform, right=True)[:, 0].clamp(max=log_probs.shape[1] - 1)
 
 
 def _spread(scores: Tensor, live: Tensor, count: int, pad: int) -> Tensor:

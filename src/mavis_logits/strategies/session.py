@@ -65,7 +65,7 @@ class Session:
         self.requests = torch.arange(len(input_ids), device=input_ids.device)
         self._processors = processors or LogitsProcessorList()
         self._decoder: PreTrainedModel = model.base_model  # type: ignore[assignment]
-        self._packed = _check_support(self._decoder) == "packed"
+        self._packed = check_support(self._decoder) == "packed"
         self._cache = RaggedCache(self._decoder.config.num_hidden_layers, len(input_ids), input_ids.device)
         self._read = [0] * len(input_ids)  # tokens in the base model's cache
         self._scores: Tensor | None = None
@@ -258,7 +258,7 @@ def _lengths(input_ids: Tensor, attention_mask: Tensor | None) -> list[int]:
     return lengths
 
 
-def _check_support(decoder: PreTrainedModel) -> str:
+def check_support(decoder: PreTrainedModel) -> str:
     """How the base model runs on a ragged cache; each model is tried once."""
     implementation = decoder.config._attn_implementation
     if decoder not in _support or _support[decoder][0] != implementation:
