@@ -3,7 +3,7 @@
 Compared are plain sampling, steering by value heads and value models through this library's processor and strategy, and
 the schemes of other implementations, written as plain baselines (`schemes.py`). `cases.py` says what is measured when.
 All variants take turns, so that a machine which slows down slows all of them; every round has other prompts and gives
-one ratio. Beside each ratio stands the least that it could be on this machine (`roofline.py`).
+one ratio. Beside each stands the ratio that both would have at the limits of this machine (`roofline.py`).
 
 Run it on a machine that does nothing else. Results are added to docs/results/decode.json after every setting, and what
 stands there already is not measured again:
@@ -36,7 +36,7 @@ from measuring import PLAIN, measure
 from report import Report, key, make_row
 from roofline import Ceilings
 from setups import ROOT, Setup, llama_shapes, smollm2
-from variants import VARIANTS, bound
+from variants import VARIANTS, mean_candidates, roofline
 
 _MANY_ROWS = 512  # of a matrix product that is limited by throughput alone
 
@@ -121,8 +121,12 @@ def run(setup: Setup, case: Case, report: Report, ceilings: Ceilings, options: a
     arguments = {name: VARIANTS[name].arguments(setup, setting) for name in missing}
     rounds = {name: min(case.rounds, VARIANTS[name].rounds or case.rounds) for name in missing}
     measured = measure(setup, setting, arguments, rounds)
-    bounds = {name: bound(setup, setting, name, ceilings) for name in measured}
-    report.add(make_row(device, name, setting, own, bounds[name], bounds[PLAIN]) for name, own in measured.items())
+    candidates = {name: mean_candidates(setup, setting, name) for name in measured}
+    least = {name: roofline(setup, setting, name, candidates[name], ceilings) for name in measured}
+    report.add(
+        make_row(device, name, setting, own, candidates[name], least[name], least[PLAIN])
+        for name, own in measured.items()
+    )
     report.save()
 
 

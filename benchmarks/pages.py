@@ -18,10 +18,12 @@ first and last in every round; its own line tells how far its two runs differ, t
 
 - **time over plain**: seconds of the whole `generate` call over plain `generate`'s in the same round, median (range).
 - **per token**: the same for the time per token after the first, without the prompts.
-- **bound**: the least that this ratio can be on this device, for the same work: weights and caches read once, all
-  operations done, at the bandwidth and throughput measured in the same run. Not known with min-p, whose work depends
-  on the text. For the plain schemes it is that of the work they could have done, the separate value models'.
-- **over bound**: per token / bound. 1 is as near to the device's limit as plain `generate` itself is.
+- **candidates**: scored in every row and step; with min-p their mean.
+- **roofline**: what *per token* would be if both ran at the limits of this device: weights and caches read once, all
+  operations done, at the bandwidth and throughput measured in the same run. For the plain schemes it is that of the
+  separate value models, whose work would have been enough.
+- **over roofline**: per token / roofline. 1 where steering comes as near to the limits as plain `generate` does; less
+  where it comes nearer.
 - **tokens/s**: of the whole batch, prompts included.
 - **memory**: the most that a call took above what was held before, in MiB.
 - **faster than**: time of the two schemes that compute the chosen token again, over this one's.
@@ -70,7 +72,7 @@ def table(rows: Sequence[Row]) -> list[str]:
     """A Markdown table; only what differs between rows has a column."""
     differing = {name: title for name, title in VARYING.items() if varies(rows, name)}
     compared = [name for name in RECOMPUTED if any(row.variant == name for row in rows)]
-    head = ["decoding", "time over plain", "per token", "bound", "over bound", "tokens/s", "memory"]
+    head = ["decoding", "candidates", "time over plain", "per token", "roofline", "over roofline", "tokens/s", "memory"]
     lines = [[*differing.values(), *head, *(f"faster than {name}" for name in compared)]]
     lines.append(["---"] * len(lines[0]))
     for row in rows:
@@ -78,10 +80,11 @@ def table(rows: Sequence[Row]) -> list[str]:
             [
                 *(str(getattr(row, name)) for name in differing),
                 row.variant,
+                f"{row.candidates:.3g}" if row.candidates < 100 else f"{row.candidates:.0f}",
                 f"{row.median:.2f} ({row.low:.2f} to {row.high:.2f})",
                 f"{row.token_ratio:.2f}",
-                number(row.bound_ratio),
-                number(row.over_bound),
+                f"{row.roofline_ratio:.2f}",
+                f"{row.over_roofline:.2f}",
                 f"{row.tokens_per_second:.1f}",
                 number(row.memory and row.memory / 2**20, ".0f"),
                 *(number(speed_up(row, name, rows)) for name in compared),
@@ -104,7 +107,7 @@ def number(value: float | None, form: str = ".2f") -> str:
 
 
 def plot(rows: Sequence[Row], file: Path) -> None:
-    """Draw time over plain: a bar a variant with its range, a mark at its bound, a panel for each batch."""
+    """Draw time over plain: a bar a variant with its range, a mark at its roofline, a panel for each batch."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -125,9 +128,8 @@ def plot(rows: Sequence[Row], file: Path) -> None:
         errors = [[row.median - row.low for row in own], [row.high - row.median for row in own]]
         colours = ["tab:blue" if row.variant.startswith(OURS) else "tab:grey" for row in own]
         axis.barh(places, [row.median for row in own], xerr=errors, color=colours, error_kw={"elinewidth": 1})
-        bounds = [(row.bound_ratio, place) for row, place in zip(own, places, strict=True) if row.bound_ratio]
-        if bounds:
-            axis.plot(*zip(*bounds, strict=True), "|", color="tab:orange", markersize=11, label="least, per token")
+        limits = [row.roofline_ratio for row in own]
+        axis.plot(limits, places, "|", color="tab:orange", markersize=11, label="roofline, per token")
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_yticks(places, [row.variant for row in own])
         axis.set_title(f"{NAMES[device]}, batch {batch}")

@@ -30,8 +30,9 @@ class Row:
         token_ratio: the same for the time per token after the first, median.
         token_seconds: that time.
         tokens_per_second: of the whole batch, prompt included.
-        bound: least seconds of a step (`roofline`), None where it is not known.
-        bound_ratio: that over plain generate's.
+        candidates: a row and step, the mean of it with min-p.
+        roofline_seconds: least seconds of a step, half-way through decoding (`roofline.py`).
+        roofline_ratio: that over plain generate's.
         memory: bytes that a call of `generate` took at most above what was there before, None where not known.
         date: when it was measured.
     """
@@ -54,8 +55,9 @@ class Row:
     token_ratio: float
     token_seconds: float
     tokens_per_second: float
-    bound: float | None
-    bound_ratio: float | None
+    candidates: float
+    roofline_seconds: float
+    roofline_ratio: float
     memory: int | None
     date: str
 
@@ -65,9 +67,9 @@ class Row:
         return (self.device, self.variant, *(getattr(self, field.name) for field in fields(Setting)))
 
     @property
-    def over_bound(self) -> float | None:
-        """Time per token over plain's, divided by the same ratio of the bounds: 1 is as near to the bound as plain."""
-        return self.token_ratio / self.bound_ratio if self.bound_ratio else None
+    def over_roofline(self) -> float:
+        """Measured over roofline ratio: 1 where steering comes as near to the device's limits as plain does."""
+        return self.token_ratio / self.roofline_ratio
 
 
 def key(device: str, variant: str, setting: Setting) -> tuple[Any, ...]:
@@ -76,9 +78,15 @@ def key(device: str, variant: str, setting: Setting) -> tuple[Any, ...]:
 
 
 def make_row(
-    device: str, variant: str, setting: Setting, measured: Measured, bound: float | None, plain_bound: float | None
+    device: str,
+    variant: str,
+    setting: Setting,
+    measured: Measured,
+    candidates: float,
+    least: float,
+    plain_least: float,
 ) -> Row:
-    """Sum up what was measured of one variant."""
+    """Sum up what was measured of one variant, beside its least seconds of a step and plain generate's."""
     ratios = measured.ratios
     return Row(
         device=device,
@@ -91,8 +99,9 @@ def make_row(
         token_ratio=median(measured.token_ratios),
         token_seconds=median(timing.token_seconds for timing in measured.timings),
         tokens_per_second=setting.batch * setting.new_tokens / median(one.seconds for one in measured.timings),
-        bound=bound,
-        bound_ratio=bound / plain_bound if bound and plain_bound else None,
+        candidates=candidates,
+        roofline_seconds=least,
+        roofline_ratio=least / plain_least,
         memory=measured.memory,
         date=date.today().isoformat(),
     )

@@ -1,4 +1,4 @@
-"""The least time that a decoding step can take: bytes and operations counted from configs, against measured ceilings.
+"""The roofline of a decoding step: bytes and operations counted from configs, against measured ceilings.
 
 A forward pass reads every weight once and every cached key and value once, and multiplies and adds for every query. It
 takes at least the longer of the two times, at the memory bandwidth and at the matrix throughput of the device, both
@@ -52,14 +52,14 @@ def head_size(config: PreTrainedConfig) -> int:
 
 
 def forward_cost(
-    config: PreTrainedConfig, dtype: torch.dtype, rows: int, queries: int, past: int, causal: bool = True
+    config: PreTrainedConfig, dtype: torch.dtype, rows: int, queries: float, past: int, causal: bool = True
 ) -> Cost:
     """Cost of a decoder's layers for `rows` sequences of `past` cached tokens and `queries` new ones each.
 
     Args:
         config: of a Llama-like decoder.
         dtype: of weights and cache.
-        rows, queries, past: as above.
+        rows, queries, past: as above; queries may be a mean.
         causal: new tokens see those before them; candidates (False) see the cached tokens and themselves.
     """
     seen = past + ((queries + 1) / 2 if causal else 1)  # keys a query, on average
@@ -68,7 +68,7 @@ def forward_cost(
     attention = 4 * config.num_attention_heads * size * seen * rows * queries
     read = layer_weights(config) + 2 * config.num_key_value_heads * size * past * rows
     shape = (config.hidden_size, config.intermediate_size)
-    return Cost(layers * read * dtype.itemsize, layers * (products + attention), rows * queries, shape, dtype)
+    return Cost(layers * read * dtype.itemsize, layers * (products + attention), _whole(rows * queries), shape, dtype)
 
 
 def logits_cost(config: PreTrainedConfig, dtype: torch.dtype, rows: int) -> Cost:
@@ -79,20 +79,20 @@ def logits_cost(config: PreTrainedConfig, dtype: torch.dtype, rows: int) -> Cost
     )
 
 
-def head_cost(hidden_size: int, width: int, rows: int, candidates: int, dtype: torch.dtype = torch.float32) -> Cost:
+def head_cost(hidden_size: int, width: int, rows: int, candidates: float, dtype: torch.dtype = torch.float32) -> Cost:
     """Cost of a value head of one residual layer: its matrices, and its table's line of every candidate."""
     weights = hidden_size * width + width * width
     table = width * rows * candidates
     flops = 2 * rows * (hidden_size * width + candidates * width * width)
-    return Cost((weights + table) * dtype.itemsize, flops, rows * candidates, (width, width), dtype)
+    return Cost((weights + table) * dtype.itemsize, flops, _whole(rows * candidates), (width, width), dtype)
 
 
-def adapters_cost(config: PreTrainedConfig, dtype: torch.dtype, rank: int, count: int, tokens: int) -> Cost:
+def adapters_cost(config: PreTrainedConfig, dtype: torch.dtype, rank: int, count: int, tokens: float) -> Cost:
     """Cost of the low-rank updates of `count` adapters on all matrices, `tokens` in all passing through them."""
     width, inner, size = config.hidden_size, config.intermediate_size, head_size(config)
     heads, kv_heads = config.num_attention_heads * size, config.num_key_value_heads * size
     weights = config.num_hidden_layers * rank * (2 * (width + heads) + 2 * (width + kv_heads) + 3 * (width + inner))
-    return Cost(count * weights * dtype.itemsize, 2 * weights * tokens, tokens, (width, inner), dtype)
+    return Cost(count * weights * dtype.itemsize, 2 * weights * tokens, _whole(tokens), (width, inner), dtype)
 
 
 class Ceilings:
@@ -144,6 +144,10 @@ class Ceilings:
             work()
         synchronize(self.device)
         return time.perf_counter() - start
+
+
+def _whole(rows: float) -> int:
+    return max(1, round(rows))
 
 
 def synchronize(device: torch.device) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from mavis_logits import MavisLogitsProcessor
 from mavis_logits.strategies import MavisSampling
-from measuring import PLAIN, Setting
+from measuring import PLAIN, Setting, decode
 from roofline import Ceilings, Cost, adapters_cost, forward_cost, head_cost, logits_cost
 from schemes import RecomputedQueries, RecomputedRows, RepeatedCache, Scheme, SlowTwin
 from setups import Setup, names
 
 BETA = 5.0
 WIDE = 200
+TRACED_TOKENS = 16
 PROCESSOR, STRATEGY = "processor", "strategy"
 
 
@@ -23,13 +26,15 @@ class Variant:
     """One way to steer.
 
     Attributes:
-        arguments: makes the arguments of `generate`.
-        work: what a step takes beyond the base model's forward; None where that depends on the text.
+        arguments: makes the arguments of `generate`; further settings of the processor or strategy may be added.
+        work: (setup, setting, candidates a row) -> what a step takes beyond the base model's forward.
+        settings: of the processor or strategy, in which this way differs from others.
         rounds: takes part in at most so many, because it is slow.
     """
 
-    arguments: Callable[[Setup, Setting], dict[str, Any]]
-    work: Callable[[Setup, Setting], list[Cost]] | None
+    arguments: Callable[..., dict[str, Any]]
+    work: Callable[[Setup, Setting, float], list[Cost]]
+    settings: Mapping[str, Any] = field(default_factory=dict)
     rounds: int | None = None
 
 
@@ -47,31 +52,35 @@ def equal_weights(setting: Setting) -> dict[str, float]:
 
 
 def head(by: str, **settings: Any) -> Variant:
-    """One value head with all outputs; `settings` may say another `top_k`."""
+    """One value head with all outputs."""
 
-    def work(setup: Setup, setting: Setting) -> list[Cost]:
-        config = setup.model.config
-        k = settings.get("top_k", setting.top_k) or config.vocab_size
-        return [head_cost(config.hidden_size, setup.head(setting.objectives).config.width, setting.batch, k)]
+    def arguments(setup: Setup, setting: Setting, **more: Any) -> dict[str, Any]:
+        return steered(setup.head(setting.objectives), setup, setting, by, **settings, **more)
 
-    return Variant(lambda s, t: steered(s.head(t.objectives), s, t, by, **settings), work)
+    def work(setup: Setup, setting: Setting, candidates: float) -> list[Cost]:
+        width = setup.head(setting.objectives).config.width
+        return [head_cost(setup.model.config.hidden_size, width, setting.batch, candidates)]
+
+    return Variant(arguments, work, settings)
 
 
 def shared(by: str, **settings: Any) -> Variant:
     """One value model with all outputs."""
 
-    def arguments(setup: Setup, setting: Setting) -> dict[str, Any]:
-        return steered(setup.shared_model(setting.objectives, setting.dtype), setup, setting, by, **settings)
+    def arguments(setup: Setup, setting: Setting, **more: Any) -> dict[str, Any]:
+        model = setup.shared_model(setting.objectives, setting.dtype)
+        return steered(model, setup, setting, by, **settings, **more)
 
-    return Variant(arguments, None if settings else lambda setup, setting: models_work(setup, setting, 1))
+    return Variant(arguments, lambda setup, setting, k: [model_cost(setup, setting, k)], settings)
 
 
 def separate(by: str) -> Variant:
     """One value model for each objective."""
 
-    def arguments(setup: Setup, setting: Setting) -> dict[str, Any]:
+    def arguments(setup: Setup, setting: Setting, **more: Any) -> dict[str, Any]:
         # Trained models differ in all weights; these random ones share theirs, and would be run as one.
-        return steered(setup.separate_models(setting.objectives, setting.dtype), setup, setting, by, fuse=False)
+        models = setup.separate_models(setting.objectives, setting.dtype)
+        return steered(models, setup, setting, by, fuse=False, **more)
 
     return Variant(arguments, separate_work)
 
@@ -79,16 +88,17 @@ def separate(by: str) -> Variant:
 def fused(by: str, **settings: Any) -> Variant:
     """A LoRA adapter for each objective on one backbone, all in one forward pass."""
 
-    def arguments(setup: Setup, setting: Setting) -> dict[str, Any]:
+    def arguments(setup: Setup, setting: Setting, **more: Any) -> dict[str, Any]:
         adapters = setup.adapters(setting.objectives, setting.dtype)
-        return steered(adapters, setup, setting, by, fuse=True, **settings)
+        return steered(adapters, setup, setting, by, fuse=True, **settings, **more)
 
-    def work(setup: Setup, setting: Setting) -> list[Cost]:
-        config, rows = setup.value_config, setting.batch * setting.objectives
-        updates = adapters_cost(config, setting.dtype, setup.rank, setting.objectives, rows * setting.top_k)
-        return [forward_cost(config, setting.dtype, rows, setting.top_k, setting.middle, causal=False), updates]
+    def work(setup: Setup, setting: Setting, candidates: float) -> list[Cost]:
+        count = setting.objectives
+        tokens = count * setting.batch * candidates
+        updates = adapters_cost(setup.value_config, setting.dtype, setup.rank, count, tokens)
+        return [model_cost(setup, setting, candidates, copies=count), updates]
 
-    return Variant(arguments, None if settings else work)
+    return Variant(arguments, work, settings)
 
 
 def baseline(scheme: type[Scheme], rounds: int | None = None) -> Variant:
@@ -99,31 +109,40 @@ def baseline(scheme: type[Scheme], rounds: int | None = None) -> Variant:
         processor = scheme(models, equal_weights(setting), BETA, setting.top_k, setup.pad_token_id)
         return {"logits_processor": [processor]}
 
-    return Variant(arguments, separate_work, rounds)
+    return Variant(arguments, separate_work, rounds=rounds)
 
 
-def separate_work(setup: Setup, setting: Setting) -> list[Cost]:
+def separate_work(setup: Setup, setting: Setting, candidates: float) -> list[Cost]:
     """The least work of a value model for each objective."""
-    return models_work(setup, setting, setting.objectives)
+    return [model_cost(setup, setting, candidates)] * setting.objectives
 
 
-def models_work(setup: Setup, setting: Setting, count: int) -> list[Cost]:
-    """k candidates a row through so many value models."""
-    one = forward_cost(setup.value_config, setting.dtype, setting.batch, setting.top_k, setting.middle, causal=False)
-    return [one] * count
+def model_cost(setup: Setup, setting: Setting, candidates: float, copies: int = 1) -> Cost:
+    """Every row's candidates through a value model, the rows `copies` times."""
+    rows = copies * setting.batch
+    return forward_cost(setup.value_config, setting.dtype, rows, candidates, setting.middle, causal=False)
 
 
-def bound(setup: Setup, setting: Setting, name: str, ceilings: Ceilings) -> float | None:
+def roofline(setup: Setup, setting: Setting, name: str, candidates: float, ceilings: Ceilings) -> float:
     """The least seconds of one step of a variant, half-way through decoding."""
     config, dtype = setup.model.config, setup.model.dtype
     base = [forward_cost(config, dtype, setting.batch, 1, setting.middle), logits_cost(config, dtype, setting.batch)]
-    if name == PLAIN:
-        work: list[Cost] = []
-    elif (own := VARIANTS[name].work) is not None:
-        work = own(setup, setting)
-    else:
-        return None
+    work = [] if name == PLAIN else VARIANTS[name].work(setup, setting, candidates)
     return sum(ceilings.seconds(cost) for cost in base + work)
+
+
+def mean_candidates(setup: Setup, setting: Setting, name: str) -> float:
+    """Candidates a row and step: as set; with min-p, the mean of a short traced run; 0 for plain `generate`."""
+    if name == PLAIN:
+        return 0
+    settings = VARIANTS[name].settings
+    if "candidate_min_p" not in settings:
+        return settings.get("top_k", setting.top_k) or setup.model.config.vocab_size
+    arguments = VARIANTS[name].arguments(setup, setting, trace=True)
+    inputs = setup.prompts(0, setting.batch, setting.context, setting.different_lengths)
+    decode(setup, setting, inputs, arguments, min(setting.new_tokens, TRACED_TOKENS), seed=0)
+    steps = arguments["custom_generate"].trace.steps
+    return float(torch.stack([step.reference.isfinite().sum(dim=1).float().mean() for step in steps]).mean())
 
 
 VARIANTS: dict[str, Variant] = {

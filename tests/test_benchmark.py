@@ -1,4 +1,4 @@
-"""The decoding benchmark: its baselines define one distribution, its bounds are counted right, its table is true."""
+"""The decoding benchmark: its baselines define one distribution, its rooflines are counted right, its table is true."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from roofline import Ceilings, Cost, adapters_cost, forward_cost, head_cost, log
 from schemes import RecomputedQueries, RecomputedRows, RepeatedCache, Scheme, SlowTwin
 from setups import LINEAR_LAYERS, Setup, llama_shapes, names
 from tiny import PAD, VOCABULARY, make_base, make_head, make_value_model
-from variants import VARIANTS, bound
+from variants import VARIANTS, mean_candidates, roofline
 
 SCHEMES = [SlowTwin, RepeatedCache, RecomputedRows, RecomputedQueries]
 
@@ -119,7 +119,7 @@ def test_a_head_does_little_more_than_is_counted() -> None:
     assert counter.get_total_flops() == head_cost(32, head.config.width, 3, 15).flops + outputs
 
 
-def test_the_bound_is_the_longer_of_both_times() -> None:
+def test_the_roofline_is_the_longer_of_both_times() -> None:
     ceilings = Ceilings("cpu", buffer=1 << 20, shortest=0.0)
     assert ceilings.bandwidth() > 0
     assert ceilings.throughput(2, (8, 16), torch.float32) > 0
@@ -129,27 +129,40 @@ def test_the_bound_is_the_longer_of_both_times() -> None:
     assert ceilings.seconds(Cost(200, 50, 1, (8, 16), torch.float32)) == 5.0
 
 
-def test_bounds_grow_with_the_work(setup: Setup) -> None:
+def test_rooflines_grow_with_the_work(setup: Setup) -> None:
     ceilings = Ceilings("cpu")
     ceilings.bandwidth = lambda: 1e9
     ceilings.throughput = lambda *_: 1e9
     setting = Setting("main", batch=2, top_k=5, value_dtype="bfloat16")
 
-    def least(name: str, **changes: Any) -> float:
-        found = bound(setup, replace(setting, **changes), name, ceilings)
-        assert found is not None
-        return found
+    def least(name: str, candidates: float = 5, **changes: Any) -> float:
+        return roofline(setup, replace(setting, **changes), name, candidates, ceilings)
 
     plain, one, separate = (
         least(name) for name in (PLAIN, "one value model, strategy", "separate value models, strategy")
     )
     assert separate - plain == pytest.approx(2 * (one - plain))
-    assert plain < least("value head, strategy") < least("value head, whole vocabulary, strategy")
+    assert plain < least("value head, strategy") < least("value head, strategy", 100)
     assert one < least("fused adapters, strategy") < least("fused adapters, strategy", objectives=3)
     assert least("repeated cache") == separate
     assert least(PLAIN, context=128) > plain
-    assert least("one value model, strategy", top_k=10) > one
-    assert bound(setup, setting, "one value model, strategy, min-p 0.1", ceilings) is None
+    assert least("one value model, strategy", 2.5) < one < least("one value model, strategy", 10)
+
+
+def test_candidates_are_those_set_or_a_mean(setup: Setup) -> None:
+    setting = Setting("main", batch=2, context=6, new_tokens=4, top_k=5, value_dtype="bfloat16")
+    counts = {name: mean_candidates(setup, setting, name) for name in (PLAIN, *VARIANTS)}
+    assert counts[PLAIN] == 0
+    assert counts["repeated cache"] == counts["value head, strategy"] == 5
+    assert counts["value head, k 200, processor"] == 200
+    assert counts["value head, whole vocabulary, strategy"] == setup.model.config.vocab_size
+    assert 1 <= counts["one value model, strategy, min-p 0.1"] <= counts["one value model, strategy, min-p 0.05"] <= 5
+    with torch.no_grad():  # a distribution with one mode keeps one candidate
+        setup.model.lm_head.weight.mul_(1e4)
+    try:
+        assert 1 <= mean_candidates(setup, setting, "fused adapters, strategy, min-p 0.1") < 2
+    finally:
+        setup.model.lm_head.weight.data.div_(1e4)
 
 
 def test_prompts_have_the_lengths_asked_for(setup: Setup) -> None:
@@ -212,7 +225,7 @@ def row(variant: str = "one value model, strategy", median: float = 1.5, **chang
     timings = [Timing(median * plain, plain / 10, 1 << 20) for plain in (1.0, 2.0, 3.0)]
     measured = Measured(timings, [Timing(plain, plain / 12, None) for plain in (1.0, 2.0, 3.0)])
     setting = Setting("main", batch=2, new_tokens=6)
-    return replace(make_row("cpu", variant, setting, measured, 0.2, 0.1), **changes)
+    return replace(make_row("cpu", variant, setting, measured, 15, 0.2, 0.1), **changes)
 
 
 def test_a_row_sums_up_its_rounds() -> None:
@@ -220,9 +233,8 @@ def test_a_row_sums_up_its_rounds() -> None:
     assert (own.median, own.low, own.high, own.rounds) == (1.5, 1.5, 1.5, 3)
     assert own.token_ratio == pytest.approx(1.2)
     assert own.tokens_per_second == 2 * 6 / 3.0
-    assert own.bound_ratio == 2.0
-    assert own.over_bound == pytest.approx(0.6)
-    assert row(bound_ratio=None).over_bound is None
+    assert own.roofline_ratio == 2.0
+    assert own.over_roofline == pytest.approx(0.6)
     assert own.key == key("cpu", own.variant, Setting("main", batch=2, new_tokens=6))
 
 
@@ -257,13 +269,13 @@ def test_results_of_several_runs_come_together(tmp_path: Path) -> None:
 def test_the_page_says_what_was_measured(tmp_path: Path) -> None:
     report = Report(tmp_path)
     report.enter("cpu", ENVIRONMENT, again=False)
-    adaptive = row("one value model, strategy, min-p 0.1", 1.2, bound=None, bound_ratio=None, memory=None)
+    adaptive = row("one value model, strategy, min-p 0.1", 1.2, candidates=5.94, memory=None)
     report.add([row(), row(PLAIN, 1.0), row("recomputed token, k rows", 4.5), adaptive, row(batch=8)])
     report.publish()
     page = (tmp_path / "decode.md").read_text()
-    assert "| 2 | one value model, strategy | 1.50 (1.50 to 1.50) | 1.20 | 2.00 | 0.60 | 4.0 | 1 | 3.00 |" in page
-    assert "min-p 0.1 | 1.20 (1.20 to 1.20) | 1.20 | – | – | 5.0 | – | 3.75 |" in page
-    assert "| 8 | one value model, strategy | 1.50 (1.50 to 1.50) | 1.20 | 2.00 | 0.60 | 4.0 | 1 | – |" in page
+    assert "| 2 | one value model, strategy | 15 | 1.50 (1.50 to 1.50) | 1.20 | 2.00 | 0.60 | 4.0 | 1 | 3.00 |" in page
+    assert "min-p 0.1 | 5.94 | 1.20 (1.20 to 1.20) | 1.20 | 2.00 | 0.60 | 5.0 | – | 3.75 |" in page
+    assert "| 8 | one value model, strategy | 15 | 1.50 (1.50 to 1.50) | 1.20 | 2.00 | 0.60 | 4.0 | 1 | – |" in page
     assert "K 15, objectives 2, prompt tokens 64, new tokens 6" in page
     assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
     assert "| 2 | one value model, strategy | 1.50 (1.50 to 1.50) |" in fill_readme.decode(tmp_path)
