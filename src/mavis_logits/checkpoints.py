@@ -47,11 +47,14 @@ def load_value_model(
 ) -> ValueModel:
     """Load the value model `name` (Hub id or folder); see `ValueModel.from_pretrained`."""
     hub = hub_arguments(kwargs)
-    found = [find_file(name, file, hub) for file in ("config.json", ADAPTER_CONFIG)]
-    config, adapter = ({} if path is None else read_json(path) for path in found)
-    commit = commit_of(found[0] or found[1])
-    if commit is not None:  # all else comes from the same one
-        hub["revision"] = kwargs["revision"] = commit
+    found: list[dict[str, Any]] = []
+    for file in ("config.json", ADAPTER_CONFIG):
+        path = find_file(name, file, hub)
+        found.append({} if path is None else read_json(path))
+        commit = commit_of(path)
+        if commit is not None:  # all else comes from the same one
+            hub["revision"] = kwargs["revision"] = commit
+    config, adapter = found
     with damage_is_os_error(name):
         if config.get("model_type") == ValueModelConfig.model_type:
             if adapter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from huggingface_hub import constants, hf_hub_download, is_offline_mode, try_to_
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
@@ -27,6 +29,7 @@ from transformers import PreTrainedModel
 WEIGHTS = "model.safetensors"
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
 LOADING_ARGUMENTS = (*HUB_ARGUMENTS, "device_map")
+_RETRIES = (1, 4)  # seconds before a download is tried again
 _COMMIT = re.compile(r"/snapshots/([0-9a-f]{40})/")
 
 
@@ -118,9 +121,10 @@ def find_file(name: str, file: str, hub: Mapping[str, Any]) -> Path | None:
     with hub_errors(name, hub):
         before = try_to_load_from_cache(name, inside, cache_dir=hub.get("cache_dir"), revision=hub.get("revision"))
         try:
-            path = Path(hf_hub_download(name, inside, **arguments))
+            path = _download(name, inside, arguments)
         except LocalEntryNotFoundError:
-            if _offline(hub) and _has_snapshot(name, hub):
+            known_to_be_absent = before is not None and not isinstance(before, str)
+            if known_to_be_absent or (_offline(hub) and _has_snapshot(name, hub)):
                 return None
             raise
         except EntryNotFoundError:
@@ -128,6 +132,18 @@ def find_file(name: str, file: str, hub: Mapping[str, Any]) -> Path | None:
     if hub.get("force_download") or not isinstance(before, str) or Path(before) != path:
         _check_download(name, inside, path)
     return path
+
+
+def _download(name: str, file: str, arguments: Mapping[str, Any]) -> Path:
+    """`hf_hub_download`, which asks again for a file's metadata when the Hub stumbles, but not for the file itself."""
+    for seconds in _RETRIES:
+        try:
+            return Path(hf_hub_download(name, file, **arguments))
+        except HfHubHTTPError as error:
+            if error.response.status_code < 500:
+                raise
+            time.sleep(seconds)
+    return Path(hf_hub_download(name, file, **arguments))
 
 
 def check_inside(*parts: str) -> None:
