@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import MavisConfig
     from .processor import MavisLogitsProcessor
-    from .strategies import MavisOutput, MavisSampling, MavisStrategy
+    from .strategies import MavisBeamSearch, MavisBestOfN, MavisOutput, MavisSampling, MavisStrategy
     from .value_head import ValueHead, ValueHeadConfig
     from .value_model import ValueModel, ValueModelConfig, ValueModelOutput
 
 _MODULES = {
+    "MavisBeamSearch": "strategies",
+    "MavisBestOfN": "strategies",
     "MavisConfig": "config",
     "MavisLogitsProcessor": "processor",
     "MavisOutput": "strategies",

@@ -1,0 +1,116 @@
+"""What strategies that write several sequences a prompt and rank them have in common."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+
+from .base import MavisOutput, MavisStrategy, pad_token
+from .beams import Beams, draw_distinct, ranking
+from .session import Session
+
+
+class MavisSearch(MavisStrategy):
+    """A strategy that writes several sequences for every prompt and returns the best, `num_return_sequences` of them.
+
+    All candidates are valued, also where a row has only one. To get more than one sequence back use `do_sample=True`,
+    on which `generate` itself insists.
+
+    Raises:
+        ValueError: a trace, a streamer or scores of single steps (rows change places and are dropped), or weights or
+            beta for another number of requests than there are prompts.
+    """
+
+    streams = False
+    distinct = False  # whether copies of a sequence give way to others while it writes, as they do in what it returns
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.trace is not None:
+            raise ValueError(
+                f"{type(self).__name__} writes many sequences and drops most, which no trace can show: leave trace "
+                "out, or use MavisSampling"
+            )
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """N, the sequences of a prompt at the beginning."""
+
+    @property
+    @abstractmethod
+    def kept(self) -> int:
+        """The sequences of a prompt at the end."""
+
+    @abstractmethod
+    def plan(self, step: int, size: int) -> tuple[int, int]:
+        """What to do at token number `step` (from 1), while there are `size` sequences a prompt.
+
+        Returns:
+            how many tokens to draw after every sequence, and how many sequences to keep of all these.
+        """
+
+    def final_scores(self, beams: Beams, prompts: list[list[int]]) -> Tensor:
+        """What the finished sequences of the P prompts (token ids) are ranked by, [P * N]: their combined values."""
+        return beams.scores
+
+    def decode(
+        self, session: Session, stopping_criteria: StoppingCriteriaList, config: GenerationConfig
+    ) -> MavisOutput:
+        rows = zip(session.input_ids.tolist(), session.lengths, strict=True)
+        prompts = [row[len(row) - length :] for row, length in rows]  # without padding
+        beams = Beams(session, self.size, stopping_criteria, pad_token(config, self))
+        step = 0
+        while not beams.finished:
+            step += 1
+            drawn, kept = self.plan(step, beams.size)
+            ways = beams.ways(draw_distinct(session, drawn, bool(config.do_sample)))
+            # One way a sequence, and all are kept: their order stays, and with it the order of the draws.
+            beams.go(ways if ways.tokens.shape[1] == kept else ways.best(kept, self.distinct))
+        scores = self.final_scores(beams, prompts)
+        order = ranking(scores.view(len(prompts), -1), beams.alike, distinct=True)
+        order = order + torch.arange(len(prompts), device=order.device)[:, None] * beams.size
+        best = order[:, : config.num_return_sequences or 1].reshape(-1)
+        longest = int(beams.lengths[best].max())
+        return MavisOutput(
+            sequences=beams.written[best, :longest], values=beams.values[best], sequences_scores=scores[best]
+        )
+
+    def prompts(self, rows: Tensor, config: GenerationConfig) -> Tensor:
+        """Every prompt once."""
+        return rows[:: config.num_return_sequences or 1]
+
+    def _check_call(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        processors: LogitsProcessorList,
+        config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+    ) -> None:
+        super()._check_call(model, input_ids, processors, config, model_kwargs)
+        name, returned = type(self).__name__, config.num_return_sequences or 1
+        if returned > self.kept:
+            raise ValueError(f"num_return_sequences={returned}, but {name} ends with {self.kept} sequences a prompt")
+        for flag in ("output_scores", "output_logits"):
+            if getattr(config, flag, None):
+                raise ValueError(f"{name} returns no scores of single steps: leave {flag} out")
+        count = len(input_ids) // returned
+        for setting, shared, what in ((self.weights, 1, "weights"), (self.beta, 0, "beta")):
+            if setting.ndim > shared and len(setting) != count:
+                raise ValueError(f"{what} are given for {len(setting)} requests, but there are {count} prompts")
+
+
+def whole_number(name: str, given: Any) -> int:
+    """`given`, if it is a whole number of at least 1.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(given, int) or isinstance(given, bool) or given < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {given!r}")
+    return given
