@@ -150,6 +150,8 @@ class _Answer(Exception):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or every answer waits 40 ms for an acknowledgement
+    wbufsize = -1
     server_hub: HubServer
 
     def log_message(self, *_: Any) -> None:
