@@ -16,7 +16,8 @@ ONE = ["value head, strategy", "one value model, strategy"]
 ADAPTIVE = [name for name in VARIANTS if "min-p" in name]
 STEERED = HEADS + [name for name in VARIANTS if name.startswith(("one", "separate", "fused"))]
 PROCESSORS = [name for name in STEERED if name.endswith("processor")]
-WIDE_HEADS = [name for name in VARIANTS if str(WIDE) in name or "vocabulary" in name]
+WIDE_HEADS = [name for name in VARIANTS if f"k {WIDE}" in name]
+WHOLE = [name for name in VARIANTS if "vocabulary" in name]
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,12 @@ def cpu_cases() -> list[Case]:
         Case(Setting("main", batch=8), [*STEERED, *BASELINES], rounds=3),
         Case(Setting("twin", batch=1), ["slow twin"], rounds=1),
         Case(Setting("twin", batch=8, new_tokens=24), ["slow twin"], rounds=1),
-        Case(Setting("head", batch=1), [*HEADS, *WIDE_HEADS], rounds=4),
+        Case(Setting("head", batch=1), [*HEADS, *WIDE_HEADS, *WHOLE], rounds=4),
         Case(Setting("head", batch=8), [*HEADS, *WIDE_HEADS], rounds=3),
+        Case(Setting("head", batch=8, new_tokens=16), WHOLE, rounds=1),
         Case(Setting("head", batch=32, new_tokens=24), [*HEADS, *WIDE_HEADS], rounds=3),
         Case(Setting("batch32", batch=32, new_tokens=24), [*some, *ADAPTIVE, *BASELINES], rounds=2),
-        Case(Setting("candidates", batch=1, top_k=30), [*some, *BASELINES], rounds=3),
+        Case(Setting("candidates", batch=1, top_k=30), [*some, *BASELINES], rounds=2),
         Case(Setting("candidates", batch=8, top_k=30), [*some, *BASELINES], rounds=2),
         Case(Setting("objectives", batch=8, objectives=1), [*ONE, *RECOMPUTED], rounds=2),
         Case(Setting("objectives", batch=8, objectives=3), [*some, *RECOMPUTED], rounds=2),
@@ -89,7 +91,7 @@ def gpu_cases() -> list[Case]:
         *(Case(Setting("main", batch=batch), [*STEERED, *BASELINES], rounds=5) for batch in (1, 8)),
         *(Case(Setting("compiled", batch=batch, compiled=True), PROCESSORS, rounds=5) for batch in (1, 8, 32)),
         Case(Setting("batch32", batch=32), [*some, *ADAPTIVE, *BASELINES], rounds=3),
-        *(Case(Setting("head", batch=batch), [*HEADS, *WIDE_HEADS], rounds=5) for batch in (1, 8, 32)),
+        *(Case(Setting("head", batch=batch), [*HEADS, *WIDE_HEADS, *WHOLE], rounds=5) for batch in (1, 8, 32)),
         *(Case(Setting("candidates", batch=batch, top_k=30), [*some, *BASELINES], rounds=3) for batch in (1, 8)),
         Case(Setting("objectives", batch=8, objectives=1), [*ONE, *RECOMPUTED], rounds=3),
         Case(Setting("objectives", batch=8, objectives=3), [*some, *RECOMPUTED], rounds=3),

@@ -9,7 +9,7 @@ Run it on a machine that does nothing else. Results are added to docs/results/de
 stands there already is not measured again:
 
     python benchmarks/decode.py                             # the main comparison, about 15 minutes on two cores
-    python benchmarks/decode.py --suite full                # everything, about 45 minutes more
+    python benchmarks/decode.py --suite full                # everything, about 40 minutes more
     python benchmarks/decode.py --suite head dtype --again  # some sections anew
     python benchmarks/decode.py --device cuda --suite full  # shapes of Llama-2-7B and TinyLlama-1.1B, random weights
     python benchmarks/decode.py --device cuda --suite full --dry-run        # the same, tiny, on a CPU, in seconds

@@ -307,9 +307,9 @@ def options(*given: str) -> Any:
 def test_options_select_cases() -> None:
     assert {case.setting.section for case in decode.selected(options())} == {"main"}
     chosen = decode.selected(
-        options("--suite", "head", "dtype", "--batches", "8", "--variants", "^value head,", "--rounds", "2")
+        options("--suite", "head", "dtype", "--batches", "32", "--variants", "^value head,", "--rounds", "2")
     )
-    assert [(case.setting.section, case.setting.batch, case.rounds) for case in chosen] == [("head", 8, 2)]
+    assert [(case.setting.section, case.setting.batch, case.rounds) for case in chosen] == [("head", 32, 2)]
     assert all(name.startswith("value head,") for name in chosen[0].variants)
     assert {case.setting.new_tokens for case in decode.selected(options("--new-tokens", "5"))} == {5}
     assert {case.setting.value_dtype for case in decode.selected(options("--device", "cuda"))} == {"bfloat16"}
