@@ -274,7 +274,7 @@ class Steering:
             return mask
         return mask & (mask.sum(dim=-1, keepdim=True) > 1)
 
-    def tilt(self, choice: Choice, values: Tensor, request: Tensor | None = None) -> Step:
+    def tilt(self, choice: Choice, values: Tensor, request: Tensor | None = None, requests: int | None = None) -> Step:
         """Algorithm 2 from the values on: combine, normalise, tilt.
 
         Args:
@@ -282,10 +282,12 @@ class Steering:
             values: [R, k, M]; those of candidates that take no part mean nothing.
             request: [R] which request each row belongs to, where weights or beta are given per request; None if the
                 rows are the requests, each repeated for its beams or samples.
+            requests: how many requests `request` counts, if weights or beta may be given for fewer, each of them then
+                for as many requests in a row; None if they are given for every one.
         """
         config, mask = self.config, choice.mask
-        weights = self._per_row(self._weights, 1, values, request)
-        beta = self._per_row(self._beta, 0, values, request)
+        weights = self._per_row(self._weights, 1, values, request, requests)
+        beta = self._per_row(self._beta, 0, values, request, requests)
         combined = combine(values, weights).masked_fill(~mask, 0.0)
         policy = normalize(combined, mask, config.normalize, config.gap_floor)
         reference = choice.reference
@@ -304,19 +306,25 @@ class Steering:
             others = -scores.logsumexp(dim=-1)
         return Step(choice.candidates, choice.reference, values, combined, tilted, beta, kl, everything, others)
 
-    def _per_row(self, setting: Tensor, shared_dims: int, values: Tensor, request: Tensor | None) -> Tensor:
+    def _per_row(
+        self,
+        setting: Tensor,
+        shared_dims: int,
+        values: Tensor,
+        request: Tensor | None,
+        requests: int | None = None,
+    ) -> Tensor:
         """Weights or beta on the values' device, row by row; `shared_dims`: dimensions of one that all rows share."""
-        setting, count = setting.to(values.device), len(values)
+        setting = setting.to(values.device)
         if setting.ndim == shared_dims:
             return setting
-        if request is not None:
-            return setting[request]
-        if len(setting) == count:
-            return setting
+        count = requests or (len(values) if request is None else len(setting))
         if count % len(setting):
             name = "weights" if shared_dims else "beta"
             raise ValueError(f"{name} are given for {len(setting)} requests, but the batch has {count} rows")
-        return setting.repeat_interleave(count // len(setting), dim=0)
+        repeats = count // len(setting)
+        every = setting if repeats == 1 else setting.repeat_interleave(repeats, dim=0)
+        return every if request is None else every[request]
 
     def _check_devices(self, scores: Tensor) -> None:
         for function in self._functions.all:

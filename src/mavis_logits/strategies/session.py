@@ -46,6 +46,7 @@ class Session:
         input_ids: [R, T] the rows so far, padded on the left.
         lengths: tokens of every row without padding.
         requests: [R] which of the rows given at first each one comes from.
+        given: how many rows were given at first.
 
     Raises:
         ValueError: right padding, an empty row, or a base model whose attention takes no ragged cache.
@@ -62,7 +63,9 @@ class Session:
         self.steering, self.model = steering, model
         self.input_ids = input_ids
         self.lengths = _lengths(input_ids, attention_mask)
-        self.requests = torch.arange(len(input_ids), device=input_ids.device)
+        self.given = len(input_ids)
+        self.requests = torch.arange(self.given, device=input_ids.device)
+        self._padding = [input_ids.shape[1] - length for length in self.lengths]
         self._processors = processors or LogitsProcessorList()
         self._decoder: PreTrainedModel = model.base_model  # type: ignore[assignment]
         self._packed = check_support(self._decoder) == "packed"
@@ -99,7 +102,7 @@ class Session:
         """[R, V] next-token scores of the reference: the base model's logits after all processors, not normalised."""
         if self._scores is None:
             logits = self._forward()
-            self._scores = self._processors(self.input_ids, logits) if self._processors else logits
+            self._scores = self._processed(logits) if self._processors else logits
         return self._scores
 
     def score(self, need_values: bool = False) -> Step:
@@ -115,7 +118,7 @@ class Session:
         started = time.perf_counter()
         values = self.values(choice.candidates, kept if steering.config.candidate_min_p is not None else None, whole)
         seconds = time.perf_counter() - started
-        step = steering.tilt(choice, values.masked_fill(~kept[..., None], 0.0), self.requests)
+        step = steering.tilt(choice, values.masked_fill(~kept[..., None], 0.0), self.requests, self.given)
         steering.stats.add(len(self), step.kl, seconds)
         return step
 
@@ -190,6 +193,7 @@ class Session:
         numbers = rows.tolist()
         self.input_ids, self.requests = self.input_ids[rows], self.requests[rows]
         self.lengths = [self.lengths[row] for row in numbers]
+        self._padding = [self._padding[row] for row in numbers]
         self._read = [self._read[row] for row in numbers]
         self._cache.select(rows)
         self._cache.longest = max(self._read, default=0)
@@ -204,7 +208,10 @@ class Session:
             self._tried = (candidates[rows], None if kept is None else kept[rows], scorers)
 
     def replace(self, sequences: Sequence[Sequence[int]], pad_token_id: int = 0) -> None:
-        """Make every row another sequence of its own, prompt included; what it shares with the old one stays cached."""
+        """Make every row another sequence of its own, prompt included; what it shares with the old one stays cached.
+
+        The rows may then differ in the number of tokens written; `input_ids` is padded on the left as needed.
+        """
         old = [row[len(row) - n :] for row, n in zip(self.input_ids.tolist(), self.lengths, strict=True)]
         shared = [_shared(a, b) for a, b in zip(old, sequences, strict=True)]
         # The last token is always read anew: the distribution after it is wanted.
@@ -213,10 +220,31 @@ class Session:
         for scorer in self._scorers.values():
             scorer.crop([min(have, same) for have, same in zip(scorer.lengths, shared, strict=True)])
         self.lengths = [len(sequence) for sequence in sequences]
-        longest = max(self.lengths)
-        padded = [[pad_token_id] * (longest - len(s)) + list(s) for s in sequences]
+        width = max(padding + length for padding, length in zip(self._padding, self.lengths, strict=True))
+        padded = [[pad_token_id] * (width - len(s)) + list(s) for s in sequences]
         self.input_ids = torch.tensor(padded, device=self.input_ids.device)
         self._scores = self._hidden = self._tried = None
+
+    def by_width(self) -> list[tuple[list[int], Tensor]]:
+        """The rows as `generate` would have them, those of one width together: numbers of rows, and ids [n, T].
+
+        There are several widths only after `replace`. What reads ids (processors, stopping criteria) may go by theirs.
+        """
+        widths = [padding + length for padding, length in zip(self._padding, self.lengths, strict=True)]
+        groups = {width: [row for row, own in enumerate(widths) if own == width] for width in sorted(set(widths))}
+        if len(groups) == 1:
+            return [(groups[widths[0]], self.input_ids[:, self.input_ids.shape[1] - widths[0] :])]
+        return [(rows, self.input_ids[rows, self.input_ids.shape[1] - width :]) for width, rows in groups.items()]
+
+    def _processed(self, logits: Tensor) -> Tensor:
+        """The base model's `logits` [R, V] after all processors."""
+        groups = self.by_width()
+        if len(groups) == 1:
+            return self._processors(groups[0][1], logits)
+        scores = torch.empty_like(logits)
+        for rows, ids in groups:
+            scores[rows] = self._processors(ids, logits[rows])
+        return scores
 
     def _forward(self) -> Tensor:
         """The base model's logits [R, V] after the tokens that it has not read yet."""
