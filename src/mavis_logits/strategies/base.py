@@ -53,6 +53,7 @@ class MavisStrategy(Steering):
     """
 
     streams = True  # whether tokens are final as they come
+    shows_steps = True  # whether what it returns was written step by step, so that there are scores and a trace of them
 
     def __init__(
         self,
@@ -65,6 +66,11 @@ class MavisStrategy(Steering):
         name = type(self).__name__
         if streamer is not None and not self.streams:
             raise ValueError(f"{name} knows the text only at its end and cannot stream: leave streamer out")
+        if self.trace is not None and not self.shows_steps:
+            raise ValueError(
+                f"{name} writes many sequences and drops most, which no trace can show: leave trace out, or use "
+                "MavisSampling"
+            )
         if stop_strings is not None and self.tokenizer is None:
             raise ValueError(f"stop_strings need the tokenizer: pass tokenizer= to {name}")
         self.streamer, self.stop_strings = streamer, stop_strings
@@ -150,6 +156,9 @@ class MavisStrategy(Steering):
                      "dola_layers", "constraints", "force_words_ids", "prefill_chunk_size"):  # fmt: skip
             if getattr(config, flag, None):
                 raise ValueError(f"{name} does not support {flag}={getattr(config, flag)!r}: leave it out")
+        for flag in () if self.shows_steps else ("output_scores", "output_logits"):
+            if getattr(config, flag, None):
+                raise ValueError(f"{name} returns no scores of single steps: leave {flag} out")
         if any(isinstance(processor, MavisLogitsProcessor) for processor in processors):
             raise ValueError(f"{name} steers by itself: leave the MavisLogitsProcessor out of logits_processor")
         rows = len(input_ids)

@@ -25,16 +25,8 @@ class MavisSearch(MavisStrategy):
             beta for another number of requests than there are prompts.
     """
 
-    streams = False
+    streams = shows_steps = False
     distinct = False  # whether copies of a sequence give way to others while it writes, as they do in what it returns
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.trace is not None:
-            raise ValueError(
-                f"{type(self).__name__} writes many sequences and drops most, which no trace can show: leave trace "
-                "out, or use MavisSampling"
-            )
 
     @property
     @abstractmethod
@@ -96,9 +88,6 @@ class MavisSearch(MavisStrategy):
         name, returned = type(self).__name__, config.num_return_sequences or 1
         if returned > self.kept:
             raise ValueError(f"num_return_sequences={returned}, but {name} ends with {self.kept} sequences a prompt")
-        for flag in ("output_scores", "output_logits"):
-            if getattr(config, flag, None):
-                raise ValueError(f"{name} returns no scores of single steps: leave {flag} out")
         count = len(input_ids) // returned
         for setting, shared, what in ((self.weights, 1, "weights"), (self.beta, 0, "beta")):
             if setting.ndim > shared and len(setting) != count:
