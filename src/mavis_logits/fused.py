@@ -59,7 +59,8 @@ class StackedLoRALinear(nn.Module):
         y = self.base(x)
         copies = len(self.down)
         low = torch.bmm(x.reshape(copies, -1, x.shape[-1]), self.down)
-        return torch.baddbmm(y.reshape(copies, -1, y.shape[-1]), low, self.up).view(y.shape)
+        y.view(copies, -1, y.shape[-1]).baddbmm_(low, self.up)  # in place: y is nobody else's
+        return y
 
 
 class FusedValueModel(nn.Module):
@@ -224,4 +225,5 @@ def _update(layer: LoraLayer) -> tuple[Tensor, Tensor] | None:
     if len(active) > 1:
         raise ValueError(f"a value model has the adapters {active} active at once: merge them first (merge=True)")
     down, up = layer.lora_A[active[0]].weight.detach(), layer.lora_B[active[0]].weight.detach()
-    return down, layer.scaling[active[0]] * up
+    dtype = layer.get_base_layer().weight.dtype  # PEFT keeps its own weights in float32
+    return down.to(dtype), (layer.scaling[active[0]] * up).to(dtype)

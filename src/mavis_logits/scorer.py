@@ -9,6 +9,7 @@ Both agree with re-forwarding every candidate from scratch (`mavis_logits.testin
 from __future__ import annotations
 
 import copy
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -27,6 +28,8 @@ from .rows import Plan
 from .value_model import ValueModel
 
 _PROBE_TOLERANCE = 0.05
+_Setup = tuple[object, ...]
+_supports: weakref.WeakKeyDictionary[PreTrainedModel, tuple[_Setup, str | None]] = weakref.WeakKeyDictionary()
 Scored = ValueModel | FusedValueModel
 
 
@@ -120,11 +123,19 @@ def make_scorer(model: Scored) -> ValueScorer:
 
 
 def ragged_support(decoder: PreTrainedModel) -> str | None:
-    """How a decoder can run on a `RaggedCache`, found by trying it on a few tokens.
+    """How a decoder can run on a `RaggedCache`, found by trying it on a few tokens, once for each decoder.
 
     Returns:
         `"packed"`: with `ragged_attention`; `"masked"`: with its own attention and 4-D masks; None: not at all.
     """
+    implementation = decoder.config._attn_implementation
+    setup = ("sdpa" if implementation == IMPLEMENTATION else implementation, decoder.dtype, decoder.device)
+    if decoder not in _supports or _supports[decoder][0] != setup:
+        _supports[decoder] = (setup, _try_ragged_cache(decoder))
+    return _supports[decoder][1]
+
+
+def _try_ragged_cache(decoder: PreTrainedModel) -> str | None:
     if not supports_ragged_cache(decoder.config):
         return None
     if decoder.config._attn_implementation in ("sdpa", IMPLEMENTATION) and _agrees_with_plain_forward(decoder, True):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import time
-import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, Self
@@ -24,8 +23,6 @@ from ..fused import FusedValueModel
 from ..scorer import ValueScorer, make_scorer, ragged_support
 from ..steering import Steering, Step
 from ..value_model import ValueModel
-
-_support: weakref.WeakKeyDictionary[PreTrainedModel, tuple[str, str | None]] = weakref.WeakKeyDictionary()
 
 
 class Session:
@@ -287,16 +284,13 @@ def _lengths(input_ids: Tensor, attention_mask: Tensor | None) -> list[int]:
 
 
 def check_support(decoder: PreTrainedModel) -> str:
-    """How the base model runs on a ragged cache; each model is tried once."""
-    implementation = decoder.config._attn_implementation
-    if decoder not in _support or _support[decoder][0] != implementation:
-        _support[decoder] = (implementation, ragged_support(decoder))
-    kind = _support[decoder][1]
+    """How the base model runs on a ragged cache (`ragged_support`)."""
+    kind = ragged_support(decoder)
     if kind is None:
         raise ValueError(
-            f"{type(decoder).__name__} with {implementation} attention cannot run on the strategies' cache (it keeps "
-            'no keys and values by token, or takes no 4-D mask): load it with attn_implementation="sdpa", or use '
-            "MavisLogitsProcessor, which works with any base model"
+            f"{type(decoder).__name__} with {decoder.config._attn_implementation} attention cannot run on the "
+            "strategies' cache (it keeps no keys and values by token, or takes no 4-D mask): load it with "
+            'attn_implementation="sdpa", or use MavisLogitsProcessor, which works with any base model'
         )
     return kind
 
