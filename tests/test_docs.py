@@ -13,7 +13,7 @@ import pytest
 import fill_readme
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "paper_to_code.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "paper_to_code.md", ROOT / "docs" / "hub.md"]
 NAME = re.compile(r"`(mavis_(?:logits|training)(?:\.\w+)+)`")
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 
