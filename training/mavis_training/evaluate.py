@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -16,14 +17,25 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mavis_logits import MavisConfig, MavisLogitsProcessor
 from mavis_logits.demo.smollm2 import load_chat_model
 
-from .collect import encode_prompts, eos_token_ids, read_prompts
-from .files import read_json, write_json
-from .rewards import Reward, compute_rewards, load_reward
+from .collect import encode_prompts, read_prompts
+from .completions import (
+    Completions,
+    check_setting,
+    complete_all,
+    judge,
+    read_completions,
+    steerings,
+    write_completions,
+)
+from .files import write_json
+from .rewards import load_reward
+
+COMBINED = "combined"
+_BY_REWARD = ", best by reward"
+Rewards = dict[str, NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -33,10 +45,15 @@ class EvaluateConfig:
     Attributes:
         prompts: JSON-lines file with `id` and `prompt`, held out from training.
         output: JSON file of the results; a table of the same name ending in `.md` is written beside it.
-        completions: folder in which completions are kept, one file a setting; settings found there are not run again.
+        completions: folder in which completions and their rewards are kept, a file each for every setting; what is
+            found there is not computed again.
         value_functions: Hub id or folder of the value functions: one, or by objective.
         rewards: the true rewards, by objective: folder, Hub id or `module:function`.
-        settings: by name, fields of `MavisConfig`; an empty one is the base model left alone.
+        settings: by name, fields of `MavisConfig`, and to decode by a strategy `strategy` with its own arguments; an
+            empty one is the base model left alone. Where `num_return_sequences` is above 1, the first one returned is
+            measured and, on a line of its own, the one of the highest combined reward.
+        combined: weights by objective of a combined reward, which is measured too.
+        contrasts: pairs of settings, the first of which is compared with the second, prompt by prompt.
         limit: at most this many prompts.
         seeds: each prompt is answered once per seed.
         max_new_tokens: T.
@@ -52,6 +69,8 @@ class EvaluateConfig:
     value_functions: str | dict[str, str]
     rewards: dict[str, str]
     settings: dict[str, dict[str, Any]] = field(default_factory=lambda: {"unsteered": {}})
+    combined: dict[str, float] | None = None
+    contrasts: list[list[str]] = field(default_factory=list)
     limit: int | None = 100
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     max_new_tokens: int = 48
@@ -64,21 +83,21 @@ class EvaluateConfig:
         for name, setting in self.settings.items():
             if not re.fullmatch(r"[\w .,=+-]+", name):
                 raise ValueError(f"the setting's name {name!r} becomes a file name: use letters, digits and ' .,=+-_'")
-            MavisConfig.from_dict(setting)
+            check_setting(setting)
         if not any(not setting for setting in self.settings.values()):
             raise ValueError("settings need an empty one, the base model left alone, to compare with")
         if not self.seeds or not self.rewards:
             raise ValueError(f"seeds and rewards must not be empty, got {self.seeds} and {self.rewards}")
-
-
-@dataclass
-class Completions:
-    """What one setting wrote: S seeds x P prompts, row by row, seed after seed."""
-
-    prompt_ids: list[str]
-    texts: list[str]
-    lengths: list[int]
-    log_ratios: list[float]  # log pi / pi_ref of the whole completion, nats
+        unknown = set(self.combined or ()) - set(self.rewards)
+        if unknown or COMBINED in self.rewards:
+            raise ValueError(
+                f"combined weighs {sorted(self.combined or ())}, but there are rewards for {sorted(self.rewards)}: "
+                f"name only these, and none of them {COMBINED!r}"
+            )
+        names = {name + end for name in self.settings for end in ("", _BY_REWARD)}
+        for pair in self.contrasts:
+            if len(pair) != 2 or not names.issuperset(pair):
+                raise ValueError(f"a contrast is a pair of settings among {sorted(names)}, got {pair}")
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -89,7 +108,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         OSError: a file that cannot be read.
     """
     rows = read_prompts(config.prompts, config.limit)
-    judges = {objective: load_reward(spec) for objective, spec in config.rewards.items()}
+    load = lru_cache(maxsize=None)(load_reward)
+    missing = [path for path in _paths(config).values() if not path.exists()]
+    for spec in config.rewards.values() if missing else ():  # what is wrong with a reward is found now
+        load(spec)
     written = _generate_all(config, rows)
     results: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
@@ -99,12 +121,24 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "prompts": len(rows),
         "settings": {},
     }
-    rewards = {name: _score(judges, rows * len(config.seeds), done.texts) for name, done in written.items()}
-    plain = next(name for name, setting in config.settings.items() if not setting)
+    scored: dict[str, tuple[Completions, Rewards]] = {}
     for name, done in written.items():
-        results["settings"][name] = summarise(done, rewards[name], rewards[plain], len(rows)) | {
-            "setting": config.settings[name]
+        path = _paths(config)[name].with_suffix(".rewards.json")
+        rewards = judge(path, done, rows * len(config.seeds), config.rewards, load)
+        if config.combined is not None:
+            rewards[COMBINED] = sum(weight * rewards[m] for m, weight in config.combined.items())  # type: ignore[assignment]
+        scored[name] = taken(done, rewards, np.zeros(len(done.prompt_ids), dtype=int))
+        if config.combined is not None and done.returned > 1:
+            best = rewards[COMBINED].reshape(-1, done.returned).argmax(axis=1)
+            scored[name + _BY_REWARD] = taken(done, rewards, best)
+    plain = scored[next(name for name, setting in config.settings.items() if not setting)][1]
+    for name, (done, rewards) in scored.items():
+        results["settings"][name] = summarise(done, rewards, plain, len(rows)) | {
+            "setting": config.settings[name.removesuffix(_BY_REWARD)]
         }
+    results["contrasts"] = [
+        {"setting": a, "against": b} | _gains(scored[a][1], scored[b][1], plain, len(rows)) for a, b in config.contrasts
+    ]
     output = Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, results)
@@ -112,103 +146,58 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return results
 
 
+def _paths(config: EvaluateConfig) -> dict[str, Path]:
+    """The file of each setting's completions."""
+    return {name: Path(config.completions) / f"{name}.json" for name in config.settings}
+
+
 def _generate_all(config: EvaluateConfig, rows: list[dict[str, Any]]) -> dict[str, Completions]:
-    folder = Path(config.completions)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {name: folder / f"{name}.json" for name in config.settings}
-    todo = [name for name, path in paths.items() if not path.exists()]
+    Path(config.completions).mkdir(parents=True, exist_ok=True)
+    paths, ids = _paths(config), [row["id"] for row in rows]
+    todo = {name: config.settings[name] for name, path in paths.items() if not path.exists()}
     if todo:
         model, tokenizer = load_chat_model(config.model, getattr(torch, config.dtype))
         model.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
         prompts = encode_prompts(rows, tokenizer, 10**6)
-        mavis = MavisLogitsProcessor.from_pretrained(
-            config.value_functions, model=model, tokenizer=tokenizer, trace=True
-        )
-        for name in todo:  # weights of unknown objectives are found now
-            mavis.weights = MavisConfig.from_dict(config.settings[name]).weights
+        steering = steerings(todo, config.value_functions, model, tokenizer)
         total = len(todo) * len(config.seeds) * len(prompts)
-        with tqdm(total=total, desc="evaluate", unit="completion") as progress:
-            for name in todo:
+        with tqdm(total=total, desc="evaluate", unit="prompt") as progress:
+            for name, setting in todo.items():
                 progress.set_postfix_str(name)
-                done = Completions([row["id"] for row in rows] * len(config.seeds), [], [], [])
-                for seed in config.seeds:
-                    for start in range(0, len(prompts), config.batch_size):
-                        chunk = prompts[start : start + config.batch_size]
-                        torch.manual_seed(1_000_003 * seed + start)
-                        steer = apply(mavis, config.settings[name]) if config.settings[name] else None
-                        _complete(model, tokenizer, chunk, config.max_new_tokens, steer, done)
-                        progress.update(len(chunk))
-                write_json(paths[name], {"setting": config.settings[name]} | asdict(done))
-    return {name: _read(path, config.settings[name], len(rows) * len(config.seeds)) for name, path in paths.items()}
+                done = complete_all(
+                    model, tokenizer, ids, prompts, config.seeds, config.max_new_tokens, config.batch_size,
+                    steering[name], setting, progress.update,
+                )  # fmt: skip
+                write_completions(paths[name], setting, done)
+    ids = ids * len(config.seeds)
+    return {name: read_completions(path, config.settings[name], ids) for name, path in paths.items()}
 
 
-def apply(mavis: MavisLogitsProcessor, setting: Mapping[str, Any]) -> MavisLogitsProcessor:
-    """Give a processor the settings of a `MavisConfig`, so that its value functions are loaded only once."""
-    mavis.config = MavisConfig.from_dict(setting)
-    mavis.weights, mavis.beta = mavis.config.weights, mavis.config.beta
-    mavis.reset()
-    return mavis
+def taken(done: Completions, rewards: Rewards, which: NDArray[np.int_]) -> tuple[Completions, Rewards]:
+    """Of the n completions of every prompt, number `which` [S * P], with its rewards."""
+    rows = np.arange(len(done.prompt_ids)) * done.returned + which
+    ratios = None if done.log_ratios is None else [done.log_ratios[row] for row in rows]
+    kept = Completions(done.prompt_ids, [done.texts[row] for row in rows], [done.lengths[row] for row in rows], ratios)
+    return kept, {name: values[rows] for name, values in rewards.items()}
 
 
-def _complete(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    mavis: MavisLogitsProcessor | None,
-    done: Completions,
-) -> None:
-    """Sample one completion per prompt at temperature 1 over all that the processor leaves, and append it to `done`."""
-    batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt", padding_side="left").to(model.device)
-    output = model.generate(  # type: ignore[operator]
-        **batch, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id, logits_processor=[mavis] if mavis is not None else [],
-    )  # fmt: skip
-    new = output[:, batch["input_ids"].shape[1] :]
-    ends = torch.isin(new, torch.tensor(sorted(eos_token_ids(model, tokenizer)), device=new.device))
-    lengths = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, new.shape[1])
-    done.texts += tokenizer.batch_decode(new, skip_special_tokens=True)
-    done.lengths += lengths.tolist()
-    ratios = (
-        mavis.trace.log_ratios(new).sum(dim=1)
-        if mavis is not None and mavis.trace is not None
-        else torch.zeros(len(new))
-    )
-    done.log_ratios += ratios.tolist()
+def _gains(rewards: Rewards, against: Rewards, plain: Rewards, prompts: int) -> dict[str, Any]:
+    """By objective, how much higher the rewards are, in standard deviations of the unsteered ones."""
+    gains = {}
+    for name, values in rewards.items():
+        gain, error = mean_and_error((values - against[name]) / plain[name].std(), prompts)
+        gains[name] = {"gain_sd": gain, "gain_sd_error": error}
+    return gains
 
 
-def _read(path: Path, setting: Mapping[str, Any], count: int) -> Completions:
-    content = read_json(path)
-    if content.pop("setting") != setting or len(content["texts"]) != count:
-        raise ValueError(
-            f"{path} holds completions of other settings or prompts: delete it, or give another folder for completions"
-        )
-    return Completions(**content)
-
-
-def _score(
-    judges: Mapping[str, Reward], rows: Sequence[dict[str, Any]], texts: list[str]
-) -> dict[str, NDArray[np.float64]]:
-    """Every reward of every text, by objective; `rows` are the prompt rows that the texts answer."""
-    prompts = [row["prompt"] for row in rows]
-    shared = set(rows[0]).intersection(*rows) - {"prompt"}
-    columns = {name: [row[name] for row in rows] for name in sorted(shared)}
-    return {name: np.array(compute_rewards(judge, prompts, texts, columns, name)) for name, judge in judges.items()}
-
-
-def summarise(
-    done: Completions,
-    rewards: Mapping[str, NDArray[np.float64]],
-    plain: Mapping[str, NDArray[np.float64]],
-    prompts: int,
-) -> dict[str, Any]:
+def summarise(done: Completions, rewards: Rewards, plain: Rewards, prompts: int) -> dict[str, Any]:
     """Means with standard errors over prompts; gains in standard deviations of the unsteered reward."""
     summary: dict[str, Any] = {"completions": len(done.texts)}
+    gains = _gains(rewards, plain, plain, prompts)
     for objective, values in rewards.items():
         mean, error = mean_and_error(values, prompts)
-        gain, gain_error = mean_and_error((values - plain[objective]) / plain[objective].std(), prompts)
-        summary[objective] = {"reward": mean, "error": error, "gain_sd": gain, "gain_sd_error": gain_error}
-    kl, kl_error = mean_and_error(np.asarray(done.log_ratios), prompts)
+        summary[objective] = {"reward": mean, "error": error} | gains[objective]
+    kl, kl_error = (None, None) if done.log_ratios is None else mean_and_error(np.asarray(done.log_ratios), prompts)
     words = [text.split() for text in done.texts]
     pairs = [pair for text in words for pair in pairwise(text)]
     return summary | {
@@ -227,25 +216,32 @@ def mean_and_error(values: NDArray[np.float64], prompts: int) -> tuple[float, fl
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The results as a Markdown table."""
-    objectives = list(results["config"]["rewards"])
-    head = ["setting", *(f"{o} (gain in sd)" for o in objectives), "KL (nats)", "tokens", "distinct-2"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    """The results as Markdown: a table of the settings and, if there are any, one of the contrasts."""
+    config = results["config"]
+    objectives = [*config["rewards"], *([COMBINED] if config["combined"] is not None else [])]
+    rows = []
     for name, row in results["settings"].items():
         rewards = [f"{row[o]['reward']:.2f} ± {row[o]['error']:.2f} ({row[o]['gain_sd']:+.2f})" for o in objectives]
-        cells = [
-            name,
-            *rewards,
-            f"{row['kl']:.1f} ± {row['kl_error']:.1f}",
-            f"{row['tokens']:.0f}",
-            f"{row['distinct_2']:.2f}",
+        kl = "n/a" if row["kl"] is None else f"{row['kl']:.1f} ± {row['kl_error']:.1f}"
+        rows.append([name, *rewards, kl, f"{row['tokens']:.0f}", f"{row['distinct_2']:.2f}"])
+    lines = _table(["setting", *(f"{o} (gain in sd)" for o in objectives), "KL (nats)", "tokens", "distinct-2"], rows)
+    if results["contrasts"]:
+        differences = [
+            [c["setting"], c["against"], *(f"{c[o]['gain_sd']:+.2f} ± {c[o]['gain_sd_error']:.2f}" for o in objectives)]
+            for c in results["contrasts"]
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    config, versions = results["config"], ", ".join(f"{k} {v}" for k, v in results["versions"].items())
+        lines += ["", *_table(["setting", "against", *(f"{o} (sd)" for o in objectives)], differences)]
+    versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
+    combined = " + ".join(f"{weight:g} {name}" for name, weight in (config["combined"] or {}).items())
     note = (
         f"{results['prompts']} held-out prompts, seeds {config['seeds']}, {config['max_new_tokens']} tokens at most, "
         f"base model in {config['dtype']}; means ± standard errors over prompts; KL by equation 7, against the full "
         f"vocabulary. "
-        f"{results['machine']}; {versions}; {results['date']}."
+        + (f"Combined: {combined}. " if combined else "")
+        + f"{results['machine']}; {versions}; {results['date']}."
     )
     return "\n".join([*lines, "", note, ""])
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(row) + " |" for row in rows)]

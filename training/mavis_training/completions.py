@@ -1,0 +1,223 @@
+"""What settings of steered decoding write to prompts, and how reward models judge it; both are kept in files.
+
+A setting is a mapping of fields of `MavisConfig`, and of `strategy` with that strategy's own arguments where it is not
+to be a logits processor. An empty one is the base model left alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mavis_logits import MavisConfig, MavisLogitsProcessor, strategies
+from mavis_logits.functions import load_value_functions
+from mavis_logits.steering import Steering
+from mavis_logits.strategies import MavisSampling, MavisStrategy
+
+from .collect import eos_token_ids
+from .files import read_json, write_json
+from .rewards import Reward, compute_rewards
+
+STRATEGIES: dict[str, type[MavisStrategy]] = {
+    "sampling": MavisSampling,
+    "beam_search": strategies.MavisBeamSearch,
+    "best_of_n": strategies.MavisBestOfN,
+}
+_RETURNED = "num_return_sequences"
+_GIVEN_HERE = {"args", "kwargs", "streamer", "stop_strings", "reward_functions", "reward_weights", "reward_columns"}
+
+
+@dataclass
+class Completions:
+    """What one setting wrote: S seeds x P prompts x n returned sequences, row by row, seed after seed.
+
+    Attributes:
+        prompt_ids: S * P.
+        texts: S * P * n; those of one prompt in the setting's own order, best first.
+        lengths: tokens of each.
+        log_ratios: log pi / pi_ref of each whole completion in nats; None where the policy has none (a search).
+    """
+
+    prompt_ids: list[str]
+    texts: list[str]
+    lengths: list[int]
+    log_ratios: list[float] | None
+
+    @property
+    def returned(self) -> int:
+        """n."""
+        return len(self.texts) // len(self.prompt_ids)
+
+
+def check_setting(setting: Mapping[str, Any]) -> None:
+    """Raise `ValueError` if `setting` names an unknown strategy or has an unknown key."""
+    kind, config, own, returned = _parts(setting)
+    if kind is None:
+        MavisConfig.from_dict({**config, **own})  # everything must be a field of it
+        if returned != 1:
+            raise ValueError(f"{_RETURNED}={returned} needs a strategy that ranks what it writes: add strategy: ...")
+        return
+    MavisConfig.from_dict(config)
+    known = set(inspect.signature(kind.__init__).parameters) - _GIVEN_HERE - {"self"}
+    for key in own:
+        if key not in known:
+            every = sorted(known | {field.name for field in fields(MavisConfig)} | {_RETURNED})
+            near = difflib.get_close_matches(key, every, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(every)}"
+            raise ValueError(f"the strategy {setting['strategy']!r} has no setting {key!r}: {hint}")
+
+
+def _parts(setting: Mapping[str, Any]) -> tuple[type[MavisStrategy] | None, dict[str, Any], dict[str, Any], int]:
+    """A setting as strategy (None: the processor), fields of `MavisConfig`, the strategy's own arguments, and n."""
+    rest = dict(setting)
+    name = rest.pop("strategy", None)
+    if name is not None and name not in STRATEGIES:
+        raise ValueError(f"unknown strategy {name!r}: expected one of {', '.join(STRATEGIES)}")
+    returned = rest.pop(_RETURNED, 1)
+    config = {field.name: rest.pop(field.name) for field in fields(MavisConfig) if field.name in rest}
+    return STRATEGIES[name] if name is not None else None, config, rest, returned
+
+
+def steerings(
+    settings: Mapping[str, Mapping[str, Any]],
+    value_functions: str | Mapping[str, str],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, Steering | None]:
+    """A processor or strategy for every setting, None for the empty one; value functions are loaded once.
+
+    Raises:
+        ValueError: an unknown objective, or settings that the strategy refuses.
+    """
+    functions = load_value_functions(value_functions, model, model.device, {})
+    made: dict[str, Steering | None] = {}
+    for name, setting in settings.items():
+        kind, config, own, _ = _parts(setting)
+        common = {"model": model, "tokenizer": tokenizer, "config": MavisConfig.from_dict(config)}
+        if not setting:
+            made[name] = None
+        elif kind is None or kind is MavisSampling:
+            made[name] = (kind or MavisLogitsProcessor)(functions, **common, trace=True, **own)
+        else:
+            made[name] = kind(functions, **common, **own)
+    return made
+
+
+def complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    steering: Steering | None,
+    returned: int,
+) -> Completions:
+    """`returned` completions of every prompt (token ids), sampled at temperature 1 over what the steering leaves."""
+    batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt", padding_side="left").to(model.device)
+    how: dict[str, Any] = {"custom_generate": steering} if isinstance(steering, MavisStrategy) else {}
+    if isinstance(steering, MavisLogitsProcessor):
+        steering.reset()
+        how = {"logits_processor": [steering]}
+    output = model.generate(  # type: ignore[operator]
+        **batch, **how, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
+        num_return_sequences=returned, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    new = output[:, batch["input_ids"].shape[1] :]
+    ends = torch.isin(new, torch.tensor(sorted(eos_token_ids(model, tokenizer)), device=new.device))
+    lengths = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, new.shape[1])
+    ratios: list[float] | None = None
+    if steering is None:
+        ratios = [0.0] * len(new)
+    elif steering.trace is not None:
+        ratios = steering.trace.log_ratios(new).sum(dim=1).tolist()
+    return Completions([], tokenizer.batch_decode(new, skip_special_tokens=True), lengths.tolist(), ratios)
+
+
+def complete_all(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[str],
+    prompts: list[list[int]],
+    seeds: Sequence[int],
+    max_new_tokens: int,
+    batch_size: int,
+    steering: Steering | None,
+    setting: Mapping[str, Any],
+    advance: Callable[[int], object],
+) -> Completions:
+    """Complete all `prompts` (token ids) for every seed; `advance` is told how many were completed."""
+    parts = []
+    for seed in seeds:
+        for start in range(0, len(prompts), batch_size):
+            chunk = prompts[start : start + batch_size]
+            torch.manual_seed(1_000_003 * seed + start)
+            parts.append(complete(model, tokenizer, chunk, max_new_tokens, steering, _parts(setting)[3]))
+            advance(len(chunk))
+    ratios = [ratio for part in parts for ratio in part.log_ratios or ()]
+    return Completions(
+        ids * len(seeds),
+        [text for part in parts for text in part.texts],
+        [length for part in parts for length in part.lengths],
+        ratios if parts[0].log_ratios is not None else None,
+    )
+
+
+def write_completions(path: Path, setting: Mapping[str, Any], done: Completions) -> None:
+    """Keep completions, with the setting that wrote them."""
+    write_json(path, {"setting": dict(setting)} | asdict(done))
+
+
+def read_completions(path: Path, setting: Mapping[str, Any], prompt_ids: list[str]) -> Completions:
+    """Completions kept earlier.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: they are of another setting or of other prompts or seeds.
+    """
+    content = read_json(path)
+    if content.pop("setting") != setting or content["prompt_ids"] != prompt_ids:
+        raise ValueError(
+            f"{path} holds completions of other settings or prompts: delete it, or give another folder for completions"
+        )
+    return Completions(**content)
+
+
+def judge(
+    path: Path,
+    done: Completions,
+    rows: Sequence[dict[str, Any]],
+    rewards: Mapping[str, str],
+    load: Callable[[str], Reward],
+) -> dict[str, NDArray[np.float64]]:
+    """Every reward of every text by objective, [S * P * n]; those found in `path` are not computed again.
+
+    Args:
+        path: JSON file in which they are kept. Delete it after a reward model was trained anew.
+        done: S * P * n texts.
+        rows: the S * P prompt rows that they answer.
+        rewards: what each objective's reward is loaded from.
+        load: loads one of them.
+    """
+    texts = hashlib.sha256("\0".join(done.texts).encode()).hexdigest()
+    kept = read_json(path) if path.exists() else {}
+    if kept.get("texts") != texts:
+        kept = {"texts": texts, "rewards": {}}
+    missing = [name for name, spec in rewards.items() if kept["rewards"].get(name, {}).get("of") != spec]
+    rows = [row for row in rows for _ in range(done.returned)]
+    shared = set(rows[0]).intersection(*rows) - {"prompt"}
+    columns = {name: [row[name] for row in rows] for name in sorted(shared)}
+    for name in missing:
+        values = compute_rewards(load(rewards[name]), [row["prompt"] for row in rows], done.texts, columns, name)
+        kept["rewards"][name] = {"of": rewards[name], "values": values}
+    if missing:
+        write_json(path, kept)
+    return {name: np.array(kept["rewards"][name]["values"]) for name in rewards}
