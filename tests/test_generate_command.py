@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from chat_model import chat_model
-from mavis_logits import ValueHead, ValueModel, cli
+from mavis_logits import MavisConfig, ValueHead, ValueModel, cli
 from mavis_logits.fingerprint import tokenizer_fingerprint
+from mavis_logits.hub.make_bundle import make_bundle
 
 
 @pytest.fixture
@@ -65,6 +66,15 @@ def test_a_page_shows_what_the_answer_was_chosen_from(folder: Path, capsys: pyte
     assert page.count('class="card"') == int(re.findall(r"--- (\d+) tokens", shown.err)[0])
     for word in shown.out.split():
         assert word in page
+
+
+def test_a_bundle_brings_its_settings(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = [str(folder / "head"), str(folder / "small")]
+    make_bundle(folder / "bundle", values, MavisConfig(weights={"short": 1.0}, beta=2.5))
+    assert generate(folder, "--values", str(folder / "bundle")) == 0
+    assert "steered: helpful 0, humour 0, short 1, beta 2.5" in capsys.readouterr().err
+    assert generate(folder, "--values", str(folder / "bundle"), "--weights", "humour=1", "--beta", "3") == 0
+    assert "steered: helpful 0, humour 1, short 0, beta 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,16 @@ def test_another_bundle_may_be_named(chat: Any, bundle: str, tmp_path: Path) -> 
     assert torch.equal(found, by_processor(model, str(folder)))
 
 
+def test_code_does_not_outlive_the_bundle_that_brought_it(hub: HubServer, bundle: str, tmp_path: Path) -> None:
+    push_folder(tmp_path / "head", bundle)
+    files = hub.files(bundle)
+    assert not [name for name in files if name.startswith("custom_generate/") or name == "mavis_bundle.json"]
+    assert {name for name in files if name.endswith((".safetensors", "config.json"))} == {
+        "config.json",
+        "model.safetensors",
+    }
+
+
 def test_a_model_that_is_no_longer_used_is_freed(bundle: str) -> None:
     model = chat_model()[0]
     model.generate(IDS, **GREEDY, custom_generate=bundle, trust_remote_code=True)

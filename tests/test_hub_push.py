@@ -215,9 +215,7 @@ def test_a_repository_id_that_is_none_is_refused(hub: HubServer, tmp_path: Path)
 # ---- refusals by the Hub, and a line that breaks ----
 
 
-def test_no_token_and_one_without_permission(
-    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_token_and_one_without_permission(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path / "value")
     for token in ("hf_other", "hf_unknown"):
         monkeypatch.setenv("HF_TOKEN", token)
@@ -232,9 +230,7 @@ def test_no_token_and_one_without_permission(
 
 
 @pytest.mark.parametrize("step", ["/api/models/org/value/commit/", "/lfs/", "/api/models/org/value/preupload/"])
-def test_a_push_that_breaks_off_changes_nothing_and_can_be_repeated(
-    hub: HubServer, step: str, tmp_path: Path
-) -> None:
+def test_a_push_that_breaks_off_changes_nothing_and_can_be_repeated(hub: HubServer, step: str, tmp_path: Path) -> None:
     make_value_model("a", seed=1).push_to_hub("org/value")
     before = hub.files("org/value")
     second = make_value_model("a", seed=2)

@@ -42,16 +42,19 @@ def main(argv: list[str]) -> int:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    if isinstance(values, list) and len(values) == 1:
+        values = values[0]  # which may be a bundle
+    settings = {} if arguments.top_k is None else {"top_k": arguments.top_k}
     model, tokenizer = load_chat_model(arguments.model)
     inputs = chat_inputs(tokenizer, [arguments.prompt])
     mavis = MavisLogitsProcessor.from_pretrained(
         values or str(checkout_path(DEFAULT_VALUES)),
         weights=weights,
         beta=arguments.beta,
-        top_k=arguments.top_k,
         model=model,
         tokenizer=tokenizer,
         trace=arguments.trace is not None,
+        **settings,
     )
 
     def answer(processors: list[MavisLogitsProcessor]) -> Tensor:
@@ -75,7 +78,7 @@ def main(argv: list[str]) -> int:
     shown = ", ".join(
         f"{name} {weight:g}" for name, weight in zip(mavis.objectives, mavis.weights.tolist(), strict=True)
     )
-    print(f"--- steered: {shown}, beta {arguments.beta:g}", file=sys.stderr)
+    print(f"--- steered: {shown}, beta {float(mavis.beta):g}", file=sys.stderr)
     sequences = answer([mavis])
     print(f"--- {mavis.stats.tokens} tokens, {mavis.stats.kl:.1f} nats from the unsteered model", file=sys.stderr)
     if mavis.trace is not None:
@@ -99,13 +102,17 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME=NUMBER,...",
         help="weight of each objective, e.g. helpful=0.7,humour=0.3; those left out get 0 (default: equal weights)",
     )
-    add("--beta", type=float, default=5.0, help="strength: 0 is no steering, 1 to 8 is usual (default: %(default)s)")
-    add("--top-k", type=int, default=15, help="how many of the likeliest tokens to choose among (default: %(default)s)")
+    add("--beta", type=float, help="strength: 0 is no steering, 1 to 8 is usual (default: the bundle's, else 5)")
+    add(
+        "--top-k",
+        type=int,
+        help="how many of the likeliest tokens to choose among (default: the bundle's, else 15)",
+    )
     add(
         "--values",
         nargs="+",
         metavar="[NAME=]FOLDER_OR_ID",
-        help="value functions, each a folder or Hub id, under their own objectives' names or under those given "
+        help="a bundle, or value functions under their own objectives' names or those given; each a folder or Hub id "
         f"(default: the value head for SmolLM2 in {DEFAULT_VALUES})",
     )
     add(

@@ -25,7 +25,8 @@ class CardConfig:
         datasets: Hub ids of the data sets that the prompts come from.
         base_weights: which copy of the base model's weights it was trained on, in a sentence, where that matters.
         load_base: Python code for the card's example that sets `model` and `tokenizer` to that copy.
-        license: of the value function.
+        license: of the value function, by its Hub identifier, such as `apache-2.0`.
+        language: of the texts it knows, such as `en`.
         plots: draw the card's two pictures, too (needs matplotlib).
     """
 
@@ -37,7 +38,8 @@ class CardConfig:
     datasets: list[str] | None = None
     base_weights: str | None = None
     load_base: str | None = None
-    license: str = "apache-2.0"
+    license: str | None = None
+    language: str | None = None
     plots: bool = True
 
 
@@ -63,6 +65,7 @@ def write_card(config: CardConfig) -> Path:
         base_weights=config.base_weights,
         load_base=config.load_base,
         license=config.license,
+        language=config.language,
     )
     if config.plots:
         draw_plots(folder, {name: metrics[name] for name in objectives}, evaluation)

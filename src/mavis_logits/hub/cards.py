@@ -47,8 +47,8 @@ class CardDetails:
     evaluation: Mapping[str, Any] | None = None
     base_weights: str | None = None
     load_base: str | None = None
-    license: str = "apache-2.0"
-    language: str = "en"
+    license: str | None = None
+    language: str | None = None
     tags: Sequence[str] = ()
 
     def to_json(self) -> str:

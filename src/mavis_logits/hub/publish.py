@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy")
 _IGNORED = (".git", ".cache", "__pycache__", ".DS_Store")
 # Of an earlier push these would be read, or run, beside or in place of the new ones.
-_REPLACED = (BUNDLE_FILE, ADAPTER_CONFIG, CARD_DETAILS, METRICS, GENERATE_FILE, REQUIREMENTS_FILE)
+_REPLACED = ("config.json", BUNDLE_FILE, ADAPTER_CONFIG, CARD_DETAILS, METRICS)
+_CODE = (GENERATE_FILE, REQUIREMENTS_FILE)
 
 
 def push_folder(
@@ -242,7 +243,8 @@ def bundle_details(folder: Path, bundle: Bundle) -> CardDetails:
 
 
 def _is_replaced(name: str) -> bool:
-    return name.endswith((".safetensors", ".safetensors.index.json", *_PICKLES)) or name.rsplit("/")[-1] in _REPLACED
+    weights = name.endswith((".safetensors", ".safetensors.index.json", *_PICKLES))
+    return weights or name in _CODE or name.split("/")[-1] in _REPLACED
 
 
 @contextmanager
