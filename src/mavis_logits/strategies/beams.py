@@ -44,7 +44,7 @@ def draw_distinct(session: Session, count: int, sample: bool) -> Drawn:
     """
     steering = session.steering
     step = session.score(need_values=True)
-    if torch.isnan(step.kl).any():  # where a NaN of the base model or of a value function ends up
+    if (torch.isnan(step.kl) | ~torch.isfinite(step.combined).all(dim=1)).any():
         check_scores(step.reference)
         steering._check_values(step.values, torch.isfinite(step.reference))
     policy = step.tilted if step.everything is None else step.everything

@@ -65,12 +65,12 @@ class MavisBestOfN(MavisSearch):
         self.reward_weights, self.reward_columns = reward_weights, dict(reward_columns or {})
         if self.reward_functions and self.tokenizer is None:
             raise ValueError("reward_functions judge texts: pass tokenizer= to MavisBestOfN")
-        known = self.objectives if reward_weights is None else list(reward_weights)
-        unknown = [name for name in self.reward_functions if name not in known]
-        if unknown:
+        weighed = self.objectives if reward_weights is None else list(reward_weights)
+        nameless = set(self.reward_functions) - set(weighed) | set(reward_weights or {}) - set(self.reward_functions)
+        if nameless:
             raise ValueError(
-                f"no weight is known for the reward functions {unknown}, there are weights for {known}: name all of "
-                "them in reward_weights"
+                f"there are reward functions {sorted(self.reward_functions)}, but weights for {sorted(weighed)}: give "
+                "reward_weights for each, or name the functions for objectives"
             )
 
     @property
@@ -91,27 +91,20 @@ class MavisBestOfN(MavisSearch):
         assert self.tokenizer is not None
         completions = self.tokenizer.batch_decode(beams.completions(), skip_special_tokens=True)
         columns = {"prompts": self.tokenizer.batch_decode(prompts, skip_special_tokens=True), **self.reward_columns}
-        for name, column in columns.items():
-            if len(column) != len(prompts):
-                raise ValueError(
-                    f"reward_columns[{name!r}] has {len(column)} entries, but the batch has {len(prompts)} prompts"
-                )
         columns = {name: [x for x in column for _ in range(beams.size)] for name, column in columns.items()}
-        total = torch.zeros_like(beams.scores)
+        total = torch.zeros(len(prompts), beams.size, device=beams.scores.device)
         for name, function in self.reward_functions.items():
             rewards = list(function(completions=completions, **columns))
             _check_rewards(name, rewards, len(completions))
-            weight = self._reward_weight(name)
-            total += weight.to(total.device).repeat_interleave(beams.size if weight.ndim else 1) * total.new_tensor(
-                rewards
-            )
-        return total
+            total += self._reward_weight(name).to(total.device) * total.new_tensor(rewards).view_as(total)
+        return total.view(-1)
 
     def _reward_weight(self, name: str) -> Tensor:
-        """[] or [P]."""
+        """[1], or [P, 1] where every request has its own."""
         if self.reward_weights is not None:
-            return torch.tensor(float(self.reward_weights[name]))
-        return self.weights[..., self.objectives.index(name)]
+            return torch.tensor([float(self.reward_weights[name])])
+        place = self.objectives.index(name)
+        return self.weights[..., place : place + 1]
 
     def _check_call(
         self,
@@ -126,6 +119,12 @@ class MavisBestOfN(MavisSearch):
             raise ValueError(
                 f"num_samples={self.num_samples} with do_sample=False are all the same text: use do_sample=True"
             )
+        count = len(input_ids) // (config.num_return_sequences or 1)
+        for name, column in self.reward_columns.items():
+            if len(column) != count:
+                raise ValueError(
+                    f"reward_columns[{name!r}] has {len(column)} entries, but the batch has {count} prompts"
+                )
 
 
 def _checked_prune(prune: Mapping[int, int], samples: int) -> dict[int, int]:

@@ -26,7 +26,7 @@ class MavisSearch(MavisStrategy):
     """
 
     streams = shows_steps = False
-    distinct = False  # whether copies of a sequence give way to others while it writes, as they do in what it returns
+    distinct = False  # whether copies of a sequence give way to others on the way, as they do in what is returned
 
     @property
     @abstractmethod
@@ -64,9 +64,11 @@ class MavisSearch(MavisStrategy):
             # One way a sequence, and all are kept: their order stays, and with it the order of the draws.
             beams.go(ways if ways.tokens.shape[1] == kept else ways.best(kept, self.distinct))
         scores = self.final_scores(beams, prompts)
-        order = ranking(scores.view(len(prompts), -1), beams.alike, distinct=True)
-        order = order + torch.arange(len(prompts), device=order.device)[:, None] * beams.size
-        best = order[:, : config.num_return_sequences or 1].reshape(-1)
+        by_prompt = scores.view(len(prompts), -1)
+        best = ranking(by_prompt, beams.alike, distinct=True)[:, : config.num_return_sequences or 1]
+        # Copies are returned only if there is too little else, but at the place of their score.
+        best = best.gather(1, by_prompt.gather(1, best).argsort(dim=1, descending=True, stable=True))
+        best = (best + torch.arange(len(prompts), device=best.device)[:, None] * beams.size).reshape(-1)
         longest = int(beams.lengths[best].max())
         return MavisOutput(
             sequences=beams.written[best, :longest], values=beams.values[best], sequences_scores=scores[best]
