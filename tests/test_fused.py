@@ -14,41 +14,19 @@ from mavis_logits.functions import ValueFunctions
 from mavis_logits.fused import FusedValueModel, StackedLoRALinear, fusable_groups, why_not_fused
 from mavis_logits.scorer import RaggedScorer, make_scorer
 from mavis_logits.testing import check_scorer
-from tiny import PAD, VOCABULARY, make_base, make_value_model
-
-TARGETS = {"gpt2": ["c_attn", "c_fc"]}
-
-
-def adapter(
-    *objectives: str, seed: int, architecture: str = "llama", rank: int = 4, base_seed: int = 1, **lora: Any
-) -> ValueModel:
-    """A random adapter with a random head, not merged."""
-    base = make_base(architecture, base_seed)
-    targets = TARGETS.get(architecture, ["q_proj", "v_proj", "down_proj"])
-    config = LoraConfig(r=rank, lora_alpha=8, target_modules=targets, **lora)
-    count = len(objectives)
-    model = ValueModel.from_backbone(
-        base, objectives, lora=config, reward_mean=[0.5] * count, reward_scale=[float(seed)] * count
-    )
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        model.head.weight.normal_(std=0.5)
-        for name, parameter in model.backbone.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.3)
-    return model.eval()
+from tiny import PAD, VOCABULARY, make_adapter, make_base, make_value_model
 
 
 @pytest.fixture
 def adapters() -> list[ValueModel]:
-    return [adapter("a", seed=2), adapter("b", "c", seed=3, rank=2), adapter("d", seed=4)]
+    return [make_adapter("a", seed=2), make_adapter("b", "c", seed=3, rank=2), make_adapter("d", seed=4)]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "gemma3", "qwen3"])
 def test_fused_scoring_equals_separate_scoring(architecture: str) -> None:
     models = [
-        adapter("a", seed=2, architecture=architecture),
-        adapter("b", "c", seed=3, rank=2, architecture=architecture),
+        make_adapter("a", seed=2, architecture=architecture),
+        make_adapter("b", "c", seed=3, rank=2, architecture=architecture),
     ]
     scorer = make_scorer(FusedValueModel(models))
     assert isinstance(scorer, RaggedScorer)
@@ -67,13 +45,13 @@ def test_models_without_adapters_on_one_backbone_are_read_once() -> None:
 
 
 def test_an_adapter_and_the_bare_backbone_are_fused_too() -> None:
-    bare = adapter("a", seed=2)
+    bare = make_adapter("a", seed=2)
     with torch.no_grad():
         for name, parameter in bare.backbone.named_parameters():
             if "lora_B" in name:
                 parameter.zero_()
     bare.merge_lora()  # an adapter of zeros: the backbone itself
-    models = [bare, adapter("b", seed=3)]
+    models = [bare, make_adapter("b", seed=3)]
     assert why_not_fused(*models) is None
     check_scorer(make_scorer(FusedValueModel(models)), VOCABULARY, steps=6, models=models)
 
@@ -138,7 +116,7 @@ def test_adapters_loaded_from_folders_are_fused_or_merged(tmp_path: Path) -> Non
 
 
 def test_models_that_do_not_fit_are_scored_separately_or_refused() -> None:
-    one, other = adapter("a", seed=2), adapter("b", seed=3, base_seed=7)
+    one, other = make_adapter("a", seed=2), make_adapter("b", seed=3, base_seed=7)
     assert fusable_groups([one, other]) == []
     assert len(ValueFunctions([one, other]).models) == 2
     with pytest.raises(ValueError, match=r"fuse=True, but the backbones for .* differ \(at .*use fuse"):
@@ -149,7 +127,7 @@ def test_models_that_do_not_fit_are_scored_separately_or_refused() -> None:
         ValueFunctions(one, fuse=True)
     with pytest.raises(ValueError, match="cannot be scored in one forward"):
         FusedValueModel([one, other])
-    dora = adapter("c", seed=4, use_dora=True)
+    dora = make_adapter("c", seed=4, use_dora=True)
     assert "no plain LoRA" in (why_not_fused(one, dora) or "")
-    assert "float64" in (why_not_fused(one, adapter("c", seed=4).double()) or "")
-    assert why_not_fused(one, adapter("d", seed=4)) is None
+    assert "float64" in (why_not_fused(one, make_adapter("c", seed=4).double()) or "")
+    assert why_not_fused(one, make_adapter("d", seed=4)) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 
 from mavis_logits import ValueModel
+from mavis_logits.fused import FusedValueModel
 from mavis_logits.rows import RowTracker
 from mavis_logits.scorer import RaggedScorer, RepeatedStateScorer, ValueScorer, make_scorer
 from mavis_logits.testing import check_scorer, recompute_values
-from tiny import ARCHITECTURES, VOCABULARY, make_value_model
+from tiny import ARCHITECTURES, VOCABULARY, make_adapter, make_value_model
 
 UNCACHED = {"bloom", "mamba"}  # Bloom's attention takes no mask of ours; Mamba's state is not addressed by token
 SDPA = set(ARCHITECTURES) - UNCACHED - {"gemma2"}  # transformers runs Gemma 2 with eager attention only
@@ -104,6 +106,24 @@ def test_a_step_feeds_what_is_new_and_k_candidates_in_one_forward(next_call: lis
     for row, sequence in enumerate(next_call):
         expected = recompute_values(model, sequence, torch.from_numpy(candidates[row]))
         torch.testing.assert_close(values[row], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_compiled_step_is_one_graph_and_keeps_the_laws(copies: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
+    models = [value_model("llama", "sdpa")]
+    if copies == 2:
+        models = [make_adapter("a", seed=2), make_adapter("b", seed=3)]
+    scorer = make_scorer(FusedValueModel(models) if copies == 2 else models[0], compile=True)
+    torch._dynamo.utils.counters.clear()
+    check_scorer(scorer, VOCABULARY, steps=8, models=models)
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8
+    torch._dynamo.reset()
+
+
+def test_compiling_what_has_no_such_cache_is_refused() -> None:
+    with pytest.raises(ValueError, match="compile=True needs a backbone with a token-addressed cache, which Mamba"):
+        make_scorer(value_model("mamba"), compile=True)
 
 
 def test_reset_forgets() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from peft import LoraConfig
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -84,3 +86,23 @@ def make_head(base: PreTrainedModel, *objectives: str, seed: int = 2) -> ValueHe
     """A random value head for `base`."""
     torch.manual_seed(seed)
     return ValueHead.for_model(base, objectives or ("a",), width=16).eval()
+
+
+def make_adapter(
+    *objectives: str, seed: int, architecture: str = "llama", rank: int = 4, base_seed: int = 1, **lora: Any
+) -> ValueModel:
+    """A random adapter with a random head, not merged."""
+    base = make_base(architecture, base_seed)
+    targets = ["c_attn", "c_fc"] if architecture == "gpt2" else ["q_proj", "v_proj", "down_proj"]
+    config = LoraConfig(r=rank, lora_alpha=8, target_modules=targets, **lora)
+    count = len(objectives)
+    model = ValueModel.from_backbone(
+        base, objectives, lora=config, reward_mean=[0.5] * count, reward_scale=[float(seed)] * count
+    )
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        model.head.weight.normal_(std=0.5)
+        for name, parameter in model.backbone.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3)
+    return model.eval()

@@ -140,6 +140,7 @@ class RaggedLayer(CacheLayerMixin):
         self.keys = key_states.new_zeros(rows, capacity, key_states.shape[1], key_states.shape[3])
         self.values = value_states.new_zeros(rows, capacity, value_states.shape[1], value_states.shape[3])
         self.is_initialized = True
+        self._settle()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the [*, kv_heads, *, head_dim] states into the feed's slots; return the slots the mask speaks of."""
@@ -154,7 +155,8 @@ class RaggedLayer(CacheLayerMixin):
             buffer.view(-1, *buffer.shape[2:]).index_copy_(0, cache.written, flat)
             visible = buffer if cache.read is None else buffer[cache.read]
             found.append(visible[:, :width].transpose(1, 2))
-        found[0].ragged_feed = feed  # type: ignore[attr-defined]  # for `ragged_attention`, which gets these keys
+        if not torch.compiler.is_compiling():
+            found[0].ragged_feed = feed  # type: ignore[attr-defined]  # for `ragged_attention`, which gets these keys
         return found[0], found[1]
 
     def grow(self, capacity: int) -> None:
@@ -162,11 +164,19 @@ class RaggedLayer(CacheLayerMixin):
         if self.is_initialized:
             self.keys = _grown(self.keys, capacity)
             self.values = _grown(self.values, capacity)
+            self._settle()
+
+    def _settle(self) -> None:
+        """Tell the compiler that the buffers stay where they are, so that a CUDA graph may write to them."""
+        if self.cache.static:
+            torch._dynamo.mark_static_address(self.keys)
+            torch._dynamo.mark_static_address(self.values)
 
     def select(self, rows: Tensor) -> None:
         """Keep `rows` (repeats allowed), in that order."""
         if self.is_initialized:
             self.keys, self.values = self.keys[rows], self.values[rows]
+            self._settle()
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copy slots `source` over slots `target`, both counted through all rows."""
@@ -204,6 +214,7 @@ class RaggedCache(Cache):
         capacity: slots per row to begin with; doubled as needed.
         copies: C, how many decoders at once keep their keys and values here (value models fused into one): every row
             is there C times, copy after copy, with the same slots and lengths.
+        static: for compiled decoders: queries see all slots, whose number changes only when the buffers grow.
 
     Attributes:
         lengths: [R] committed tokens per row.
@@ -215,10 +226,16 @@ class RaggedCache(Cache):
     read: Tensor | None  # [C * R'] rows that the feed's queries see, None for all
 
     def __init__(
-        self, num_layers: int, rows: int, device: torch.device | str = "cpu", capacity: int = 64, copies: int = 1
+        self,
+        num_layers: int,
+        rows: int,
+        device: torch.device | str = "cpu",
+        capacity: int = 64,
+        copies: int = 1,
+        static: bool = False,
     ) -> None:
         super().__init__(layers=[RaggedLayer(self) for _ in range(num_layers)])
-        self.capacity, self.copies = capacity, copies
+        self.capacity, self.copies, self.static = capacity, copies, static
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.longest = 0
 
@@ -259,6 +276,8 @@ class RaggedCache(Cache):
         positions = lengths[:, None] + order.clamp(min=0).minimum(counts[:, None])
         width = self.longest + pending + k
         self._reserve(width)
+        if self.static:
+            width = self.capacity
 
         slot = torch.arange(width, device=device)[None, None]
         committed = slot < lengths[:, None, None]

@@ -98,8 +98,12 @@ class ValueScorer(ABC):
         """Forget all rows and free their memory."""
 
 
-def make_scorer(model: Scored) -> ValueScorer:
+def make_scorer(model: Scored, compile: bool = False) -> ValueScorer:
     """The fastest scorer that is right for `model`'s backbone, which is tried once on a few tokens.
+
+    Args:
+        model: a value model, or several fused into one.
+        compile: run steps as a compiled graph (`RaggedScorer`).
 
     Raises:
         ValueError: the backbone was loaded with an attention implementation that takes no 4-D mask.
@@ -113,7 +117,12 @@ def make_scorer(model: Scored) -> ValueScorer:
         )
     kind = ragged_support(model.backbone)
     if kind is not None:
-        return RaggedScorer(model, packed=kind == "packed")
+        return RaggedScorer(model, packed=kind == "packed", compile=compile)
+    if compile:
+        raise ValueError(
+            f"compile=True needs a backbone with a token-addressed cache, which {type(model.backbone).__name__} has "
+            "not: leave it out"
+        )
     if isinstance(model, FusedValueModel):
         raise ValueError(
             f"the adapters for {model.config.objectives} cannot be scored in one forward: "
@@ -149,13 +158,18 @@ class RaggedScorer(ValueScorer):
     Args:
         model: the value model, or several fused into one.
         packed: run `ragged_attention`, which leaves void queries out.
+        compile: compile the forward of a step, on a GPU into a CUDA graph. Shapes then are few: queries see the whole
+            capacity, which doubles as it fills up, and none is left out. A prompt is read without. It pays where a
+            step's time goes into launching kernels, and where batches keep their size.
     """
 
-    def __init__(self, model: Scored, packed: bool = False) -> None:
+    def __init__(self, model: Scored, packed: bool = False, compile: bool = False) -> None:
         super().__init__(model)
-        self.packed = packed
+        self.packed = packed and not compile
+        mode = "reduce-overhead" if model.device.type == "cuda" else None
+        self._compiled = torch.compile(model.forward, mode=mode) if compile else None
         self._cache: RaggedCache | None = None
-        if packed:  # it computes what sdpa computes, so this may stay
+        if self.packed:  # it computes what sdpa computes, so this may stay
             model.backbone.config._attn_implementation = IMPLEMENTATION
 
     @property
@@ -169,7 +183,8 @@ class RaggedScorer(ValueScorer):
 
     def begin(self, count: int) -> None:
         layers = self.model.backbone.config.num_hidden_layers
-        self._cache = RaggedCache(layers, count, self.model.device, copies=self.model.copies)
+        static = self._compiled is not None
+        self._cache = RaggedCache(layers, count, self.model.device, copies=self.model.copies, static=static)
         self.lengths = [0] * count
 
     def select(self, rows: Tensor) -> None:
@@ -195,7 +210,8 @@ class RaggedScorer(ValueScorer):
         try:
             feed = cache.prepare(tokens, new, candidates, kept=kept, pack=self.packed)
             inputs = feed.inputs(self.model.backbone.config, self.model.dtype)
-            values = self.model(**inputs, past_key_values=cache, use_cache=True).values
+            forward = self.model if self._compiled is None or most > 1 else self._compiled
+            values = forward(**inputs, past_key_values=cache, use_cache=True).values
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not isinstance(error, torch.OutOfMemoryError) and "memory" not in str(error):
                 raise

@@ -95,6 +95,7 @@ class Steering:
         trace: keep every step in `self.trace`.
         fuse: whether value models that are LoRA adapters on one backbone are run in one forward: None where it is
             possible, True to insist, False for one forward each.
+        compile: compile the value models' steps, on a GPU into CUDA graphs (`mavis_logits.scorer.RaggedScorer`).
         config: all other settings; see `MavisConfig`, whose fields may also be given by name.
 
     Attributes:
@@ -120,6 +121,7 @@ class Steering:
         eos_token_id: int | Iterable[int] | None = None,
         trace: bool = False,
         fuse: bool | None = None,
+        compile: bool = False,
         config: MavisConfig | None = None,
         **settings: Any,
     ) -> None:
@@ -129,7 +131,7 @@ class Steering:
         self.weights = weights if weights is not None else self.config.weights
         self.beta = beta if beta is not None else self.config.beta
         self.pad_token_id, self._eos = special_tokens(self._functions.models, model, pad_token_id, eos_token_id)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.compile = tokenizer, compile
         self.stats = MavisStats()
         self.trace = MavisTrace(self.objectives, self._eos) if trace else None
         if model is not None:

@@ -258,7 +258,7 @@ class Session:
 
     def _scorer(self, model: ValueModel | FusedValueModel) -> ValueScorer:
         if id(model) not in self._scorers:
-            self._scorers[id(model)] = scorer = make_scorer(model)
+            self._scorers[id(model)] = scorer = make_scorer(model, self.steering.compile)
             scorer.begin(len(self))
         return self._scorers[id(model)]
 
