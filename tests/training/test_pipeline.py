@@ -91,6 +91,66 @@ def test_finished_settings_are_not_run_again(evaluation, monkeypatch):
         evaluate(dataclasses.replace(evaluation, settings=changed))
 
 
+def test_search_is_measured_by_value_and_by_reward(evaluation):
+    mixed = {"beta": 4.0, "weights": {"low": 1.0, "high": 0.5}}
+    search = mixed | {"num_return_sequences": 3}
+    settings = {
+        "unsteered": {},
+        "processor": mixed,
+        "sampling": mixed | {"strategy": "sampling"},
+        "beams": search | {"strategy": "beam_search", "num_beams": 3, "interval": 20},
+        "best of 3": search | {"strategy": "best_of_n", "num_samples": 3},
+    }
+    changed = dataclasses.replace(
+        evaluation, settings=settings, combined={"low": 1.0, "high": 0.5}, seeds=[0],
+        contrasts=[["beams", "best of 3"], ["best of 3, best by reward", "best of 3"]],
+    )  # fmt: skip
+    results = evaluate(changed)
+    measured = results["settings"]
+    assert list(measured) == [
+        "unsteered", "processor", "sampling", "beams", "beams, best by reward", "best of 3", "best of 3, best by reward"
+    ]  # fmt: skip
+    assert measured["sampling"]["kl"] > 0
+    assert measured["beams"]["kl"] is None
+    for name, row in measured.items():
+        assert row["completions"] == 30
+        assert row["combined"]["reward"] == pytest.approx(row["low"]["reward"] + row["high"]["reward"] / 2)
+        assert row["setting"] == settings[name.removesuffix(", best by reward")]
+    same, better = results["contrasts"]
+    assert same["combined"] == {"gain_sd": 0.0, "gain_sd_error": 0.0}  # ten tokens, no pruning: the same draws
+    assert better["combined"]["gain_sd"] > 0
+    table = Path(changed.output).with_suffix(".md").read_text()
+    assert "| beams | best of 3 | +0.00 ± 0.00 |" in table
+    assert "Combined: 1 low + 0.5 high." in table
+    assert "| n/a |" in table
+
+
+def test_rewards_are_kept_beside_the_completions(evaluation, monkeypatch):
+    first = evaluate(evaluation)
+    monkeypatch.setattr(evaluate_module, "load_reward", lambda spec: pytest.fail("every reward is known"))
+    assert evaluate(evaluation)["settings"] == first["settings"]
+    monkeypatch.undo()
+    scored = []
+
+    def load(spec):
+        def reward(prompts, completions):
+            scored.append((spec, len(completions)))
+            return [float(len(text)) for text in completions]
+
+        return reward
+
+    monkeypatch.setattr(evaluate_module, "load_reward", load)
+    evaluate(dataclasses.replace(evaluation, rewards=REWARDS | {"third": "text_rewards:third"}))
+    assert scored == [("text_rewards:third", 60)] * 4
+    path = Path(evaluation.completions) / "top.json"
+    content = json.loads(path.read_text())
+    content["texts"][0] = "w1"
+    path.write_text(json.dumps(content))
+    scored.clear()
+    evaluate(evaluation)
+    assert scored == [(spec, 60) for spec in REWARDS.values()]  # other texts, other rewards
+
+
 def test_value_models_steer_and_cards_are_written(evaluation, runs):
     settings = {name: evaluation.settings[name] for name in ("unsteered", "low")}
     changed = dataclasses.replace(evaluation, value_functions={"low": str(runs / "model")}, settings=settings)
@@ -105,6 +165,28 @@ def test_value_models_steer_and_cards_are_written(evaluation, runs):
 def test_bad_input(evaluation):
     with pytest.raises(ValueError, match="unknown setting 'bta'"):
         dataclasses.replace(evaluation, settings={"unsteered": {}, "x": {"bta": 1}})
+    for setting, message in (
+        ({"strategy": "beams"}, "unknown strategy 'beams': expected one of sampling, beam_search, best_of_n"),
+        (
+            {"strategy": "beam_search", "num_beam": 2},
+            "'beam_search' has no setting 'num_beam': did you mean 'num_beams'",
+        ),
+        ({"strategy": "best_of_n", "reward_functions": "x"}, "has no setting 'reward_functions'"),
+        ({"num_return_sequences": 2, "beta": 1.0}, "num_return_sequences=2 needs a strategy"),
+        ({"num_beams": 2}, "unknown setting 'num_beams'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(evaluation, settings={"unsteered": {}, "x": setting})
+    for more, message in (
+        ({"combined": {"lower": 1.0}}, r"combined weighs \['lower'\], but there are rewards for"),
+        ({"contrasts": [["low", "lower"]]}, "a contrast is a pair of settings among"),
+        ({"contrasts": [["low"]]}, r"a pair of settings among .* got \['low'\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(evaluation, **more)
+    none = {"unsteered": {}, "x": {"strategy": "beam_search", "num_beams": 0}}
+    with pytest.raises(ValueError, match="num_beams must be a whole number of at least 1, got 0"):
+        evaluate(dataclasses.replace(evaluation, settings=none))
     with pytest.raises(ValueError, match="an empty one"):
         dataclasses.replace(evaluation, settings={"x": {"beta": 1.0}})
     with pytest.raises(ValueError, match="funny"):
