@@ -38,18 +38,7 @@ def test_help_lists_every_command_and_imports_none() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})
     assert done.returncode == 0, done.stderr
-    for command in (
-        "generate",
-        "demo",
-        "collect",
-        "label",
-        "train-model",
-        "train-head",
-        "evaluate",
-        "card",
-        "bundle",
-        "push",
-    ):
+    for command in ("generate", "demo", "collect", "label", "evaluate", "card", "bundle", "push"):
         assert f"  {command} " in done.stdout
 
 

@@ -203,6 +203,13 @@ def test_a_link_out_of_the_folder_is_refused(hub: HubServer, tmp_path: Path, kin
     assert_refused(hub, folder, ValueError, "is a link out of the folder: put the file itself there")
 
 
+def test_an_adapter_on_a_folder_that_nobody_else_has_is_refused(hub: HubServer, tmp_path: Path) -> None:
+    adapter = make_adapter("a")
+    adapter.config.backbone = str(tmp_path / "base")
+    adapter.save_pretrained(tmp_path / "value")
+    assert_refused(hub, tmp_path / "value", ValueError, "a folder that nobody else has: publish that model")
+
+
 def test_a_repository_id_that_is_none_is_refused(hub: HubServer, tmp_path: Path) -> None:
     saved(tmp_path)
     with pytest.raises(ValueError, match="is no repository id such as org/name"):

@@ -176,6 +176,12 @@ def test_value_heads_and_folders(chat: Any, tmp_path: Path) -> None:
     assert pipe(PROMPT, weights={"d": 1.0}, **GREEDY)[0]["generated_text"]
 
 
+def test_inputs_may_come_one_by_one(pipe: MavisTextGenerationPipeline) -> None:
+    prompts = [PROMPT, "w5"]
+    lazily = pipe((prompt for prompt in prompts), weights={"b": 1.0}, **GREEDY)
+    assert list(lazily) == pipe(prompts, weights={"b": 1.0}, **GREEDY)
+
+
 # ---- bad input ----
 
 
@@ -193,6 +199,8 @@ def test_bad_input(chat: Any, functions: Any, pipe: MavisTextGenerationPipeline)
         pipe([PROMPT, PROMPT], weights=[{"a": 1.0}], **GREEDY)
     with pytest.raises(ValueError, match="weights for each input need a list of inputs, got str"):
         pipe(PROMPT, weights=[{"a": 1.0}], **GREEDY)
+    with pytest.raises(ValueError, match="weights must be numbers, by objective or in the order"):
+        pipe(PROMPT, weights="a", **GREEDY)
     with pytest.raises(ValueError, match="beta must be a finite number of at least 0"):
         pipe(PROMPT, beta=-1.0, **GREEDY)
     with pytest.raises(ValueError, match=r"num_beams=2 asks for generate's own beam search"):

@@ -42,13 +42,12 @@ def main(argv: list[str]) -> int:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    if isinstance(values, list) and len(values) == 1:
-        values = values[0]  # which may be a bundle
+    sources = values[0] if isinstance(values, list) and len(values) == 1 else values  # one may be a bundle
     settings = {} if arguments.top_k is None else {"top_k": arguments.top_k}
     model, tokenizer = load_chat_model(arguments.model)
     inputs = chat_inputs(tokenizer, [arguments.prompt])
     mavis = MavisLogitsProcessor.from_pretrained(
-        values or str(checkout_path(DEFAULT_VALUES)),
+        sources or str(checkout_path(DEFAULT_VALUES)),
         weights=weights,
         beta=arguments.beta,
         model=model,

@@ -106,10 +106,7 @@ class MavisTextGenerationPipeline(TextGenerationPipeline):
 
     def _rows(self, inputs: Any, given: Any, shared_dims: int, name: str) -> list[Tensor] | None:
         """One setting, [1, ...], for each input; None if all of them share one."""
-        each = isinstance(given, Sequence) and len(given) > 0 and isinstance(given[0], Mapping)
-        if given is None or isinstance(given, Mapping):
-            return None
-        if not each and torch.as_tensor(given).ndim <= shared_dims:
+        if given is None or isinstance(given, Mapping) or not _one_for_each(given, shared_dims):
             return None
         if not isinstance(inputs, list) or _is_chat(inputs):
             raise ValueError(f"{name} for each input need a list of inputs, got {type(inputs).__name__}")
@@ -145,6 +142,9 @@ class MavisTextGenerationPipeline(TextGenerationPipeline):
     def _forward(self, model_inputs: Any, mavis: Any = (None, None), **generate: Any) -> Any:
         own = [model_inputs.pop(f"mavis_{name}", None) for name in ("weights", "beta")]
         strategy = self._with(*(one if one is not None else shared for one, shared in zip(own, mavis, strict=True)))
+        if generate.get("streamer") is not None and not strategy.streams:
+            name = type(strategy).__name__
+            raise ValueError(f"{name} knows the text only at its end and cannot stream: leave streamer out")
         for name in ("streamer", "stop_strings"):  # generate does not pass these on to a strategy
             if generate.get(name) is not None:
                 setattr(strategy, name, generate[name])
@@ -153,6 +153,16 @@ class MavisTextGenerationPipeline(TextGenerationPipeline):
         outputs = super()._forward(model_inputs, custom_generate=strategy, **generate)
         self.strategy.trace = strategy.trace
         return outputs
+
+
+def _one_for_each(given: Any, shared_dims: int) -> bool:
+    """Whether a setting is one for each input, and not one of `shared_dims` dimensions for all."""
+    if isinstance(given, Sequence) and len(given) > 0 and isinstance(given[0], Mapping):
+        return True
+    try:
+        return torch.as_tensor(given).ndim > shared_dims
+    except (TypeError, ValueError):  # no numbers: the strategy says what it expects
+        return False
 
 
 def _is_chat(inputs: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,10 @@ def make_bundle(
         base_model = bases[0]
     bundle = Bundle(entries, config or MavisConfig(), base_model)
 
-    unfinished = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        unfinished.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        unfinished = Path(temporary) / "bundle"
+        unfinished.mkdir()
         for subfolder, source in copies.items():
             for inside, path in checked_files(source).items():
                 target = unfinished / subfolder / inside
@@ -72,8 +73,6 @@ def make_bundle(
         card = render_bundle_card(folder.resolve().name, bundle, bundle_details(unfinished, bundle))
         (unfinished / CARD).write_text(card, encoding="utf-8")
         unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 

@@ -183,10 +183,16 @@ def _check_function(folder: Path) -> None:
             f"{folder} holds no value function (no config.json) and no bundle (no {BUNDLE_FILE}): save_pretrained of a "
             "ValueModel or ValueHead writes the one, mavis bundle the other"
         )
-    kind = read_json(folder / "config.json").get("model_type")
+    config = read_json(folder / "config.json")
+    kind, backbone = config.get("model_type"), config.get("backbone")
     if kind not in KINDS:
         raise ValueError(f"{folder} holds a model of type {kind!r}, expected a value function ({' or '.join(KINDS)})")
     if (folder / ADAPTER_CONFIG).is_file():
+        if backbone is not None and (Path(backbone).is_dir() or Path(backbone).is_absolute()):
+            raise ValueError(
+                f"{folder} is an adapter on layers of {backbone}, a folder that nobody else has: publish that model, "
+                "too, and write its Hub id into config.json as backbone"
+            )
         wanted = {ADAPTER_WEIGHTS, HEAD_WEIGHTS}
     elif (folder / f"{WEIGHTS}.index.json").is_file():
         wanted = set(read_json(folder / f"{WEIGHTS}.index.json").get("weight_map", {}).values())

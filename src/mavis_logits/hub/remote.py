@@ -82,6 +82,8 @@ def steered_generate(model: PreTrainedModel, repository: str, file: str, **argum
     strategy.config = MavisConfig.from_dict({**vars(strategy.config), **settings})
     for name in ("streamer", "tokenizer", "stop_strings"):  # generate does not pass these on to a strategy
         setattr(strategy, name, arguments.pop(name, None))
+    if strategy.stop_strings is not None and strategy.tokenizer is None:
+        raise ValueError("stop_strings need the tokenizer: pass tokenizer= to generate")
     return model.generate(custom_generate=strategy, **arguments)  # type: ignore[operator]
 
 
