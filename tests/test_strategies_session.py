@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from mavis_logits import MavisSampling
+from mavis_logits import MavisBestOfN, MavisBlockwise, MavisSampling
 from mavis_logits.strategies.session import Session
 from mavis_logits.testing import recompute_head_values, recompute_values
+from strategy_checks import ENDS, Damage
 from tiny import PAD, VOCABULARY, make_head, make_value_model
 
 CANDIDATES = torch.arange(20, 24)
@@ -82,3 +83,29 @@ def test_weights_per_prompt_hold_for_all_its_sequences(base: Any, prompts: dict[
     mavis.weights = weights[:2]
     with pytest.raises(ValueError, match="weights are given for 2 requests, but the batch has 3 rows"):
         base.generate(**prompts, max_new_tokens=6, custom_generate=mavis)
+
+
+@pytest.mark.parametrize("returned", [1, 2])
+@pytest.mark.parametrize("strategy", [MavisSampling, MavisBestOfN, MavisBlockwise])
+def test_the_repetition_penalty_is_that_of_each_row(
+    strategy: Any, returned: int, base: Any, prompts: dict[str, Tensor]
+) -> None:
+    """It knows the padding of every row of the batch, of which rows leave and others multiply."""
+    settings = {"repetition_penalty": 1.5, "eos_token_id": ENDS, "max_new_tokens": 15}
+    texts = []
+    for ids, mask in zip(prompts["input_ids"], prompts["attention_mask"], strict=True):
+        prompt = ids[mask.bool()][None]
+        texts += [base.generate(prompt, do_sample=False, **settings)[0, prompt.shape[1] :].tolist()] * returned
+    assert len(set(map(len, texts))) > 1
+    settings |= {"do_sample": True, "top_k": 1, "num_return_sequences": returned}  # only the likeliest can be sampled
+    output = base.generate(**prompts, custom_generate=strategy(make_value_model("a"), top_k=5), **settings)
+    for text, row in zip(texts, output[:, prompts["input_ids"].shape[1] :].tolist(), strict=True):
+        assert row[: len(text)] == text
+        assert set(row[len(text) :]) <= {PAD}
+
+
+@pytest.mark.parametrize("strategy", [MavisSampling, MavisBestOfN, MavisBlockwise])
+def test_a_damaged_base_model_is_told(strategy: Any, base: Any, prompts: dict[str, Tensor]) -> None:
+    mavis = strategy(make_value_model("a"), top_k=5)
+    with pytest.raises(ValueError, match="the base model's scores hold NaN"):
+        base.generate(**prompts, do_sample=True, max_new_tokens=4, logits_processor=[Damage()], custom_generate=mavis)

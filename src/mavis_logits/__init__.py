@@ -8,13 +8,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import MavisConfig
     from .processor import MavisLogitsProcessor
-    from .strategies import MavisBeamSearch, MavisBestOfN, MavisOutput, MavisSampling, MavisStrategy
+    from .strategies import (
+        MavisBeamSearch,
+        MavisBestOfN,
+        MavisBlockwise,
+        MavisOutput,
+        MavisSampling,
+        MavisStrategy,
+    )
     from .value_head import ValueHead, ValueHeadConfig
     from .value_model import ValueModel, ValueModelConfig, ValueModelOutput
 
 _MODULES = {
     "MavisBeamSearch": "strategies",
     "MavisBestOfN": "strategies",
+    "MavisBlockwise": "strategies",
     "MavisConfig": "config",
     "MavisLogitsProcessor": "processor",
     "MavisOutput": "strategies",

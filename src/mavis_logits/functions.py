@@ -53,6 +53,16 @@ class ValueFunctions:
         columns = [parts[id(f)][..., output] if id(f) in parts else missing for _, f, output in self._outputs]
         return torch.stack(columns, dim=-1)
 
+    def reward_units(self) -> Tensor:
+        """Mean and scale of the rewards that each objective's value function was trained on, [2, M] on the CPU."""
+        units = [
+            f.units[:, output].cpu()
+            if isinstance(f, FusedValueModel)
+            else torch.tensor([f.config.reward_mean[output], f.config.reward_scale[output]])
+            for _, f, output in self._outputs
+        ]
+        return torch.stack(units, dim=1)
+
     def idle(self, weights: Tensor) -> list[bool]:
         """[M] whether the objective is a value model's all of whose objectives have weight 0: it need not be run.
 

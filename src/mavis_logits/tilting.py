@@ -111,8 +111,8 @@ def kl_divergence(tilted: Tensor, reference: Tensor, normalized: bool = False) -
     """
     log_policy = _wide(tilted) if normalized else torch.log_softmax(_wide(tilted), dim=-1)
     policy = log_policy.exp()
-    # A token without probability contributes nothing, also where both logarithms are -inf.
-    terms = torch.where(policy > 0, policy * (log_policy - _wide(reference)), torch.zeros((), device=policy.device))
+    # A token without probability contributes nothing, also where both logarithms are -inf. A NaN stays one.
+    terms = torch.where(policy != 0, policy * (log_policy - _wide(reference)), torch.zeros((), device=policy.device))
     return terms.sum(dim=-1)
 
 

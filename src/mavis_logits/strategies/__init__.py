@@ -3,6 +3,7 @@
 from .base import MavisOutput, MavisStrategy
 from .beam_search import MavisBeamSearch
 from .best_of_n import MavisBestOfN
+from .blockwise import MavisBlockwise
 from .sampling import MavisSampling
 
-__all__ = ["MavisBeamSearch", "MavisBestOfN", "MavisOutput", "MavisSampling", "MavisStrategy"]
+__all__ = ["MavisBeamSearch", "MavisBestOfN", "MavisBlockwise", "MavisOutput", "MavisSampling", "MavisStrategy"]

@@ -119,6 +119,8 @@ class MavisStrategy(Steering):
         mask = model_kwargs.get("attention_mask")
         with Session(self, model, prompts, None if mask is None else self.prompts(mask, config), processors) as session:
             output = self.decode(session, criteria, config)
+        if output.values is not None and any(self._idle):
+            output.values[:, self._idle] = torch.nan
         if self.streamer is not None:
             self.streamer.end()
         return output if config.return_dict_in_generate else output.sequences

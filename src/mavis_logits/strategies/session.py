@@ -6,6 +6,7 @@ so that rows may leave, multiply, change places or go back, and nothing is ever 
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Sequence
@@ -237,10 +238,10 @@ class Session:
         """The base model's `logits` [R, V] after all processors."""
         groups = self.by_width()
         if len(groups) == 1:
-            return self._processors(groups[0][1], logits)
+            return _for_requests(self._processors, self.requests, self.given)(groups[0][1], logits)
         scores = torch.empty_like(logits)
         for rows, ids in groups:
-            scores[rows] = self._processors(ids, logits[rows])
+            scores[rows] = _for_requests(self._processors, self.requests[rows], self.given)(ids, logits[rows])
         return scores
 
     def _forward(self) -> Tensor:
@@ -293,6 +294,18 @@ def check_support(decoder: PreTrainedModel) -> str:
             'attn_implementation="sdpa", or use MavisLogitsProcessor, which works with any base model'
         )
     return kind
+
+
+def _for_requests(processors: LogitsProcessorList, requests: Tensor, given: int) -> LogitsProcessorList:
+    """`processors` for the rows of `requests` out of `given`: the repetition penalty knows the padding of each row."""
+    own = LogitsProcessorList()
+    for processor in processors:
+        padding = getattr(processor, "prompt_ignore_length", None)
+        if isinstance(padding, Tensor):
+            processor = copy.copy(processor)
+            processor.prompt_ignore_length = padding.to(requests.device)[requests * (len(padding) // given)]
+        own.append(processor)
+    return own
 
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:
