@@ -8,7 +8,7 @@ import torch
 from mavis_logits import MavisBeamSearch, MavisBestOfN, MavisSampling
 from mavis_logits.testing import recompute_values
 from search_helpers import row_of, run, texts, true_values
-from tiny import EOS, make_base, make_head, make_value_model
+from tiny import EOS, make_adapter, make_base, make_head, make_value_model
 
 
 @pytest.mark.parametrize("options", [{}, {"do_sample": False}, {"temperature": 0.7, "top_k": 9}])
@@ -98,6 +98,21 @@ def test_values_are_those_of_the_sequences(base, prompts, kind, settings):
     assert (found.sequences_scores.view(3, 4).diff(dim=1) <= 0).all()
 
 
+@pytest.mark.parametrize(("architecture", "valued_by"), [("gpt2", "mistral"), ("mistral", "mamba"), ("gemma3", "gpt2")])
+def test_other_architectures(prompts, architecture, valued_by):
+    base, model = make_base(architecture), make_value_model("a", architecture=valued_by)
+    found = run(base, MavisBeamSearch(model, num_beams=4), prompts, num_return_sequences=4)
+    values = true_values(base, [model], texts(found.sequences, prompts))
+    torch.testing.assert_close(found.values, values, atol=1e-4, rtol=1e-4)
+
+
+def test_fused_value_models(base, prompts):
+    models = [make_adapter("a", seed=2), make_adapter("b", seed=3)]
+    found = run(base, MavisBeamSearch(models, num_beams=4, fuse=True), prompts, num_return_sequences=4)
+    values = true_values(base, models, texts(found.sequences, prompts))
+    torch.testing.assert_close(found.values, values, atol=1e-4, rtol=1e-4)
+
+
 def test_the_whole_vocabulary(base, prompts):
     head = make_head(base, "a")
     found = run(base, MavisBeamSearch(head, num_beams=3, top_k=None), prompts, top_k=0, num_return_sequences=3)
@@ -105,12 +120,12 @@ def test_the_whole_vocabulary(base, prompts):
     torch.testing.assert_close(found.values, values, atol=1e-4, rtol=1e-4)
 
 
-def test_beams_differ(base, value_model, prompts):
-    for sample in (True, False):
-        strategy = MavisBeamSearch(value_model, num_beams=4, expand=3)
-        session_rows = run(base, strategy, prompts, do_sample=True, num_return_sequences=4, max_new_tokens=4 + sample)
-        rows = [tuple(prompt + new) for prompt, new in texts(session_rows.sequences, prompts)]
-        assert len(set(rows)) == len(rows)
+@pytest.mark.parametrize("length", [2, 5])
+def test_beams_differ(base, value_model, prompts, length):
+    strategy = MavisBeamSearch(value_model, num_beams=4, expand=3)
+    found = run(base, strategy, prompts, num_return_sequences=4, max_new_tokens=length)
+    rows = [tuple(prompt + new) for prompt, new in texts(found.sequences, prompts)]
+    assert len(set(rows)) == len(rows)
 
 
 def test_more_beams_are_worth_more(prompts):

@@ -13,9 +13,9 @@ class MavisBeamSearch(MavisSearch):
     Beams are sampled from the tilted distribution (with `do_sample=False` its mode is taken), so that the text stays
     one that the policy would write. At every `interval`-th token each beam draws `expand` different tokens instead of
     one, and of all these continuations of a prompt the `num_beams` best by combined value go on. What is drawn was
-    valued anyway, so that a search costs as much as `num_beams` samples, whatever `interval` and `expand` are. Beams
-    that have ended compete with their final value. No two beams are the same as long as there are enough different
-    ones.
+    valued anyway, so that a search runs the models as often as `num_beams` samples do, whatever `interval` and
+    `expand` are; pruning only copies cached keys and values. Beams that have ended compete with their final value. No
+    two beams are the same as long as there are enough different ones.
 
     One beam with `expand=1` is `MavisSampling`; an `interval` beyond the last token is `MavisBestOfN`.
 
