@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from mavis_logits import MavisBestOfN, MavisBlockwise, MavisSampling
+from mavis_logits import MavisBeamSearch, MavisBestOfN, MavisBlockwise, MavisSampling
 from mavis_logits.strategies.session import Session
 from mavis_logits.testing import recompute_head_values, recompute_values
 from strategy_checks import ENDS, Damage
@@ -104,8 +104,15 @@ def test_the_repetition_penalty_is_that_of_each_row(
         assert set(row[len(text) :]) <= {PAD}
 
 
-@pytest.mark.parametrize("strategy", [MavisSampling, MavisBestOfN, MavisBlockwise])
-def test_a_damaged_base_model_is_told(strategy: Any, base: Any, prompts: dict[str, Tensor]) -> None:
-    mavis = strategy(make_value_model("a"), top_k=5)
+@pytest.mark.parametrize("strategy", [MavisSampling, MavisBestOfN, MavisBeamSearch, MavisBlockwise])
+@pytest.mark.parametrize("kind", ["model", "head"])
+def test_damaged_models_are_told(kind: str, strategy: Any, base: Any, prompts: dict[str, Tensor]) -> None:
+    value = make_value_model("a") if kind == "model" else make_head(base, "a")
+    settings: dict[str, Any] = {"do_sample": True, "max_new_tokens": 4, "custom_generate": strategy(value, top_k=5)}
     with pytest.raises(ValueError, match="the base model's scores hold NaN"):
-        base.generate(**prompts, do_sample=True, max_new_tokens=4, logits_processor=[Damage()], custom_generate=mavis)
+        base.generate(**prompts, logits_processor=[Damage()], **settings)
+    with torch.no_grad():
+        for parameter in value.parameters():
+            parameter.fill_(torch.nan)
+    with pytest.raises(ValueError, match="the value function for 'a' gave nan"):
+        base.generate(**prompts, **settings)

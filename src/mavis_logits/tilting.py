@@ -20,7 +20,7 @@ Normalization = Literal["minmax", "none", "center", "gap"]
 
 DEFAULT_GAP_FLOOR = 0.5
 MAX_BETA = 1e4
-_BISECTIONS = 60
+_NEWTON_STEPS = 25
 
 
 def combine(values: Tensor, weights: Tensor) -> Tensor:
@@ -109,11 +109,12 @@ def kl_divergence(tilted: Tensor, reference: Tensor, normalized: bool = False) -
     Returns:
         [R], at least 0 (up to rounding).
     """
+    reference = _wide(reference)
     log_policy = _wide(tilted) if normalized else torch.log_softmax(_wide(tilted), dim=-1)
-    policy = log_policy.exp()
+    policy, nothing = log_policy.exp(), torch.zeros((), device=reference.device)
     # A token without probability contributes nothing, also where both logarithms are -inf. A NaN stays one.
-    terms = torch.where(policy != 0, policy * (log_policy - _wide(reference)), torch.zeros((), device=policy.device))
-    return terms.sum(dim=-1)
+    divergence = torch.where(policy != 0, policy * (log_policy - reference), nothing).sum(dim=-1)
+    return torch.where(torch.isneginf(reference).all(dim=-1), nothing, divergence)  # a row of no tokens
 
 
 def solve_beta(scores: Tensor, values: Tensor, kl: Tensor | float, max_beta: float = MAX_BETA) -> Tensor:
@@ -133,13 +134,25 @@ def solve_beta(scores: Tensor, values: Tensor, kl: Tensor | float, max_beta: flo
     """
     scores, values = scores.double(), values.double()
     budget = torch.as_tensor(kl, dtype=torch.float64, device=scores.device).expand(len(scores))
+    present = torch.isfinite(scores)
     low = torch.zeros_like(budget)
     high = torch.full_like(budget, max_beta)
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        within = kl_divergence(tilt(scores, values, middle), scores) <= budget
-        low, high = torch.where(within, middle, low), torch.where(within, high, middle)
-    return torch.where(kl_divergence(tilt(scores, values, high), scores) <= budget, high, low).float()
+    spent_at_most = kl_divergence(tilt(scores, values, high), scores)
+    beta = torch.ones_like(budget).clamp(max=max_beta)
+    for _ in range(_NEWTON_STEPS):
+        log_policy = torch.log_softmax(tilt(scores, values, beta), dim=-1)
+        policy = log_policy.exp()
+        spent = torch.where(present, policy * (log_policy - scores), 0.0).sum(dim=-1)
+        mean = (policy * values).sum(dim=-1, keepdim=True)
+        slope = beta * (policy * (values - mean) ** 2).sum(dim=-1)  # d KL / d beta
+        within = spent <= budget
+        low, high = torch.where(within, beta, low), torch.where(within, high, beta)
+        newton = beta - (spent - budget) / slope
+        between = torch.where(low > 0, (low * high).sqrt(), high * 1e-2)
+        beta = torch.where((newton > low) & (newton < high), newton, between)
+    beta = torch.where(spent_at_most <= budget, max_beta, beta)
+    cut = kl_divergence(scores, scores)
+    return torch.where(cut > budget, 0.0, beta).float()
 
 
 def _wide(x: Tensor) -> Tensor:
