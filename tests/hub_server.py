@@ -424,10 +424,3 @@ def use_hub(server: HubServer, monkeypatch: pytest.MonkeyPatch, home: Path, toke
         monkeypatch.setenv("HF_TOKEN", token)
     pause = time.sleep
     monkeypatch.setattr(time, "sleep", lambda seconds: pause(min(seconds, 0.01)))  # the client waits before it retries
-
-
-if __name__ == "__main__":  # for trying things by hand
-    with hub_server() as running:
-        print(running.url, flush=True)
-        while True:
-            time.sleep(1)
