@@ -220,6 +220,7 @@ class RaggedScorer(ValueScorer):
             cache.advance(new, most)
             self.lengths = [have + more for have, more in zip(self.lengths, counts, strict=True)]
             cache.longest = max(self.lengths)
+        assert values is not None
         return self.model.join(feed.columns(values, most))
 
 

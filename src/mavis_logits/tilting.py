@@ -139,20 +139,23 @@ def solve_beta(scores: Tensor, values: Tensor, kl: Tensor | float, max_beta: flo
     high = torch.full_like(budget, max_beta)
     spent_at_most = kl_divergence(tilt(scores, values, high), scores)
     beta = torch.ones_like(budget).clamp(max=max_beta)
+    best, miss = beta, torch.full_like(budget, torch.inf)
     for _ in range(_NEWTON_STEPS):
         log_policy = torch.log_softmax(tilt(scores, values, beta), dim=-1)
         policy = log_policy.exp()
         spent = torch.where(present, policy * (log_policy - scores), 0.0).sum(dim=-1)
         mean = (policy * values).sum(dim=-1, keepdim=True)
         slope = beta * (policy * (values - mean) ** 2).sum(dim=-1)  # d KL / d beta
+        closer = (spent - budget).abs() < miss
+        best, miss = torch.where(closer, beta, best), torch.where(closer, (spent - budget).abs(), miss)
         within = spent <= budget
         low, high = torch.where(within, beta, low), torch.where(within, high, beta)
         newton = beta - (spent - budget) / slope
         between = torch.where(low > 0, (low * high).sqrt(), high * 1e-2)
         beta = torch.where((newton > low) & (newton < high), newton, between)
-    beta = torch.where(spent_at_most <= budget, max_beta, beta)
+    best = torch.where(spent_at_most <= budget, max_beta, best)
     cut = kl_divergence(scores, scores)
-    return torch.where(cut > budget, 0.0, beta).float()
+    return torch.where(cut > budget, 0.0, best).float()
 
 
 def _wide(x: Tensor) -> Tensor:
