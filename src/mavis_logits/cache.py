@@ -280,11 +280,11 @@ class RaggedCache(Cache):
             width = self.capacity
 
         slot = torch.arange(width, device=device)[None, None]
-        committed = slot < lengths[:, None, None]
-        # Slots of the row's new tokens up to the query itself (all of them, for a candidate).
-        reach = lengths[:, None] + torch.where(order < 0, 0, (order + 1).minimum(counts[:, None]))
-        new = (slot >= lengths[:, None, None]) & (slot < reach[..., None])
-        allowed = committed | new | (slot == slots[..., None])
+        allowed = (slot < lengths[:, None, None]) | (slot == slots[..., None])
+        if pending:
+            # Slots of the row's new tokens up to the query itself (all of them, for a candidate).
+            reach = lengths[:, None] + torch.where(order < 0, 0, (order + 1).minimum(counts[:, None]))
+            allowed |= (slot >= lengths[:, None, None]) & (slot < reach[..., None])
 
         packed = None
         if pack and (kept is not None or pending):
