@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -128,6 +130,17 @@ def test_buffers_grow_by_doubling_and_keep_what_they_hold() -> None:
         assert cache.layers[0].keys.shape == (2, cache.capacity, HEADS, WIDTH)
     assert sorted(set(capacities)) == [4, 8, 16, 32]
     assert_same(cache, lists)
+
+
+def test_a_cache_frees_its_memory_at_once() -> None:
+    cache = RaggedCache(2, 1)
+    forward(cache, cache.prepare(torch.ones(1, 5, dtype=torch.long), torch.tensor([5])))
+    buffer = weakref.ref(cache.layers[0].keys)
+    gc.disable()  # no help from the collector of cycles
+    del cache
+    gone = buffer() is None
+    gc.enable()
+    assert gone
 
 
 def test_a_long_prompt_gets_the_room_it_needs_at_once() -> None:

@@ -11,6 +11,7 @@ mask is additive and floating point, because a boolean mask is *added* by the ea
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,7 +133,15 @@ class RaggedLayer(CacheLayerMixin):
 
     def __init__(self, cache: RaggedCache) -> None:
         super().__init__()
-        self.cache = cache
+        # No reference cycle: the memory is to be free when decoding ends, not when the garbage collector comes round.
+        self._cache = weakref.ref(cache)
+
+    @property
+    def cache(self) -> RaggedCache:
+        """The cache that this layer belongs to."""
+        cache = self._cache()
+        assert cache is not None
+        return cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         rows, capacity = len(self.cache.lengths) * self.cache.copies, self.cache.capacity
