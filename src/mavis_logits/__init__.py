@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         MavisOutput,
         MavisSampling,
         MavisStrategy,
+        MavisTreeSearch,
     )
     from .value_head import ValueHead, ValueHeadConfig
     from .value_model import ValueModel, ValueModelConfig, ValueModelOutput
@@ -28,6 +29,7 @@ _MODULES = {
     "MavisOutput": "strategies",
     "MavisSampling": "strategies",
     "MavisStrategy": "strategies",
+    "MavisTreeSearch": "strategies",
     "ValueHead": "value_head",
     "ValueHeadConfig": "value_head",
     "ValueModel": "value_model",

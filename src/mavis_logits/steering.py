@@ -337,6 +337,12 @@ class Steering:
                 )
         self._functions.check_vocabulary(scores.shape[1])
 
+    def _check_step(self, step: Step) -> None:
+        """Raise `ValueError` if the base model or a value function gave a NaN. Waits for the device."""
+        if (torch.isnan(step.kl) | ~torch.isfinite(step.combined).all(dim=1)).any():
+            check_scores(step.reference)
+            self._check_values(step.values, torch.isfinite(step.reference))
+
     def _check_values(self, values: Tensor, mask: Tensor) -> None:
         bad = ~torch.isfinite(values) & mask[..., None]
         if bad.any():

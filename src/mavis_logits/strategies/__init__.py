@@ -5,5 +5,14 @@ from .beam_search import MavisBeamSearch
 from .best_of_n import MavisBestOfN
 from .blockwise import MavisBlockwise
 from .sampling import MavisSampling
+from .tree_search import MavisTreeSearch
 
-__all__ = ["MavisBeamSearch", "MavisBestOfN", "MavisBlockwise", "MavisOutput", "MavisSampling", "MavisStrategy"]
+__all__ = [
+    "MavisBeamSearch",
+    "MavisBestOfN",
+    "MavisBlockwise",
+    "MavisOutput",
+    "MavisSampling",
+    "MavisStrategy",
+    "MavisTreeSearch",
+]

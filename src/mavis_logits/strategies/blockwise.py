@@ -156,9 +156,7 @@ class MavisBlockwise(MavisStrategy):
             step = session.score()
             log_probs = step.tilted if step.everything is None else step.everything
             candidates = step.candidates if step.everything is None else None
-            if torch.isnan(step.kl).any():
-                check_scores(step.reference)
-                self._check_values(step.values, torch.isfinite(step.reference))
+            self._check_step(step)
         else:
             log_probs = torch.log_softmax(session.reference(), dim=-1)
             check_scores(log_probs)
