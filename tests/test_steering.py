@@ -1,0 +1,126 @@
+"""The distribution of one step, whatever is cut, kept or budgeted, against its definition in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mavis_logits.steering import Steering
+from tiny import VOCABULARY, make_base, make_head, make_value_model
+
+HEAD = make_head(make_base(), "a", "b")
+NORMALIZATIONS = ["minmax", "gap", "center", "none"]
+
+
+def steering(**settings: Any) -> Steering:
+    return Steering(HEAD, {"a": 0.7, "b": 0.3}, model=make_base(), **settings)
+
+
+def scores_of(seed: int, rows: int = 3, spread: float = 3.0) -> Tensor:
+    torch.manual_seed(seed)
+    scores = spread * torch.randn(rows, VOCABULARY)
+    scores[torch.rand_like(scores) < 0.2] = -torch.inf  # banned by an earlier processor
+    return scores
+
+
+def definition(mavis: Steering, scores: Tensor, values: Tensor) -> Tensor:
+    """[V] the policy after one row of scores, by the settings' own words; values [V] are combined ones."""
+    config = mavis.config
+    log_ref = torch.log_softmax(scores.double() / config.reference_temperature, dim=0)
+    order = log_ref.argsort(descending=True, stable=True)
+    candidates = [int(i) for i in order[: config.top_k] if torch.isfinite(log_ref[i])]
+    if config.candidate_min_p is not None:
+        best = float(log_ref.exp().max())
+        candidates = [i for i in candidates if float(log_ref[i].exp()) >= config.candidate_min_p * best * (1 - 1e-6)]
+    v = values[candidates].double()
+    low, high = v.min(), v.max()
+    if config.normalize == "minmax":
+        v = (v - low) / (high - low) if high > low else torch.zeros_like(v)
+    elif config.normalize == "gap":
+        v = (v - low) / max(float(high - low), config.gap_floor)
+    elif config.normalize == "center":
+        v = v - v.mean()
+    policy = log_ref.exp() if config.unscored == "keep" else torch.zeros(len(scores), dtype=torch.float64)
+    policy[candidates] = log_ref[candidates].exp() * torch.exp(float(mavis.beta) * v)
+    return policy / policy.sum()
+
+
+settings = st.fixed_dictionaries(
+    {
+        "top_k": st.sampled_from([1, 5, 40, VOCABULARY, None]),
+        "candidate_min_p": st.sampled_from([None, 0.01, 0.3, 1.0]),
+        "normalize": st.sampled_from(NORMALIZATIONS),
+        "unscored": st.sampled_from(["drop", "keep"]),
+        "reference_temperature": st.sampled_from([1.0, 0.6]),
+        "beta": st.sampled_from([0.0, 3.0]),
+    }
+)
+
+
+@given(settings, st.integers(0, 10**6))
+def test_a_step_is_what_its_settings_say(given_settings: dict[str, Any], seed: int) -> None:
+    mavis = steering(**given_settings)
+    scores = scores_of(seed)
+    choice = mavis.choose(scores)
+    everything = torch.randn(len(scores), VOCABULARY)
+    values = torch.stack([everything, everything], dim=-1).gather(1, choice.candidates[..., None].expand(-1, -1, 2))
+    scored = mavis.worth_scoring(choice)
+    step = mavis.tilt(choice, values.masked_fill(~scored[..., None], 0.0))
+    policy = step.log_probs(VOCABULARY).double().exp()
+    for row in range(len(scores)):
+        expected = definition(mavis, scores[row], everything[row])
+        torch.testing.assert_close(policy[row], expected, atol=1e-5, rtol=1e-3)
+        log_ref = torch.log_softmax(scores[row].double() / mavis.config.reference_temperature, dim=0)
+        present = expected > 0
+        kl = (expected[present] * (expected[present].log() - log_ref[present])).sum()
+        assert float(step.kl[row]) == pytest.approx(float(kl), abs=1e-4)
+        kept = torch.isfinite(step.others[row])
+        assert bool(kept) == (mavis.config.unscored == "keep")
+
+
+@pytest.mark.parametrize("top_k", [6, 60, None])
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_a_budget_is_spent_over_any_number_of_candidates(top_k: int | None, normalize: str) -> None:
+    mavis = steering(top_k=top_k, normalize=normalize, kl_budget=2.0)
+    choice = mavis.choose(scores_of(0, rows=5))
+    step = mavis.tilt(choice, torch.randn(*choice.candidates.shape, 2))
+    cut = -choice.reference.logsumexp(dim=1)  # what no beta lowers
+    best = step.combined.masked_fill(~choice.mask, -torch.inf).argmax(dim=1, keepdim=True)
+    most = -choice.reference.gather(1, best)[:, 0]  # what no beta exceeds
+    torch.testing.assert_close(step.kl, torch.maximum(cut, most.clamp(max=2.0)), atol=1e-3, rtol=1e-3)
+
+
+@given(st.integers(0, 10**6), st.floats(0.01, 1.0))
+def test_a_lone_candidate_needs_no_value(seed: int, share: float) -> None:
+    mavis = steering(top_k=15, candidate_min_p=share)
+    choice = mavis.choose(scores_of(seed))
+    counts = choice.mask.sum(dim=1)
+    assert (counts >= 1).all()
+    assert torch.equal(mavis.worth_scoring(choice).sum(dim=1), torch.where(counts > 1, counts, 0))
+
+
+def test_rows_of_one_request_share_its_weights() -> None:
+    mavis = steering(top_k=8)
+    mavis.weights = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    choice = mavis.choose(scores_of(1, rows=4))
+    values = torch.randn(4, 8, 2)
+    step = mavis.tilt(choice, values, request=torch.tensor([1, 0, 0, 1]))
+    mask = choice.mask
+    for row, objective in enumerate((1, 0, 0, 1)):
+        torch.testing.assert_close(step.combined[row], values[row, :, objective].masked_fill(~mask[row], 0.0))
+
+
+def test_uncut_steering_is_for_heads_alone() -> None:
+    with pytest.raises(ValueError, match="top_k=None scores the whole vocabulary, which only value heads can"):
+        Steering(make_value_model("a"), top_k=None)
+
+
+@pytest.mark.parametrize("share", [0.0, -0.1, 1.1, float("nan"), "much"])
+def test_a_share_out_of_range_is_refused(share: Any) -> None:
+    with pytest.raises(ValueError, match="candidate_min_p must be above 0 and at most 1"):
+        steering(candidate_min_p=share)
