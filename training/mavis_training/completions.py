@@ -33,6 +33,7 @@ STRATEGIES: dict[str, type[MavisStrategy]] = {
     "beam_search": strategies.MavisBeamSearch,
     "best_of_n": strategies.MavisBestOfN,
     "blockwise": strategies.MavisBlockwise,
+    "tree_search": strategies.MavisTreeSearch,
 }
 _RETURNED = "num_return_sequences"
 _GIVEN_HERE = {"args", "kwargs", "streamer", "stop_strings", "reward_functions", "reward_weights", "reward_columns"}
