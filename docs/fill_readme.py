@@ -78,25 +78,68 @@ def steering(results: Path) -> str:
     lines = []
     for kind, title in (("head", "One value head with three outputs"), ("model", "Three value models")):
         run = read(results / f"steering_{kind}.json")
+        if run is not None:
+            about = (
+                f"**{title}**: change of each reward in standard deviations of the unsteered model's, {measured(run)}:"
+            )
+            lines += [about, "", *gains(run), ""]
+    return "\n".join(lines)
+
+
+def search(results: Path) -> str:
+    """Return the gains of searches and of fewer candidates, and what the one is above the other, prompt by prompt."""
+    lines = []
+    for name, about in (
+        (
+            "search",
+            "**Four sequences a prompt, helpful and humour at equal weights**, by the value head; the same units",
+        ),
+        (
+            "adaptive",
+            "**Fewer candidates where the model is sure** (`candidate_min_p`), by value models; the same units",
+        ),
+    ):
+        run = read(results / f"{name}.json")
         if run is None:
             continue
-        objectives = list(run["config"]["rewards"])
+        lines += [f"{about}, {measured(run)}:", "", *gains(run), ""]
+        objectives = judged(run)
         rows = [
-            (
-                name,
-                *(f"{row[one]['gain_sd']:+.2f} ± {row[one]['gain_sd_error']:.2f}" for one in objectives),
-                f"{row['kl']:.1f}",
-            )
-            for name, row in run["settings"].items()
+            (one["setting"], one["against"], *(plus_minus_sd(one[objective]) for objective in objectives))
+            for one in run.get("contrasts", [])
         ]
-        lines += [
-            f"**{title}**: change of each reward in standard deviations of the unsteered model's, "
-            f"{run['prompts']} held-out prompts x {len(run['config']['seeds'])} seeds, {run['date']}:",
-            "",
-            *table(["setting", *objectives, "KL (nats)"], rows),
-            "",
-        ]
+        if rows:
+            lines += [*table(["setting", "less", *objectives], rows), ""]
     return "\n".join(lines)
+
+
+def measured(run: dict[str, Any]) -> str:
+    """Return on what an evaluation was made, and when."""
+    return f"{run['prompts']} held-out prompts x {len(run['config']['seeds'])} seeds, {run['date']}"
+
+
+def judged(run: dict[str, Any]) -> list[str]:
+    """Return the rewards of an evaluation, a combined one last."""
+    return [*run["config"]["rewards"], *(["combined"] if run["config"].get("combined") else [])]
+
+
+def gains(run: dict[str, Any]) -> list[str]:
+    """Return the gain of every reward under every setting of an evaluation as a table."""
+    objectives = judged(run)
+    rows = [
+        (
+            name,
+            *(plus_minus_sd(row[objective]) for objective in objectives),
+            "-" if row["kl"] is None else f"{row['kl']:.1f}",
+        )
+        for name, row in run["settings"].items()
+    ]
+    return table(["setting", *objectives, "KL (nats)"], rows)
+
+
+def plus_minus_sd(gain: dict[str, float]) -> str:
+    """Return ``gain ± error`` in standard deviations."""
+    return f"{gain['gain_sd']:+.2f} ± {gain['gain_sd_error']:.2f}"
 
 
 def decode(results: Path) -> str:
@@ -134,7 +177,7 @@ def read(file: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
-SECTIONS: dict[str, Callable[[Path], str]] = {"demo": demo, "steering": steering, "decode": decode}
+SECTIONS: dict[str, Callable[[Path], str]] = {"demo": demo, "steering": steering, "search": search, "decode": decode}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -64,13 +64,17 @@ def test_sections_are_filled_again_without_growing(tmp_path: Path) -> None:
     }
     (tmp_path / "decode.json").write_text(json.dumps(decode))
     gain = {"gain_sd": 1.204, "gain_sd_error": 0.1}
-    steering = {
+    steering: dict[str, Any] = {
         "date": "2026-01-01",
         "prompts": 100,
         "config": {"rewards": {"helpful": "folder"}, "seeds": [0, 1, 2]},
         "settings": {"helpful 1": {"helpful": gain, "kl": 20.04}},
     }
     (tmp_path / "steering_head.json").write_text(json.dumps(steering))
+    steering["config"]["combined"] = {"helpful": 1.0}
+    steering["settings"] = {"beam search 4": {"helpful": gain, "combined": gain, "kl": None}}
+    steering["contrasts"] = [{"setting": "beam search 4", "against": "best of 4", "helpful": gain, "combined": gain}]
+    (tmp_path / "search.json").write_text(json.dumps(steering))
     setting = {"weights": {"helpful": 1.0}, "beta": 5.0, "rewards": {"helpful": {"mean": 0.5, "error": 0.125}}}
     demo = {
         "prompts": ["Why | so?"],
@@ -82,6 +86,8 @@ def test_sections_are_filled_again_without_growing(tmp_path: Path) -> None:
     once = fill_readme.filled(empty, tmp_path)
     assert "| 1 | value head | 1.01 (1.00 to 1.10) |" in once
     assert "| helpful 1 | +1.20 ± 0.10 | 20.0 |" in once
+    assert "| beam search 4 | +1.20 ± 0.10 | +1.20 ± 0.10 | - |" in once
+    assert "| beam search 4 | best of 4 | +1.20 ± 0.10 | +1.20 ± 0.10 |" in once
     assert r"“Why \| so?”" in once
     assert "| helpful 1 | 0.50 ± 0.12 | 20.00 ± 1.00 |" in once
     assert "old" not in once
