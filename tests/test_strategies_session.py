@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from mavis_logits import MavisBeamSearch, MavisBestOfN, MavisBlockwise, MavisSampling
+from mavis_logits import MavisBeamSearch, MavisBestOfN, MavisBlockwise, MavisSampling, ValueHead
 from mavis_logits.strategies.session import Session
 from mavis_logits.testing import recompute_head_values, recompute_values
 from strategy_checks import ENDS, Damage
-from tiny import PAD, VOCABULARY, make_head, make_value_model
+from tiny import PAD, VOCABULARY, make_base, make_head, make_value_model
 
 CANDIDATES = torch.arange(20, 24)
 
@@ -25,10 +25,14 @@ class WidthBias(LogitsProcessor):
         return scores + input_ids.shape[1] + 0.01 * input_ids.sum(dim=1, keepdim=True)
 
 
-@pytest.mark.parametrize("kind", ["model", "head"])
-def test_replaced_rows_are_as_if_written_so(kind: str, base: Any, prompts: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [("llama", "llama"), ("llama", "head"), ("gpt2", "gemma2"), ("gemma3", "gpt2"), ("mistral", "mamba")],
+)
+def test_replaced_rows_are_as_if_written_so(architecture: str, kind: str, prompts: dict[str, Tensor]) -> None:
     """Any sequence after any other, of any length: distributions and values equal those of a forward from scratch."""
-    value = make_value_model("a", "b") if kind == "model" else make_head(base, "a", "b")
+    base = make_base(architecture)
+    value = make_head(base, "a", "b") if kind == "head" else make_value_model("a", "b", architecture=kind)
     mavis = MavisSampling(value, model=base, top_k=5)
     ids, mask = prompts["input_ids"], prompts["attention_mask"]
     starts = [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
@@ -49,10 +53,10 @@ def test_replaced_rows_are_as_if_written_so(kind: str, base: Any, prompts: dict[
                 shown = torch.tensor([[PAD] * padding[r] + sequence])
                 logits = base(torch.tensor([sequence])).logits[:, -1]
                 torch.testing.assert_close(scores[r], WidthBias()(shown, logits)[0], atol=1e-3, rtol=1e-3)
-                if kind == "model":
-                    expected = recompute_values(value, sequence, CANDIDATES)
-                else:
+                if isinstance(value, ValueHead):
                     expected = recompute_head_values(value, base, sequence, CANDIDATES)
+                else:
+                    expected = recompute_values(value, sequence, CANDIDATES)
                 torch.testing.assert_close(values[r], expected, atol=1e-3, rtol=1e-3)
             before = written
 

@@ -60,7 +60,7 @@ def test_one_simulation_is_sampling_under_every_setting(
 def test_sequences_come_with_their_values(
     sample: bool, length: int, kind: str, base: Any, prompts: dict[str, Tensor]
 ) -> None:
-    mavis = MavisTreeSearch(functions(kind, base), WEIGHTS, 1.0, num_simulations=6, block_length=length, top_k=4)
+    mavis = MavisTreeSearch(functions(kind, base), WEIGHTS, 1.0, num_simulations=4, block_length=length, top_k=4)
     returned = 2 if sample else 1
     call = {"do_sample": sample, "max_new_tokens": 9, "num_return_sequences": returned}
     torch.manual_seed(0)
@@ -108,8 +108,8 @@ def test_a_row_of_a_batch_searches_as_it_does_alone(
 ) -> None:
     value = functions(kind, base)
     weights, beta = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]), torch.tensor([0.5, 1.0, 2.0])
-    settings: Any = {"num_simulations": 9, "block_length": length, "top_k": 5}
-    call: Any = {"do_sample": False, "max_new_tokens": 9, "min_new_tokens": 3, "repetition_penalty": 1.2}
+    settings: Any = {"num_simulations": 6, "block_length": length, "top_k": 5}
+    call: Any = {"do_sample": False, "max_new_tokens": 7, "min_new_tokens": 3, "repetition_penalty": 1.2}
     together = base.generate(
         **prompts, custom_generate=MavisTreeSearch(value, weights, beta, **settings), eos_token_id=ENDS, **call
     )
@@ -142,16 +142,16 @@ class Watched(MavisTreeSearch):
 
 def test_every_simulation_is_one_forward_of_the_batch(base: Any, prompts: dict[str, Tensor]) -> None:
     mavis = Watched(make_value_model("a"), num_simulations=7, top_k=5)
-    call: Any = {"do_sample": False, "max_new_tokens": 40, "min_new_tokens": 40}
+    call: Any = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
     base.generate(**prompts, custom_generate=mavis, **call)
-    assert len(mavis.forwards) == 7 * 40
-    assert mavis.forwards[:35] == [1] * 35  # no tree is deeper than it has had simulations: no end is in reach
-    assert sum(mavis.forwards) < 7 * 40
+    assert len(mavis.forwards) == 7 * 12
+    assert mavis.forwards[:12] == [1] * 12  # no tree is deeper than it has had simulations: no end is in reach
+    assert sum(mavis.forwards) < 7 * 12
 
 
 def test_blocks_are_written_in_as_many_forwards_as_they_have_tokens(base: Any, prompts: dict[str, Tensor]) -> None:
     mavis = Watched(make_value_model("a"), num_simulations=4, block_length=3, top_k=5)
-    base.generate(**prompts, custom_generate=mavis, do_sample=False, max_new_tokens=50, min_new_tokens=50)
+    base.generate(**prompts, custom_generate=mavis, do_sample=False, max_new_tokens=12, min_new_tokens=12)
     assert mavis.forwards[:4] == [1, 3, 3, 3]  # the prompt, and three blocks
 
 

@@ -28,7 +28,8 @@ class MavisBlockwise(MavisStrategy):
 
     The form of controlled decoding (Mudgal et al., 2024) that looks at whole blocks of the reference's own text, and of
     robust multi-objective decoding (RMOD; Son et al., 2025). It needs a value only at the end of every block: value
-    models read K rows once a block in place of k candidates at every token. The base model writes K rows for each.
+    models read K rows once a block in place of k candidates at every token. The base model writes K rows for each, at K
+    times the compute and K times the memory of its cache.
 
     The block kept is drawn with probability proportional to exp(beta v), which is Algorithm 2 with K blocks in place of
     k candidates: they are samples of the reference already. A block ends early where its text does.

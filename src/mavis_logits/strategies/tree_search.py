@@ -33,7 +33,7 @@ class MavisTreeSearch(MavisStrategy):
     The prompts of a batch search side by side, and a simulation costs one forward pass of all models with one row a
     prompt: a token costs `num_simulations` times what it does with `MavisSampling`. Rows move about in their trees;
     what a text shares with the one read before stays cached, and the few tokens that it does not are read in the same
-    pass. A text that ends costs nothing: its value is known.
+    pass. A text that ends need not be read: its value is known.
 
     Args:
         num_simulations: texts looked at before every token (or block).
