@@ -12,7 +12,7 @@ from mavis_logits import MavisBlockwise, MavisSampling
 from mavis_logits.strategies.session import Session
 from mavis_logits.strategies.worst_case import worst_case_weights
 from strategy_checks import ENDS, FULL, WEIGHTS, Collector, Damage, StopAfter, functions, recompute, written
-from tiny import PAD, make_base, make_value_model
+from tiny import PAD, make_adapter, make_base, make_value_model
 
 # ---- one block ----
 
@@ -179,6 +179,19 @@ def test_weights_of_requests_are_their_own(base: Any, prompts: dict[str, Tensor]
                 custom_generate=MavisBlockwise(value, weights[row], float(beta[row]), **settings),
             )
             assert written(together[row], 5) == written(alone[0], 5)
+
+
+@pytest.mark.parametrize("combination", ["weighted", "worst-case"])
+def test_fused_value_models(combination: Any, base: Any, prompts: dict[str, Tensor]) -> None:
+    """Adapters of different reward units, run in one forward or each in its own."""
+    outputs = []
+    for fuse in (True, False):
+        adapters = [make_adapter("a", seed=2), make_adapter("b", seed=3)]
+        mavis = MavisBlockwise(adapters, fuse=fuse, num_blocks=3, block_length=3, combination=combination)
+        outputs.append(base.generate(**prompts, do_sample=False, max_new_tokens=9, custom_generate=mavis, **FULL))
+    assert torch.equal(outputs[0].sequences, outputs[1].sequences)
+    torch.testing.assert_close(outputs[0].values, outputs[1].values, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(outputs[0].sequences_scores, outputs[1].sequences_scores, atol=1e-3, rtol=1e-3)
 
 
 # ---- the choice between blocks ----

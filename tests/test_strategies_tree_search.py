@@ -12,7 +12,7 @@ from mavis_logits import MavisSampling, MavisTreeSearch
 from mavis_logits.strategies.tree import Tree
 from mavis_logits.testing import recompute_values
 from strategy_checks import ENDS, FULL, WEIGHTS, Collector, Damage, StopAfter, functions, recompute, written
-from tiny import PAD, make_base, make_head, make_value_model
+from tiny import PAD, make_adapter, make_base, make_head, make_value_model
 
 
 @pytest.mark.parametrize("kind", ["model", "head", "mixed"])
@@ -118,6 +118,16 @@ def test_a_row_of_a_batch_searches_as_it_does_alone(
         mavis = MavisTreeSearch(value, weights[row], float(beta[row]), **settings)
         alone = base.generate(ids, custom_generate=mavis, eos_token_id=ENDS, **call)
         assert written(together[row], 5)[ids.shape[1] :] == alone[0, ids.shape[1] :].tolist()
+
+
+def test_fused_value_models(base: Any, prompts: dict[str, Tensor]) -> None:
+    outputs = []
+    for fuse in (True, False):
+        adapters = [make_adapter("a", seed=2), make_adapter("b", seed=3)]
+        mavis = MavisTreeSearch(adapters, fuse=fuse, num_simulations=5, top_k=5)
+        outputs.append(base.generate(**prompts, do_sample=False, max_new_tokens=6, custom_generate=mavis, **FULL))
+    assert torch.equal(outputs[0].sequences, outputs[1].sequences)
+    torch.testing.assert_close(outputs[0].values, outputs[1].values, atol=1e-3, rtol=1e-3)
 
 
 class Watched(MavisTreeSearch):
