@@ -15,7 +15,7 @@ from tiny import EOS, make_adapter, make_base, make_head, make_value_model
 @pytest.mark.parametrize("seed", range(3))
 def test_one_beam_that_draws_one_token_is_sampling(base, value_model, prompts, options, seed):
     sampled = run(base, MavisSampling(value_model), prompts, seed, **options)
-    searched = run(base, MavisBeamSearch(value_model, num_beams=1, expand=1), prompts, seed, **options)
+    searched = run(base, MavisBeamSearch(value_model, num_beams=1, interval=1, expand=1), prompts, seed, **options)
     assert torch.equal(searched.sequences, sampled.sequences)
     torch.testing.assert_close(searched.values, sampled.values)
 
@@ -51,7 +51,7 @@ def enumerate_all(base, model, prompt, k, length, weights):
 def test_enough_beams_find_the_best_of_all_sequences(prompts, seed):
     base, model = make_base(seed=seed), make_value_model("a", "b", seed=seed + 10)
     base.lm_head.weight[EOS] += 0.3 * base.lm_head.weight.std()  # some sequences end early
-    strategy = MavisBeamSearch(model, {"a": 0.7, "b": 0.3}, top_k=3, num_beams=27, expand=3)
+    strategy = MavisBeamSearch(model, {"a": 0.7, "b": 0.3}, top_k=3, num_beams=27, interval=1, expand=3)
     found = run(base, strategy, prompts, max_new_tokens=3, num_return_sequences=5, top_k=0)
     rows = texts(found.sequences, prompts)
     for i in range(3):
@@ -73,10 +73,10 @@ def test_a_prompt_alone_gives_what_it_gives_in_a_batch(base, value_model, prompt
 
 def test_weights_and_beta_of_every_request(base, value_model, prompts):
     weights, betas = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]), torch.tensor([1.0, 8.0, 3.0])
-    strategy = MavisBeamSearch(value_model, weights, betas, num_beams=3)
+    strategy = MavisBeamSearch(value_model, weights, betas, num_beams=3, interval=1)
     together = texts(run(base, strategy, prompts, do_sample=False).sequences, prompts)
     for row in range(3):
-        alone = MavisBeamSearch(value_model, weights[row], float(betas[row]), num_beams=3)
+        alone = MavisBeamSearch(value_model, weights[row], float(betas[row]), num_beams=3, interval=1)
         single = row_of(prompts, row)
         assert texts(run(base, alone, single, do_sample=False).sequences, single)[0] == together[row]
 
@@ -90,7 +90,7 @@ def test_weights_and_beta_of_every_request(base, value_model, prompts):
 def test_values_are_those_of_the_sequences(base, prompts, kind, settings):
     model, head = make_value_model("a", "b"), make_head(base, "c")
     functions = {"model": [model], "head": [head], "both": [model, head]}[kind]
-    strategy = MavisBeamSearch(functions, num_beams=4, **settings)
+    strategy = MavisBeamSearch(functions, num_beams=4, **{"interval": 1} | settings)
     found = run(base, strategy, prompts, num_return_sequences=4, max_new_tokens=7)
     values = true_values(base, functions, texts(found.sequences, prompts))
     torch.testing.assert_close(found.values, values, atol=1e-4, rtol=1e-4)
@@ -101,28 +101,30 @@ def test_values_are_those_of_the_sequences(base, prompts, kind, settings):
 @pytest.mark.parametrize(("architecture", "valued_by"), [("gpt2", "mistral"), ("mistral", "mamba"), ("gemma3", "gpt2")])
 def test_other_architectures(prompts, architecture, valued_by):
     base, model = make_base(architecture), make_value_model("a", architecture=valued_by)
-    found = run(base, MavisBeamSearch(model, num_beams=4), prompts, num_return_sequences=4)
+    found = run(base, MavisBeamSearch(model, num_beams=4, interval=1), prompts, num_return_sequences=4)
     values = true_values(base, [model], texts(found.sequences, prompts))
     torch.testing.assert_close(found.values, values, atol=1e-4, rtol=1e-4)
 
 
 def test_fused_value_models(base, prompts):
     models = [make_adapter("a", seed=2), make_adapter("b", seed=3)]
-    found = run(base, MavisBeamSearch(models, num_beams=4, fuse=True), prompts, num_return_sequences=4)
+    found = run(base, MavisBeamSearch(models, num_beams=4, interval=1, fuse=True), prompts, num_return_sequences=4)
     values = true_values(base, models, texts(found.sequences, prompts))
     torch.testing.assert_close(found.values, values, atol=1e-4, rtol=1e-4)
 
 
 def test_the_whole_vocabulary(base, prompts):
     head = make_head(base, "a")
-    found = run(base, MavisBeamSearch(head, num_beams=3, top_k=None), prompts, top_k=0, num_return_sequences=3)
+    found = run(
+        base, MavisBeamSearch(head, num_beams=3, interval=1, top_k=None), prompts, top_k=0, num_return_sequences=3
+    )
     values = true_values(base, [head], texts(found.sequences, prompts))
     torch.testing.assert_close(found.values, values, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("length", [2, 5])
 def test_beams_differ(base, value_model, prompts, length):
-    strategy = MavisBeamSearch(value_model, num_beams=4, expand=3)
+    strategy = MavisBeamSearch(value_model, num_beams=4, interval=1, expand=3)
     found = run(base, strategy, prompts, num_return_sequences=4, max_new_tokens=length)
     rows = [tuple(prompt + new) for prompt, new in texts(found.sequences, prompts)]
     assert len(set(rows)) == len(rows)
@@ -131,7 +133,11 @@ def test_beams_differ(base, value_model, prompts, length):
 def test_more_beams_are_worth_more(prompts):
     base, model = make_base(), make_value_model("a")
     worth = [
-        float(run(base, MavisBeamSearch(model, num_beams=n), prompts, max_new_tokens=12).sequences_scores.mean())
+        float(
+            run(
+                base, MavisBeamSearch(model, num_beams=n, interval=1), prompts, max_new_tokens=12
+            ).sequences_scores.mean()
+        )
         for n in (1, 4, 16)
     ]
     assert worth[0] < worth[1] < worth[2]
