@@ -72,19 +72,24 @@ class Timing:
 
 @dataclass
 class Measured:
-    """The runs of one variant, one a round, and beside each the mean of the same round's two plain runs."""
+    """The runs of one variant, and beside each what plain `generate` took around it."""
 
     timings: list[Timing] = field(default_factory=list)
     plain: list[Timing] = field(default_factory=list)
 
+    def add(self, timing: Timing, plain: Timing) -> None:
+        """One more run."""
+        self.timings.append(timing)
+        self.plain.append(plain)
+
     @property
     def ratios(self) -> list[float]:
-        """Time over plain, round by round."""
+        """Time over plain, run by run."""
         return [own.seconds / plain.seconds for own, plain in zip(self.timings, self.plain, strict=True)]
 
     @property
     def token_ratios(self) -> list[float]:
-        """Time per token after the first over plain's, round by round."""
+        """Time per token after the first over plain's, run by run."""
         return [own.token_seconds / plain.token_seconds for own, plain in zip(self.timings, self.plain, strict=True)]
 
     @property
@@ -97,7 +102,7 @@ class Measured:
 def measure(
     setup: Setup, setting: Setting, variants: Mapping[str, dict[str, Any]], rounds: Mapping[str, int]
 ) -> dict[str, Measured]:
-    """Time variants in turns, plain `generate` first and last of every round, after a few tokens that do not count.
+    """Time variants in turns, plain `generate` before and after each, after a few tokens that do not count.
 
     Args:
         setup: models and prompts.
@@ -106,7 +111,8 @@ def measure(
         rounds: how many rounds each variant takes part in.
 
     Returns:
-        what was measured by variant, plain `generate` included: its first run of each round beside both.
+        what was measured by variant, each run beside the mean of the plain ones around it, so that a machine that gets
+        slower and faster is slower and faster for both. Plain `generate` included: each run beside the one before it.
     """
     measured = {name: Measured() for name in (PLAIN, *variants)}
     # What is compiled is compiled for one length: then only a whole run warms up.
@@ -115,20 +121,18 @@ def measure(
     fresh = {name: decode(setup, setting, inputs, own, few, 0) for name, own in {PLAIN: {}, **variants}.items()}
     for turn in range(1, max(rounds.values(), default=1) + 1):
         inputs = setup.prompts(turn, setting.batch, setting.context, setting.different_lengths)
-        first = decode(setup, setting, inputs, {}, setting.new_tokens, turn)
-        timings = {
-            name: decode(setup, setting, inputs, arguments, setting.new_tokens, turn)
-            for name, arguments in variants.items()
-            if turn <= rounds[name]
-        }
-        last = decode(setup, setting, inputs, {}, setting.new_tokens, turn)
-        plain = Timing((first.seconds + last.seconds) / 2, (first.token_seconds + last.token_seconds) / 2, None)
-        for name, timing in {PLAIN: first, **timings}.items():
+        before = decode(setup, setting, inputs, {}, setting.new_tokens, turn)
+        taking_part = [name for name in variants if turn <= rounds[name]]
+        for name in taking_part:
+            timing = decode(setup, setting, inputs, variants[name], setting.new_tokens, turn)
+            after = decode(setup, setting, inputs, {}, setting.new_tokens, turn)
             # Buffers that a processor keeps from run to run show only in its first one.
             timing.memory = _larger(timing.memory, fresh[name].memory)
-            measured[name].timings.append(timing)
-            measured[name].plain.append(plain)
-        print(_line(setting, turn, measured, timings), flush=True)
+            after.memory = _larger(after.memory, fresh[PLAIN].memory)
+            measured[name].add(timing, _mean(before, after))
+            measured[PLAIN].add(after, before)
+            before = after
+        print(_line(setting, turn, measured, taking_part), flush=True)
     return measured
 
 
@@ -210,6 +214,11 @@ def _process_memory(name: str) -> int:
     if found is None:
         raise OSError(f"the system does not tell {name}")
     return int(found[1]) * 1024
+
+
+def _mean(one: Timing, other: Timing) -> Timing:
+    """Their mean; of no memory."""
+    return Timing((one.seconds + other.seconds) / 2, (one.token_seconds + other.token_seconds) / 2, None)
 
 
 def _larger(one: int | None, other: int | None) -> int | None:

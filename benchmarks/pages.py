@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 EXPLANATION = """\
 Written by `benchmarks/decode.py`. Every variant decodes the same prompts in turns with plain `generate`, which runs
-first and last in every round; its own line tells how far its two runs differ, that is, the noise.
+before and after each of them; its own line compares every such run with the one before it, that is, the noise.
 
-- **time over plain**: seconds of the whole `generate` call over plain `generate`'s in the same round, median (range).
+- **time over plain**: seconds of the whole `generate` call over plain `generate`'s around it, median (range).
 - **per token**: the same for the time per token after the first, without the prompts.
 - **candidates**: scored in every row and step; with min-p their mean.
 - **roofline**: what *per token* would be if both ran at the limits of this device: weights and caches read once, all

@@ -87,30 +87,12 @@ def steering(results: Path) -> str:
 
 
 def search(results: Path) -> str:
-    """Return the gains of searches and of fewer candidates, and what the one is above the other, prompt by prompt."""
-    lines = []
-    for name, about in (
-        (
-            "search",
-            "**Four sequences a prompt, helpful and humour at equal weights**, by the value head; the same units",
-        ),
-        (
-            "adaptive",
-            "**Fewer candidates where the model is sure** (`candidate_min_p`), by value models; the same units",
-        ),
-    ):
-        run = read(results / f"{name}.json")
-        if run is None:
-            continue
-        lines += [f"{about}, {measured(run)}:", "", *gains(run), ""]
-        objectives = judged(run)
-        rows = [
-            (one["setting"], one["against"], *(plus_minus_sd(one[objective]) for objective in objectives))
-            for one in run.get("contrasts", [])
-        ]
-        if rows:
-            lines += [*table(["setting", "less", *objectives], rows), ""]
-    return "\n".join(lines)
+    """Return the gains of beam search and best of N."""
+    run = read(results / "search.json")
+    if run is None:
+        return ""
+    about = "**Four sequences a prompt, helpful and humour at equal weights**, by the value head; the same units"
+    return "\n".join([f"{about}, {measured(run)}:", "", *gains(run), ""])
 
 
 def measured(run: dict[str, Any]) -> str:
@@ -147,13 +129,22 @@ def decode(results: Path) -> str:
     run = read(results / "decode.json")
     if run is None:
         return ""
-    rows = [
-        (row["batch"], row["variant"], f"{row['median']:.2f} ({row['low']:.2f} to {row['high']:.2f})")
+    main = [
+        row
         for row in run["results"]
-        if (row.get("section", "main"), row.get("device", "cpu")) == ("main", "cpu")
+        if (row.get("section", "main"), row.get("device", "cpu")) == ("main", "cpu") and "min-p" not in row["variant"]
     ]
+    batches = sorted({row["batch"] for row in main})
+    cells = {(row["variant"], row["batch"]): ratio(row) for row in main}
+    names = dict.fromkeys(row["variant"] for row in main)
+    rows = [(name, *(cells.get((name, batch), "-") for batch in batches)) for name in names]
     note = f"{run['machine']}; {run['settings']['new_tokens']} new tokens, k {run['settings']['top_k']}, {run['date']}."
-    return "\n".join([*table(["batch", "decoding", "time over plain: median (range)"], rows), "", note, ""])
+    return "\n".join([*table(["decoding", *(f"batch {batch}" for batch in batches)], rows), "", note, ""])
+
+
+def ratio(row: dict[str, float]) -> str:
+    """Return ``median (range)``."""
+    return f"{row['median']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:

@@ -176,26 +176,26 @@ def test_prompts_have_the_lengths_asked_for(setup: Setup) -> None:
     assert Setting("lengths", context=16, new_tokens=8, different_lengths=True).middle == 10 + 4
 
 
-def test_every_round_is_compared_with_its_own_plain_runs(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_run_is_compared_with_the_plain_runs_around_it(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     turns = []
 
     def scripted(_: Any, __: Any, ___: Any, arguments: dict[str, Any], tokens: int, seed: int) -> Timing:
         turns.append((arguments.get("name", PLAIN), tokens, seed))
         seconds = {(1, PLAIN): 1.0, (2, PLAIN): 4.0, (1, "x"): 2.0, (2, "x"): 2.0, (1, "slow"): 10.0}
-        last_of_round = arguments == {} and [turn[0] for turn in turns if turn[2] == seed].count(PLAIN) == 2
-        time = seconds.get((seed, turns[-1][0]), 1.0) * (3 if last_of_round else 1)
+        second = arguments == {} and [turn[0] for turn in turns if turn[2] == seed].count(PLAIN) == 2
+        time = seconds.get((seed, turns[-1][0]), 1.0) * (3 if second else 1)
         return Timing(time, time / 2, 100 if seed == 0 else 50)
 
     monkeypatch.setattr(measuring, "decode", scripted)
     variants = {"x": {"name": "x"}, "slow": {"name": "slow"}}
     measured = measuring.measure(setup, Setting("main", new_tokens=8), variants, {"x": 2, "slow": 1})
-    assert [turn[0] for turn in turns if turn[2] == 1] == [PLAIN, "x", "slow", PLAIN]
+    assert [turn[0] for turn in turns if turn[2] == 1] == [PLAIN, "x", PLAIN, "slow", PLAIN]
     assert [turn[0] for turn in turns if turn[2] == 2] == [PLAIN, "x", PLAIN]
     assert {turn[1] for turn in turns if turn[2] == 0} == {4}  # a short warm-up
     assert measured["x"].ratios == [2 / 2, 2 / 8]
     assert measured["x"].token_ratios == [1.0, 0.25]
     assert measured["slow"].ratios == [5.0]
-    assert measured[PLAIN].ratios == [0.5, 0.5]  # first run beside the mean of both
+    assert measured[PLAIN].ratios == [3, 1 / 3, 3]  # each beside the one before
     assert measured["x"].memory == 100
 
 
@@ -278,7 +278,7 @@ def test_the_page_says_what_was_measured(tmp_path: Path) -> None:
     assert "| 8 | one value model, strategy | 15 | 1.50 (1.50 to 1.50) | 1.20 | 2.00 | 0.60 | 4.0 | 1 | – |" in page
     assert "K 15, objectives 2, prompt tokens 64, new tokens 6" in page
     assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
-    assert "| 2 | one value model, strategy | 1.50 (1.50 to 1.50) |" in fill_readme.decode(tmp_path)
+    assert "| one value model, strategy | 1.50 (1.50 to 1.50) |" in fill_readme.decode(tmp_path)
 
 
 def test_what_is_not_compared_has_no_plot(tmp_path: Path) -> None:

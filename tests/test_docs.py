@@ -73,7 +73,6 @@ def test_sections_are_filled_again_without_growing(tmp_path: Path) -> None:
     (tmp_path / "steering_head.json").write_text(json.dumps(steering))
     steering["config"]["combined"] = {"helpful": 1.0}
     steering["settings"] = {"beam search 4": {"helpful": gain, "combined": gain, "kl": None}}
-    steering["contrasts"] = [{"setting": "beam search 4", "against": "best of 4", "helpful": gain, "combined": gain}]
     (tmp_path / "search.json").write_text(json.dumps(steering))
     setting = {"weights": {"helpful": 1.0}, "beta": 5.0, "rewards": {"helpful": {"mean": 0.5, "error": 0.125}}}
     demo = {
@@ -84,10 +83,10 @@ def test_sections_are_filled_again_without_growing(tmp_path: Path) -> None:
     (tmp_path / "demo.json").write_text(json.dumps(demo))
     empty = "".join(f"<!-- begin {name} -->\nold\n<!-- end {name} -->\n" for name in fill_readme.SECTIONS)
     once = fill_readme.filled(empty, tmp_path)
-    assert "| 1 | value head | 1.01 (1.00 to 1.10) |" in once
+    assert "| decoding | batch 1 |" in once
+    assert "| value head | 1.01 (1.00 to 1.10) |" in once
     assert "| helpful 1 | +1.20 ± 0.10 | 20.0 |" in once
     assert "| beam search 4 | +1.20 ± 0.10 | +1.20 ± 0.10 | - |" in once
-    assert "| beam search 4 | best of 4 | +1.20 ± 0.10 | +1.20 ± 0.10 |" in once
     assert r"“Why \| so?”" in once
     assert "| helpful 1 | 0.50 ± 0.12 | 20.00 ± 1.00 |" in once
     assert "old" not in once

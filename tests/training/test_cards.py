@@ -65,7 +65,8 @@ def test_the_card_of_a_value_model(tmp_path, evaluation):
     recipe = {"zeta": 0.0, "data": {"sampling": {"layers": 3, "max_new_tokens": 48}}}
     model = ValueModel.from_backbone(tiny_llama(), objectives=["a"], base_model="org/base", recipe=recipe)
     folder = saved(tmp_path / "value-a", model, ["a"])
-    words = {"license": "mit", "rewards": {"a": "how a it is"}, "datasets": ["org/prompts"], "base_weights": "The 4-bit ones."}
+    words = {"license": "mit", "rewards": {"a": "how a it is"}, "datasets": ["org/prompts"]}
+    words["base_weights"] = "The 4-bit ones."
     path = write_card(CardConfig(str(folder), evaluation=evaluation, load_base="model, tokenizer = mine()", **words))
     card = ModelCard.load(path)
     assert card.data.license == "mit"
