@@ -17,6 +17,7 @@ from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper
 
 from mavis_logits import MavisLogitsProcessor, MavisSampling
 from mavis_logits.testing import algorithm_2, recompute_head_values, recompute_values
+from strategy_checks import Collector
 from tiny import ARCHITECTURES, EOS, PAD, VOCABULARY, make_base, make_head, make_value_model
 
 K, BETA = 6, 3.0
@@ -285,25 +286,11 @@ def test_trace_and_stats_tell_what_the_processors_do(base: Any, prompts: dict[st
     assert torch.equal(mavis.trace[3].taken, ids[:, length + 3])
 
 
-class Lines:
-    """A streamer that keeps what it is given."""
-
-    def __init__(self) -> None:
-        self.given: list[Tensor] = []
-        self.ended = False
-
-    def put(self, tokens: Tensor) -> None:
-        self.given.append(tokens)
-
-    def end(self) -> None:
-        self.ended = True
-
-
 def test_a_streamer_gets_every_token(base: Any) -> None:
-    streamer = Lines()
+    streamer = Collector()
     mavis = strategy("model", base, streamer=streamer)
     output = base.generate(torch.tensor([[5, 6, 7]]), do_sample=False, max_new_tokens=6, custom_generate=mavis)
-    assert torch.equal(torch.cat([tokens.reshape(-1) for tokens in streamer.given]), output[0])
+    assert torch.equal(torch.cat([tokens.reshape(-1) for tokens in streamer.parts]), output[0])
     assert streamer.ended
 
 

@@ -100,7 +100,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         started = time.perf_counter()
         live = ~ended_rows(input_ids, self._eos, self.pad_token_id)
         scored = self.worth_scoring(choice) & live[:, None]
-        values = self._values(input_ids, hidden, choice, scored)
+        values = self._values(input_ids, hidden, choice, scored, live)
         seconds = time.perf_counter() - started
         self._check_values(values, scored)
         step = self.tilt(choice, values.masked_fill(~scored[..., None], 0.0))
@@ -129,7 +129,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
                 stacklevel=3,
             )
 
-    def _values(self, input_ids: Tensor, hidden: Tensor | None, choice: Choice, scored: Tensor) -> Tensor:
+    def _values(self, input_ids: Tensor, hidden: Tensor | None, choice: Choice, scored: Tensor, live: Tensor) -> Tensor:
         """Values [R, k, M] of the candidates; those not `scored` mean nothing."""
         candidates = choice.candidates
         parts: dict[int, Tensor] = {}
@@ -139,7 +139,6 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         models = self._functions.busy_models(self._idle)
         if models and scored.any():
             # Rows that have ended are gone for good. Those that need no value stay: their tokens wait.
-            live = ~ended_rows(input_ids, self._eos, self.pad_token_id)
             sequences = strip_padding(input_ids.cpu().numpy(), self.pad_token_id)
             going = [sequence for sequence, goes_on in zip(sequences, live.tolist(), strict=True) if goes_on]
             kept = None if self.config.candidate_min_p is None else scored[live]

@@ -72,6 +72,11 @@ class Step:
     everything: Tensor | None
     others: Tensor
 
+    @property
+    def broken(self) -> Tensor:
+        """[R] bool, rows in which the base model or a value function gave a NaN or infinity."""
+        return torch.isnan(self.kl) | ~torch.isfinite(self.combined).all(dim=1)
+
     def log_probs(self, vocabulary: int) -> Tensor:
         """[R, V] log pi of all tokens, -inf for those without probability."""
         if self.everything is not None:
@@ -339,7 +344,7 @@ class Steering:
 
     def _check_step(self, step: Step) -> None:
         """Raise `ValueError` if the base model or a value function gave a NaN. Waits for the device."""
-        if (torch.isnan(step.kl) | ~torch.isfinite(step.combined).all(dim=1)).any():
+        if step.broken.any():
             check_scores(step.reference)
             self._check_values(step.values, torch.isfinite(step.reference))
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mavis_logits.cache import RaggedCache, supports_ragged_cache
+from mavis_logits.strategies.sampling import sample_index
 
 
 @dataclass
@@ -102,7 +103,7 @@ class Rollout:
         while len(rows):
             reference = torch.log_softmax(self.logits[rows], dim=-1)
             policy = reference if self.temperature == 1 else torch.log_softmax(reference / self.temperature, dim=-1)
-            token = sample(policy, self.generator)
+            token = sample_index(policy, self.generator, policy.dtype)
             log_probs = (distribution.gather(1, token[:, None])[:, 0] for distribution in (policy, reference))
             sampled.append((rows, token, *log_probs))
             ended[rows] = torch.isin(token, self.eos)
@@ -120,13 +121,3 @@ class Rollout:
                 extensions[row].logp_gen.append(logp_gen)
                 extensions[row].logp_ref.append(logp_ref)
         return extensions
-
-
-def sample(log_probs: Tensor, generator: torch.Generator) -> Tensor:
-    """One token per row of `log_probs` [R, V], by inverting the cumulative distribution.
-
-    `torch.multinomial` draws V exponentials a row, which took a tenth of a rollout's time.
-    """
-    cumulative = log_probs.exp().cumsum(dim=-1)
-    uniform = torch.rand(len(log_probs), 1, device=log_probs.device, generator=generator) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, uniform, right=True)[:, 0].clamp(max=log_probs.shape[1] - 1)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
-from ..steering import check_scores
 from ..tilting import combine
 from .sampling import draw
 from .session import Session
@@ -44,9 +43,7 @@ def draw_distinct(session: Session, count: int, sample: bool) -> Drawn:
     """
     steering = session.steering
     step = session.score(need_values=True)
-    if (torch.isnan(step.kl) | ~torch.isfinite(step.combined).all(dim=1)).any():
-        check_scores(step.reference)
-        steering._check_values(step.values, torch.isfinite(step.reference))
+    steering._check_step(step)
     policy = step.tilted if step.everything is None else step.everything
     if count == 1:  # as `MavisSampling` draws
         places, tokens = (x[:, None] for x in draw(step, sample))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList
 
-from ..steering import Step, check_scores
+from ..steering import Step
 from .base import MavisOutput, MavisStrategy, pad_token
 from .session import Session
 
@@ -56,11 +56,9 @@ class MavisSampling(MavisStrategy):
                 self.trace.took(new)
             done = stopping_criteria(written, tuple(scores) if keep_scores else None).to(device)
             session.append(tokens, chosen if self.config.unscored == "drop" else None)
-            broken = torch.isnan(step.kl) | ~torch.isfinite(step.combined).all(dim=1)
-            ended, damaged = torch.stack([done[live], broken]).tolist()  # the one wait for the device
-            if any(damaged):
-                check_scores(step.reference)
-                self._check_values(step.values, torch.isfinite(step.reference))
+            ended, broken = torch.stack([done[live], step.broken]).tolist()  # the one wait for the device
+            if any(broken):
+                self._check_step(step)
             if any(ended):
                 going = torch.nonzero(~done[live])[:, 0]
                 if len(going):
@@ -112,13 +110,17 @@ def draw(step: Step, sample: bool) -> tuple[Tensor, Tensor]:
     return torch.where(match.any(dim=1), match.int().argmax(dim=1), -1), drawn
 
 
-def sample_index(log_probs: Tensor) -> Tensor:
-    """[R] an index of every row of `log_probs` [R, n], by inverting the cumulative distribution.
+def sample_index(
+    log_probs: Tensor, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """[R] an index of every row of `log_probs` [R, n], by inverting the cumulative distribution, summed in `dtype`.
 
-    Faster than `torch.multinomial`, and a NaN does not stop it: that is noticed later, without waiting for the device.
+    Faster than `torch.multinomial`, which draws n exponentials a row, and a NaN does not stop it: that is noticed
+    later, without waiting for the device.
     """
-    cumulative = log_probs.double().exp().cumsum(dim=-1)
-    uniform = torch.rand(len(log_probs), 1, dtype=torch.float64, device=log_probs.device) * cumulative[:, -1:]
+    cumulative = log_probs.to(dtype).exp().cumsum(dim=-1)
+    uniform = torch.rand(len(log_probs), 1, dtype=dtype, device=log_probs.device, generator=generator)
+    uniform = uniform * cumulative[:, -1:]
     return torch.searchsorted(cumulative, uniform, right=True)[:, 0].clamp(max=log_probs.shape[1] - 1)
 
 
