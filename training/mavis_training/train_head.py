@@ -118,7 +118,7 @@ def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) ->
         OSError: no store there, or a corrupt file.
     """
     set_seed(config.seed)
-    store, trees = load_trees(config.store, config.objectives, config.zeta)
+    (store,), trees = load_trees(config.store, config.objectives, config.zeta)
     training, validation = split_by_prompt(trees, config.validation_share)
     if model is None:
         model = load_chat_model(config.model, getattr(torch, config.dtype))[0]
@@ -141,7 +141,7 @@ def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) ->
         tokenizer_fingerprint=store.metadata.tokenizer_fingerprint,
         base_model=store.metadata.model,
         base_revision=store.metadata.revision,
-        recipe=recipe_of(asdict(config), store.metadata),
+        recipe=recipe_of(asdict(config), [store]),
         iteration=config.iteration,
     ).float()
     everything = [np.ones(len(item.tree), dtype=bool) for item in validation]
@@ -157,7 +157,7 @@ def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) ->
     metrics |= {"training_trees": len(training), "validation_loss_by_epoch": history}
     output = Path(config.output)
     head.save_pretrained(output)
-    write_json(output / "train_config.json", recipe_of(asdict(config), store.metadata))
+    write_json(output / "train_config.json", recipe_of(asdict(config), [store]))
     write_json(output / "metrics.json", metrics)
     return head
 

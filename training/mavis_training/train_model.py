@@ -20,7 +20,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from mavis_logits.demo.smollm2 import load_chat_model
-from mavis_logits.value_model import ValueModel
+from mavis_logits.loading import find_file
+from mavis_logits.value_model import ADAPTER_CONFIG, ValueModel
 
 from .data import LabelledTree, load_trees, recipe_of, reward_units, split_by_prompt
 from .files import read_json, write_json
@@ -36,6 +37,7 @@ from .packing import (
     tree_example,
 )
 from .targets import kept_nodes
+from .tree_store import StoreMetadata, TreeStore
 
 TRAINABLE_WEIGHTS = "trainable.safetensors"
 
@@ -62,9 +64,11 @@ class TrainModelConfig:
     """How to train a value model. Defaults are section F.4's for iteration 0.
 
     Attributes:
-        store: folder of the labelled tree store.
+        store: folder of the labelled tree store, or several, which are trained on together.
         objectives: rewards to predict, one output each.
         output: folder for the value model, its metrics and its checkpoints.
+        initial: folder or Hub id of the value model to go on from, the previous iteration's in Algorithm 1; None for a
+            new one. Its adapter is trained further if it has one; with `lora.rank` 0, all its weights.
         backbone: Hub id or folder of a decoder, or "smollm2"; its tokens must be those of the trees.
         num_layers: keep only the first layers of the backbone.
         lora: adapter settings.
@@ -89,9 +93,10 @@ class TrainModelConfig:
         iteration: of Algorithm 1, recorded with the model.
     """
 
-    store: str
+    store: str | list[str]
     objectives: list[str]
     output: str
+    initial: str | None = None
     backbone: str = "smollm2"
     num_layers: int | None = None
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -133,29 +138,16 @@ def train_model(config: TrainModelConfig, backbone: PreTrainedModel | None = Non
         backbone: a loaded decoder, in place of the one that `config.backbone` names.
 
     Raises:
-        ValueError: no rewards for an objective, no training or validation trees, or a backbone that cannot read packed
-            trees.
+        ValueError: no rewards for an objective, no training or validation trees, a backbone that cannot read packed
+            trees, or an `initial` of something else.
         OSError: no store there, or a corrupt shard.
     """
     set_seed(config.seed)
-    store, trees = load_trees(config.store, config.objectives, config.zeta)
+    stores, trees = load_trees(config.store, config.objectives, config.zeta)
     training, validation = split_by_prompt(trees, config.validation_share)
-    if backbone is None:
-        backbone = load_chat_model(config.backbone, getattr(torch, config.dtype))[0]
     mean, scale = reward_units(training)
-    model = ValueModel.from_backbone(
-        backbone,
-        objectives=config.objectives,
-        num_layers=config.num_layers,
-        lora=lora_config(config.lora),
-        reward_mean=mean.tolist(),
-        reward_scale=scale.tolist(),
-        tokenizer_fingerprint=store.metadata.tokenizer_fingerprint,
-        base_model=store.metadata.model,
-        base_revision=store.metadata.revision,
-        recipe=recipe_of(asdict(config), store.metadata),
-        iteration=config.iteration,
-    )
+    model = starting_model(config, stores, backbone)
+    set_reward_units(model, mean.tolist(), scale.tolist())
     if config.packing == "trees":
         require_packable(model.config.backbone_config)
     trainer = ValueTrainer(
@@ -171,10 +163,74 @@ def train_model(config: TrainModelConfig, backbone: PreTrainedModel | None = Non
     metrics["training_trees"] = len(training)
     output = Path(config.output)
     model.save_pretrained(output)
-    write_json(output / "train_config.json", recipe_of(asdict(config), store.metadata))
+    write_json(output / "train_config.json", model.config.recipe)
     write_json(output / "metrics.json", metrics)
     shutil.rmtree(trainer.args.output_dir)  # type: ignore[arg-type]  # done: the folder is ready to be published
     return model
+
+
+def starting_model(
+    config: TrainModelConfig, stores: Sequence[TreeStore], backbone: PreTrainedModel | None = None
+) -> ValueModel:
+    """The value model to train: a new one on a backbone, or the one that `config.initial` names.
+
+    Raises:
+        ValueError: `config.initial` has other objectives, another tokenizer, or another shape than is asked for.
+        OSError: it, or the backbone, is not there.
+    """
+    dtype = getattr(torch, config.dtype)
+    is_adapter = config.initial is not None and find_file(config.initial, ADAPTER_CONFIG, {}) is not None
+    if backbone is None and (config.initial is None or is_adapter):
+        backbone = load_chat_model(config.backbone, dtype)[0]
+    if config.initial is None:
+        assert backbone is not None
+        model = ValueModel.from_backbone(backbone, config.objectives, config.num_layers, lora_config(config.lora))
+    else:
+        # With rank 0 an adapter is folded into the weights, which are then all trained.
+        model = ValueModel.from_pretrained(
+            config.initial, backbone=backbone if is_adapter else None, merge=config.lora.rank == 0, dtype=dtype
+        )
+        _check_initial(config, model, stores[-1].metadata)
+        if config.lora.rank == 0:
+            model.requires_grad_(True)
+    newest = stores[-1].metadata
+    model.config.tokenizer_fingerprint = newest.tokenizer_fingerprint
+    model.config.base_model, model.config.base_revision = newest.model, newest.revision
+    model.config.recipe, model.config.iteration = recipe_of(asdict(config), stores), config.iteration
+    return model
+
+
+def _check_initial(config: TrainModelConfig, model: ValueModel, trees: StoreMetadata) -> None:
+    """Refuse to go on from a value model of something else."""
+    found = model.config
+    rank = model.lora.active_peft_config.r if model.lora else 0
+    layers = found.backbone_config.num_hidden_layers
+    for name, wanted, has in (
+        ("objectives", config.objectives, found.objectives),
+        ("tokenizer", trees.tokenizer_fingerprint, found.tokenizer_fingerprint or trees.tokenizer_fingerprint),
+        ("num_layers", config.num_layers or layers, layers),
+        ("lora.rank", config.lora.rank, rank),
+    ):
+        if wanted != has:
+            raise ValueError(
+                f"training cannot go on from {config.initial}: its {name} is {has!r}, expected {wanted!r}. "
+                "Change the settings to fit, or start anew (initial: null)."
+            )
+
+
+def set_reward_units(model: ValueModel, mean: Sequence[float], scale: Sequence[float]) -> None:
+    """Standardise by another mean and scale `[M]` each, changing the head so that it says the same values as before.
+
+    A head still at zero keeps saying the mean, now the new one.
+    """
+    old_mean, old_scale = model.config.reward_units(model.device)
+    new_mean, new_scale = (torch.tensor(x, dtype=torch.float32, device=model.device) for x in (mean, scale))
+    weight, bias = model.head.weight, model.head.bias
+    if weight.any() or bias.any():
+        with torch.no_grad():
+            weight.copy_(weight.float() * (old_scale / new_scale)[:, None])
+            bias.copy_((old_mean + old_scale * bias.float() - new_mean) / new_scale)
+    model.config.reward_mean, model.config.reward_scale = list(mean), list(scale)
 
 
 def lora_config(settings: LoraSettings) -> LoraConfig | None:
