@@ -7,15 +7,16 @@ Flags override the recipe; an unknown key is an error that names the nearest kno
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import TypeVar, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
+
+from .settings import check_keys, nested
 
 Config = TypeVar("Config")
 
@@ -91,7 +92,7 @@ def read_config(kind: type[Config], argv: Sequence[str], command: str) -> Config
     except ArgumentError as error:
         raise ValueError(f"{error}{_nearest(str(error), kind)} (see mavis {command} --help)") from error
     values.pop("config", None)
-    return kind(**_plain(kind, values))
+    return kind(**nested(kind, values))
 
 
 def check_recipe(path: Path, kind: type) -> None:
@@ -102,18 +103,7 @@ def check_recipe(path: Path, kind: type) -> None:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold settings, one `name: value` a line; got {type(content).__name__}.")
-    _check_keys(content, kind, str(path))
-
-
-def _check_keys(content: Mapping[str, Any], kind: type, where: str) -> None:
-    hints = get_type_hints(kind)
-    for key, value in content.items():
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(hints)}."
-            raise ValueError(f"{where} has the unknown key {key!r}: {hint}")
-        if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
-            _check_keys(value, hints[key], f"{where}, {key}")  # type: ignore[arg-type]
+    check_keys(content, kind, str(path))
 
 
 def _nearest(message: str, kind: type) -> str:
@@ -128,15 +118,6 @@ def _recipes(argv: Sequence[str]) -> list[Path]:
     following = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config"]
     joined = [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
     return [Path(name) for name in following + joined]
-
-
-def _plain(kind: type, values: dict[str, Any]) -> dict[str, Any]:
-    """Nested dictionaries as the dataclasses that `kind` declares."""
-    hints = get_type_hints(kind)
-    return {
-        name: hints[name](**value) if dataclasses.is_dataclass(hints[name]) and isinstance(value, dict) else value
-        for name, value in values.items()
-    }
 
 
 def _describe(parser: ArgumentParser, kind: type) -> None:
