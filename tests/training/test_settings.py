@@ -27,8 +27,8 @@ class Outer:
 
 
 def test_nested_mappings_become_dataclasses():
-    content = {"count": 3, "inner": {"rate": 1}, "perhaps": {"name": "x"}, "several": [{}, {"rate": 2.0}]}
-    expected = Outer(3, Inner(1.0), Inner(name="x"), [Inner(), Inner(2.0)])
+    content = {"count": 3, "inner": {"rate": 1}, "perhaps": {"name": "x"}, "several": [{"rate": 2.0}]}
+    expected = Outer(3, Inner(1.0), Inner(name="x"), [Inner(2.0)])
     assert from_mapping(Outer, content, "here") == expected
     assert from_mapping(Outer, {"count": 3}, "here") == Outer(3)
 
