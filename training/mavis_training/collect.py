@@ -4,25 +4,39 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mavis_logits import MavisConfig
 from mavis_logits.demo.smollm2 import load_chat_model
-from mavis_logits.fingerprint import tokenizer_fingerprint
+from mavis_logits.fingerprint import tokenizer_fingerprint, weights_fingerprint
+from mavis_logits.steering import Steering
 
-from .rollout import Extension, Rollout
-from .tree import Tree
+from .rollout import sample_trees
 from .tree_store import StoreMetadata, TreeStore
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """A steered policy to sample from: MAVIS(pi_ref, V, k, beta) of Algorithm 1.
+
+    Attributes:
+        value_functions: Hub id or folder of the value functions: one, or by objective.
+        settings: fields of `MavisConfig`: weights, beta, top_k, normalize, ...
+    """
+
+    value_functions: str | dict[str, str]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        MavisConfig.from_dict(self.settings)
 
 
 @dataclass(frozen=True)
@@ -39,7 +53,8 @@ class CollectConfig:
         root_children: K_root, completions begun at the prompt.
         children: K, continuations of every other node.
         two_layers: split a first-layer completion that ended, so that every tree has at least two layers (appendix C).
-        temperature: softmax temperature of the sampling policy.
+        temperature: softmax temperature of the sampling policy (a steered one tilts the reference at it).
+        policy: the steered policy that samples; None for the reference, as in iteration 0.
         max_prompt_tokens: longer prompts are an error.
         prompts_per_shard: prompts sampled side by side, and written together.
         dtype: of the base model's weights.
@@ -57,6 +72,7 @@ class CollectConfig:
     children: int = 2
     two_layers: bool = True
     temperature: float = 1.0
+    policy: PolicyConfig | None = None
     max_prompt_tokens: int = 512
     prompts_per_shard: int = 8
     dtype: str = "float32"
@@ -91,8 +107,8 @@ def collect(
         tokenizer: its tokenizer.
 
     Raises:
-        ValueError: a prompt is empty, too long or a duplicate, or the store was sampled with other settings. Nothing
-            has been sampled then.
+        ValueError: a prompt is empty, too long or a duplicate, the store was sampled with other settings, or the value
+            functions do not fit the model. Nothing has been sampled then.
         OSError: the prompts file cannot be read.
     """
     rows = read_prompts(config.prompts, config.limit)
@@ -100,6 +116,7 @@ def collect(
         model, tokenizer = load_chat_model(config.model, getattr(torch, config.dtype))
     model.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()  # type: ignore[arg-type]
     prompts = encode_prompts(rows, tokenizer, config.max_prompt_tokens)
+    steering = load_policy(config.policy, model, tokenizer)
 
     store = TreeStore.create(
         config.store,
@@ -107,6 +124,7 @@ def collect(
             model=model.config.name_or_path or type(model).__name__,
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
             sampling=config.sampling(),
+            policy=describe(steering),
             versions={name: version(name) for name in ("torch", "transformers", "mavis-logits")},
         ),
     )
@@ -117,12 +135,40 @@ def collect(
     with tqdm(total=len(rows), initial=len(rows) - len(todo), desc="collect", unit="tree") as progress:
         for start in range(0, len(todo), config.prompts_per_shard):
             chunk = todo[start : start + config.prompts_per_shard]
-            trees = sample_trees(model, [row for row, _ in chunk], [ids for _, ids in chunk], eos, config)
+            chunk_rows, chunk_ids = [row for row, _ in chunk], [ids for _, ids in chunk]
+            seed = _seed(config.seed, chunk_rows)
+            trees = sample_trees(model, chunk_rows, chunk_ids, eos, config, seed, config.temperature, steering)
             store.write(trees)
             sampled += sum(len(tree.tokens) for tree in trees)
             progress.update(len(chunk))
             progress.set_postfix_str(f"{sampled / (time.monotonic() - started):.0f} tokens/s")
     return store
+
+
+def load_policy(
+    config: PolicyConfig | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Steering | None:
+    """The steered policy that `config` describes, on top of `model`.
+
+    Raises:
+        ValueError: value functions of another base model, tokenizer or vocabulary, or settings that do not fit them.
+        OSError: value functions that cannot be read.
+    """
+    if config is None:
+        return None
+    settings = MavisConfig.from_dict(config.settings)
+    return Steering.from_pretrained(config.value_functions, model=model, tokenizer=tokenizer, config=settings)
+
+
+def describe(steering: Steering | None) -> dict[str, Any]:
+    """What a store records of the policy that sampled it: its settings, and which value functions it used."""
+    if steering is None:
+        return {}
+    functions = [
+        {"objectives": f.config.objectives, "weights": weights_fingerprint(f)}  # type: ignore[arg-type]
+        for f in steering._functions.all
+    ]
+    return {"settings": asdict(steering.config), "value_functions": functions}
 
 
 def read_prompts(path: str, limit: int | None = None) -> list[dict[str, Any]]:
@@ -180,115 +226,6 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
     return {i for i in ids if isinstance(i, int)}
-
-
-@dataclass
-class _Growing:
-    """A tree while it grows."""
-
-    row: dict[str, Any]
-    prompt_tokens: list[int]
-    tokens: list[int] = field(default_factory=list)
-    nodes: dict[str, list[Any]] = field(
-        default_factory=lambda: {n: [] for n in ("parent", "start", "length", "logp_gen", "logp_ref", "terminal")}
-    )
-
-    def add(self, parent: int, extension: Extension, span: slice, terminal: bool) -> int:
-        """Append the node that holds `extension.tokens[span]`; returns its index."""
-        tokens = extension.tokens[span]
-        values = (
-            parent,
-            len(self.tokens),
-            len(tokens),
-            sum(extension.logp_gen[span]),
-            sum(extension.logp_ref[span]),
-            terminal,
-        )
-        for column, value in zip(self.nodes.values(), values, strict=True):
-            column.append(value)
-        self.tokens.extend(tokens)
-        return len(self.nodes["parent"]) - 1
-
-    def finish(self) -> Tree:
-        columns = {key: value for key, value in self.row.items() if key not in ("id", "prompt")}
-        tokens, prompt_tokens = (np.array(ids, dtype=np.int32) for ids in (self.tokens, self.prompt_tokens))
-        return Tree(str(self.row["id"]), self.row["prompt"], prompt_tokens, tokens, columns=columns, **self.nodes)  # type: ignore[arg-type]
-
-
-@dataclass
-class _Leaf:
-    """A sequence to expand: where it is in its tree, how many tokens it may still get, children it has already."""
-
-    tree: _Growing
-    node: int
-    left: int
-    row: int  # of the rollout, where the state after this sequence's last token is
-    has: int = 0
-
-
-def sample_trees(
-    model: PreTrainedModel,
-    rows: list[dict[str, Any]],
-    prompts: list[list[int]],
-    eos: set[int],
-    config: CollectConfig,
-) -> list[Tree]:
-    """Algorithm 3 for a few prompts side by side, level by level; values are computed later, from the leaves."""
-    generator = torch.Generator(model.device)
-    generator.manual_seed(_seed(config.seed, rows))
-    rng = random.Random(generator.initial_seed())
-    rollout = Rollout(model, prompts, eos, generator, config.temperature)
-    trees = [_Growing(row, ids) for row, ids in zip(rows, prompts, strict=True)]
-    to_expand = [_Leaf(tree, -1, config.max_new_tokens, i) for i, tree in enumerate(trees)]
-    for layer in range(config.layers):
-        children = config.root_children if layer == 0 else config.children
-        parents = [leaf for leaf in to_expand for _ in range(children - leaf.has)]
-        if not parents:
-            break
-        spans = {id(leaf): extension_length(layer, leaf.left, config.layers, rng) for leaf in to_expand}
-        rollout.fork([leaf.row for leaf in parents])
-        extensions = rollout.extend([spans[id(leaf)] for leaf in parents])
-        to_expand = list(
-            _grow(parents, extensions, rng, rollout, split=config.two_layers and layer == 0 and config.layers > 1)
-        )
-    return [tree.finish() for tree in trees]
-
-
-def extension_length(layer: int, left: int, layers: int, rng: random.Random) -> int:
-    """Tokens that a node of `layer` (from 0) adds: Unif{1, 2 Round((T-t)/(L-l)) - 1}, all that is left at the last.
-
-    The bounds are those of appendix C's text, where the mean is an equal share of the `left` = T - t tokens.
-    """
-    if layer == layers - 1:
-        return left
-    return min(left, rng.randint(1, max(1, 2 * round(left / (layers - layer)) - 1)))
-
-
-def _grow(
-    parents: list[_Leaf], extensions: list[Extension], rng: random.Random, rollout: Rollout, split: bool
-) -> Iterator[_Leaf]:
-    """Add the extensions to their trees; yield the nodes that go on.
-
-    With `split`, an extension that ended is cut in two at random: its first part becomes a node that goes on (and gets
-    K - 1 more children at the next level), its second part that node's first child.
-    """
-    rewound: list[tuple[int, int, int]] = []
-    going_on: list[_Leaf] = []
-    for row, (parent, extension) in enumerate(zip(parents, extensions, strict=True)):
-        tree, added = parent.tree, len(extension.tokens)
-        terminal = extension.ended or added == parent.left
-        if split and extension.ended and added > 1:
-            cut = rng.randint(1, added - 1)
-            node = tree.add(parent.node, extension, slice(cut), terminal=False)
-            tree.add(node, extension, slice(cut, None), terminal=True)
-            rewound.append((row, len(tree.prompt_tokens) + cut, extension.tokens[cut - 1]))
-            going_on.append(_Leaf(tree, node, parent.left - cut, row, has=1))
-            continue
-        node = tree.add(parent.node, extension, slice(None), terminal)
-        if not terminal:
-            going_on.append(_Leaf(tree, node, parent.left - added, row))
-    rollout.rewind([r for r, _, _ in rewound], [n for _, n, _ in rewound], [t for _, _, t in rewound])
-    yield from going_on
 
 
 def _seed(seed: int, rows: list[dict[str, Any]]) -> int:

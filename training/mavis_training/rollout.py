@@ -1,123 +1,128 @@
-"""Batched sampling of extensions of sequences that share prefixes, for Algorithm 3.
+"""Sampling the extensions of Algorithm 3, from the reference or from a steered policy, for many trees side by side.
 
-Rows live in one `RaggedCache`: a prompt is computed once, forking copies rows instead of recomputing them, and rows
-that reached their limit leave the forward pass while they wait to be forked.
+All branches of all trees are rows of one `Session`: a prompt is computed once, a branch that forks is copied instead of
+recomputed, and one that ends leaves. No row ever waits for another's level, so that trees of depth L and length T need
+T forward passes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import random
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LogitsProcessorList, PreTrainedModel, TemperatureLogitsWarper
 
-from mavis_logits.cache import RaggedCache, supports_ragged_cache
+from mavis_logits.steering import Steering
 from mavis_logits.strategies.sampling import sample_index
+from mavis_logits.strategies.session import Session
+
+from .growth import Branch, Growth, TreeShape
+from .tree import Tree
 
 
-@dataclass
-class Extension:
-    """What one row added: n tokens, their natural log probabilities, and whether the last one is EOS."""
-
-    tokens: list[int]
-    logp_gen: list[float]
-    logp_ref: list[float]
-    ended: bool
-
-
-class Rollout:
-    """R sequences under a base model, extended in place by ancestral sampling.
+@torch.no_grad()
+def sample_trees(
+    model: PreTrainedModel,
+    rows: Sequence[dict[str, Any]],
+    prompts: Sequence[list[int]],
+    eos: set[int],
+    shape: TreeShape,
+    seed: int,
+    temperature: float = 1.0,
+    steering: Steering | None = None,
+) -> list[Tree]:
+    """Algorithm 3 for P prompts side by side; rewards come later, and values from them (`mavis_training.targets`).
 
     Args:
-        model: causal language model, the reference policy.
-        prompts: token ids of each row's prompt; none empty.
-        eos_token_ids: tokens that end a sequence.
-        generator: source of randomness, on the model's device.
-        temperature: softmax temperature T of the sampling policy; `logp_ref` is always that of T = 1.
+        model: the reference.
+        rows: P prompt rows.
+        prompts: their token ids, none empty.
+        eos: tokens that end a completion.
+        shape: of the trees.
+        seed: of all randomness.
+        temperature: softmax temperature of the sampling policy; a steered policy tilts the reference at it.
+        steering: value functions and settings of pi_gen (Algorithm 2); None for the reference itself.
+
+    Returns:
+        P trees; log pi_gen is that of the policy that was sampled from, log pi_ref that of the reference at temperature
+        1 over the full vocabulary.
+
+    Raises:
+        ValueError: an empty prompt, a base model without a token-addressed cache, a value that is not finite.
     """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        prompts: list[list[int]],
-        eos_token_ids: set[int],
-        generator: torch.Generator,
-        temperature: float = 1.0,
-    ) -> None:
-        if not supports_ragged_cache(model.config):
-            raise ValueError(
-                f"{type(model).__name__} keeps no token-addressed key-value cache; trees can only be collected from "
-                "attention decoders. Use an attention-based base model."
-            )
-        if any(not prompt for prompt in prompts):
-            raise ValueError("a prompt has no tokens; drop empty prompts from the prompt file")
-        self.model, self.generator, self.temperature = model, generator, temperature
-        self.eos = torch.tensor(sorted(eos_token_ids), device=model.device)
-        self.cache = RaggedCache(model.config.num_hidden_layers, len(prompts), model.device)
-        longest = max(map(len, prompts))
-        tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=model.device)
-        counts = torch.tensor([len(p) for p in prompts], device=model.device)
-        self.logits = self._forward(tokens, counts, None)
-
-    @torch.no_grad()
-    def _forward(self, tokens: Tensor, counts: Tensor, rows: Tensor | None) -> Tensor:
-        feed = self.cache.prepare(tokens, counts, rows=rows)
-        inputs = feed.inputs(self.model.config, self.model.dtype)
-        logits = self.model(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        if rows is None:
-            self.cache.advance(counts, tokens.shape[1])
+    growth = Growth(rows, prompts, eos, shape, random.Random(seed))
+    generator = torch.Generator(model.device).manual_seed(seed)
+    for row, prompt in zip(rows, prompts, strict=True):
+        if not prompt:
+            raise ValueError(f"the prompt {row['id']!r} has no tokens: drop it from the prompt file")
+    longest = max(map(len, prompts))
+    padded = [([0] * (longest - len(p)) + p, [0] * (longest - len(p)) + [1] * len(p)) for p in prompts]
+    ids, mask = torch.tensor(padded, device=model.device).unbind(dim=1)
+    processors = LogitsProcessorList([] if temperature == 1 else [TemperatureLogitsWarper(temperature)])
+    with Session(steering, model, ids, mask, processors) as session:
+        if steering is None:  # the prompts are read before their rows multiply
+            session.reference()
         else:
-            # `longest` must bound every row, also those that rest: let it grow by what is really needed.
-            self.cache.advance(counts, 0, rows)
-            self.cache.longest = int(self.cache.lengths.max())
-        return logits.float()
+            session.score()
+        branches = growth.start()
+        session.select(torch.tensor([branch.tree for branch in branches], device=model.device))
+        while branches:
+            sampled = zip(branches, *_sample(session, steering, generator, temperature), strict=True)
+            for branch, token, logp_gen, logp_ref in sampled:
+                branch.add(token, logp_gen, logp_ref)
+            branches = _go_on(session, growth, branches)
+    return growth.trees()
 
-    def fork(self, rows: list[int]) -> None:
-        """Replace the rows by copies of `rows` (repeats allowed)."""
-        index = torch.tensor(rows, device=self.logits.device)
-        self.cache.select(index)
-        self.logits = self.logits[index]
 
-    def rewind(self, rows: list[int], lengths: list[int], last_tokens: list[int]) -> None:
-        """Take each of `rows` back to `lengths` tokens (prompt included), of which `last_tokens` are the last."""
-        if not rows:
-            return
-        index = torch.tensor(rows, device=self.logits.device)
-        kept = self.cache.lengths.clone()
-        kept[index] = torch.tensor(lengths, device=kept.device) - 1
-        self.cache.crop(kept, int(kept.max()))
-        tokens = torch.tensor(last_tokens, device=kept.device)
-        self.logits[index] = self._forward(tokens[:, None], torch.ones_like(tokens), index)
+def _sample(
+    session: Session, steering: Steering | None, generator: torch.Generator, temperature: float
+) -> tuple[list[int], list[float], list[float]]:
+    """Append a token to every row; returns the tokens, their log pi_gen and their log pi_ref."""
+    scores = session.reference()
+    chosen: Tensor | None = None
+    if steering is None:
+        policy = torch.log_softmax(scores, dim=-1)
+        tokens = drawn = sample_index(policy, generator, policy.dtype)
+    else:
+        step = session.score()
+        steering._check_step(step)
+        policy = step.tilted if step.everything is None else step.everything
+        tokens = drawn = sample_index(policy, generator)
+        if step.everything is None:
+            chosen, tokens = drawn, step.candidates.gather(1, drawn[:, None])[:, 0]
+    logp_gen = policy.gather(1, drawn[:, None])[:, 0]
+    if steering is None and temperature == 1:
+        logp_ref = logp_gen
+    else:
+        logits = scores * temperature
+        logp_ref = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
+    session.append(tokens, chosen)
+    return tokens.tolist(), logp_gen.tolist(), logp_ref.tolist()
 
-    def extend(self, limits: list[int]) -> list[Extension]:
-        """Sample up to `limits[r]` (>= 1) more tokens in every row, stopping a row at EOS."""
-        count = len(self.logits)
-        if len(limits) != count or min(limits) < 1:
-            raise ValueError(f"extend needs {count} limits of at least 1, one a row; got {limits}")
-        device = self.logits.device
-        remaining = torch.tensor(limits, device=device)
-        ended = torch.zeros(count, dtype=torch.bool, device=device)
-        sampled: list[tuple[Tensor, ...]] = []  # one entry a step: rows, tokens, log pi_gen, log pi_ref
-        rows = torch.arange(count, device=device)
-        while len(rows):
-            reference = torch.log_softmax(self.logits[rows], dim=-1)
-            policy = reference if self.temperature == 1 else torch.log_softmax(reference / self.temperature, dim=-1)
-            token = sample_index(policy, self.generator, policy.dtype)
-            log_probs = (distribution.gather(1, token[:, None])[:, 0] for distribution in (policy, reference))
-            sampled.append((rows, token, *log_probs))
-            ended[rows] = torch.isin(token, self.eos)
-            remaining[rows] -= 1
-            keep = ~ended[rows]  # a row at its limit is fed too: its children start from the state after its last token
-            rows, token = rows[keep], token[keep]
-            if len(rows):
-                every = len(rows) == count
-                self.logits[rows] = self._forward(token[:, None], torch.ones_like(token), None if every else rows)
-                rows = rows[remaining[rows] > 0]
-        extensions = [Extension([], [], [], flag) for flag in ended.tolist()]
-        for step in sampled:
-            for row, token_id, logp_gen, logp_ref in zip(*(column.tolist() for column in step), strict=True):
-                extensions[row].tokens.append(token_id)
-                extensions[row].logp_gen.append(logp_gen)
-                extensions[row].logp_ref.append(logp_ref)
-        return extensions
+
+def _go_on(session: Session, growth: Growth, branches: list[Branch]) -> list[Branch]:
+    """The branches after a step: those that are not finished, and what goes on from those that are.
+
+    Branches stay in their rows as far as possible, and children take the rows of finished ones: the caches copy little.
+    """
+    finished = [row for row, branch in enumerate(branches) if growth.finished(branch)]
+    if not finished:
+        return branches
+    children = [(row, child) for row in finished for child in growth.finish(branches[row])]
+    placed = list(enumerate(branches))
+    for row, child in zip(finished, children, strict=False):
+        placed[row] = child
+    placed += children[len(finished) :]
+    for row in reversed(finished[len(children) :]):  # rows that nobody took: the last ones move there
+        last = placed.pop()
+        if row < len(placed):
+            placed[row] = last
+    rows, after = [row for row, _ in placed], [branch for _, branch in placed]
+    if after:
+        session.select(torch.tensor(rows, device=session.input_ids.device))
+        if any(len(branch.sequence) < session.lengths[row] for row, branch in enumerate(after)):
+            session.replace([branch.sequence for branch in after])
+    return after

@@ -33,7 +33,7 @@ class Session:
     the distribution after them, value models when `score` or `values` does.
 
     Args:
-        steering: value functions and settings.
+        steering: value functions and settings; None where only the reference is wanted.
         model: the base model.
         input_ids: [R, T] prompts, padded on the left.
         attention_mask: [R, T], 0 for padding; None if there is none.
@@ -52,13 +52,13 @@ class Session:
 
     def __init__(
         self,
-        steering: Steering,
+        steering: Steering | None,
         model: PreTrainedModel,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         processors: LogitsProcessorList | None = None,
     ) -> None:
-        self.steering, self.model = steering, model
+        self._steering, self.model = steering, model
         self.input_ids = input_ids
         self.lengths = _lengths(input_ids, attention_mask)
         self.given = len(input_ids)
@@ -79,7 +79,7 @@ class Session:
         self._stack = ExitStack()
         if self._packed:
             self._stack.enter_context(ragged_attention_on(self._decoder))
-        if self.steering._functions.heads:
+        if self._steering is not None and self._steering._functions.heads:
             thread = threading.get_ident()
 
             def catch(_: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -95,6 +95,17 @@ class Session:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def steering(self) -> Steering:
+        """Value functions and settings.
+
+        Raises:
+            ValueError: the session was given none.
+        """
+        if self._steering is None:
+            raise ValueError("this session has no value functions: it gives the reference only")
+        return self._steering
 
     def reference(self) -> Tensor:
         """[R, V] next-token scores of the reference: the base model's logits after all processors, not normalised."""
