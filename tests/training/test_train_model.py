@@ -141,3 +141,55 @@ def test_bad_input(config, store):
         dataclasses.replace(config, packing="forest")
     with pytest.raises(ValueError, match="objectives is empty"):
         dataclasses.replace(config, objectives=[])
+
+
+def steps_of_zero(config, **changes):
+    """`config` with a learning rate of 0, so that training changes nothing."""
+    return dataclasses.replace(config, learning_rate=0.0, epochs=1, drop_leaves=0.0, **changes)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_the_next_iteration_goes_on_from_the_last_in_its_own_reward_units(config, tmp_path, rank):
+    first = dataclasses.replace(config, lora=LoraSettings(rank, dropout=0.0), learning_rate=0.02, epochs=1)
+    before = train_model(first, tiny_llama())
+    second = steps_of_zero(first, initial=first.output, output=str(tmp_path / "second"), zeta=0.5, iteration=1, seed=1)
+    after = train_model(second, tiny_llama())
+    assert after.config.reward_mean != before.config.reward_mean
+    assert after.config.iteration == 1
+    assert after.config.recipe["initial"] == "value"
+    assert bool(after.lora) == bool(rank)
+    tokens = torch.arange(3, 12)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(after(tokens).values, before(tokens).values, rtol=1e-4, atol=1e-4)
+    trained = {name for name, p in after.named_parameters() if p.requires_grad}
+    assert trained == {name for name, p in before.named_parameters() if p.requires_grad}
+
+
+def test_an_adapter_may_be_merged_and_all_weights_trained_on(config, tmp_path):
+    before = train_model(dataclasses.replace(config, epochs=1), tiny_llama())
+    second = steps_of_zero(config, initial=config.output, output=str(tmp_path / "second"), lora=LoraSettings(0))
+    after = train_model(second, tiny_llama())
+    assert all(p.requires_grad for p in after.parameters())
+    tokens = torch.arange(3, 12)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(after(tokens).values, before(tokens).values, rtol=1e-4, atol=1e-4)
+        loaded = ValueModel.from_pretrained(second.output)
+        torch.testing.assert_close(loaded(tokens).values, before(tokens).values, rtol=1e-4, atol=1e-4)
+
+
+def test_training_does_not_go_on_from_something_else(config, tmp_path):
+    train_model(dataclasses.replace(config, epochs=1, objectives=["high"]), tiny_llama())
+    second = dataclasses.replace(config, initial=config.output, output=str(tmp_path / "second"))
+    with pytest.raises(ValueError, match=r"its objectives is \['high'\], expected \['low', 'high'\]"):
+        train_model(second, tiny_llama())
+    second = dataclasses.replace(second, objectives=["high"])
+    with pytest.raises(ValueError, match=r"its lora\.rank is 4, expected 8"):
+        train_model(dataclasses.replace(second, lora=LoraSettings(8)), tiny_llama())
+    with pytest.raises(ValueError, match="its num_layers is 2, expected 1"):
+        train_model(dataclasses.replace(second, num_layers=1), tiny_llama())
+    model_config = Path(config.output, "config.json")
+    model_config.write_text(model_config.read_text().replace(tokenizer_fingerprint(tiny_tokenizer()), "f" * 16))
+    with pytest.raises(ValueError, match=r"its tokenizer is 'f{16}'"):
+        train_model(second, tiny_llama())
+    with pytest.raises(OSError, match="nowhere"):
+        train_model(dataclasses.replace(second, initial=str(tmp_path / "nowhere")), tiny_llama())

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from mavis_training.data import load_trees, recipe_of, split_by_prompt
+from mavis_training.tree_store import StoreMetadata, TreeStore
+from random_trees import random_tree
+
+METADATA = StoreMetadata("tiny", "f" * 16, {"max_new_tokens": 12})
+
+
+def make_store(folder, seeds, **changes):
+    """A store of random trees, each leaf's reward its tree's seed."""
+    store = TreeStore.create(folder, dataclasses.replace(METADATA, **changes))
+    trees = [random_tree(seed) for seed in seeds]
+    shard = store.write(trees)
+    shard.write_rewards("a", [np.full(len(t.leaves()), float(s)) for s, t in zip(seeds, trees, strict=True)], "test")
+    return store
+
+
+def test_several_stores_are_one_set_in_which_a_prompt_may_occur_twice(tmp_path):
+    make_store(tmp_path / "first", range(20))
+    make_store(tmp_path / "second", range(10, 30), policy={"beta": 5.0})
+    folders = [str(tmp_path / "first"), str(tmp_path / "second")]
+    stores, trees = load_trees(folders, ["a"], zeta=0.0)
+    assert [str(store.folder) for store in stores] == folders
+    assert [item.rewards[0, 0] for item in trees] == [*range(20), *range(10, 30)]
+    training, validation = split_by_prompt(trees, 0.3)
+    assert {t.tree.prompt_id for t in training}.isdisjoint(t.tree.prompt_id for t in validation)
+    assert len(training) + len(validation) == 40
+
+
+def test_one_store_is_read_by_its_name_alone(tmp_path):
+    make_store(tmp_path / "only", range(3))
+    one, several = (load_trees(name, ["a"], 0.0) for name in (str(tmp_path / "only"), [str(tmp_path / "only")]))
+    assert [item.tree for item in one[1]] == [item.tree for item in several[1]]
+
+
+def test_the_recipe_tells_data_but_no_places(tmp_path):
+    stores = [make_store(tmp_path / "first", [0]), make_store(tmp_path / "second", [1], policy={"beta": 5.0})]
+    settings = {
+        "store": ["x"], "output": "y", "model": str(tmp_path), "initial": str(tmp_path / "iteration-0"),
+        "trainer": {"deepspeed": str(tmp_path / "zero2.json"), "bf16": True}, "zeta": 0.1,
+    }  # fmt: skip
+    recipe = recipe_of(settings, stores)
+    assert recipe["data"]["policy"] == {"beta": 5.0}
+    assert [data["policy"] for data in recipe["earlier_data"]] == [{}]
+    assert recipe["model"] == "tiny"
+    assert recipe["initial"] == "iteration-0"
+    assert recipe["trainer"] == {"deepspeed": "zero2.json", "bf16": True}
+    assert str(tmp_path) not in str(recipe)
+    assert "earlier_data" not in recipe_of(settings, stores[:1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"tokenizer_fingerprint": "0" * 16}, "tokenizer_fingerprint differ, 'ffff"), ({"model": "huge"}, "model differ")],
+)
+def test_stores_of_another_language_are_refused_by_name(tmp_path, changes, message):
+    make_store(tmp_path / "first", [0])
+    make_store(tmp_path / "second", [1], **changes)
+    with pytest.raises(ValueError, match=rf"first and .*second cannot be trained on together: their {message}"):
+        load_trees([str(tmp_path / "first"), str(tmp_path / "second")], ["a"], 0.0)
+
+
+def test_bad_input(tmp_path):
+    folder = str(make_store(tmp_path / "first", [0]).folder)
+    make_store(tmp_path / "second", [1])
+    with pytest.raises(ValueError, match="one or several different folders"):
+        load_trees([folder, folder + "/"], ["a"], 0.0)
+    with pytest.raises(ValueError, match="one or several different folders"):
+        load_trees([], ["a"], 0.0)
+    (tmp_path / "second" / "trees-00000.reward-a.h5").unlink()
+    with pytest.raises(ValueError, match=r"second has no complete rewards for \['a'\]"):
+        load_trees([folder, str(tmp_path / "second")], ["a"], 0.0)
+    with pytest.raises(OSError, match="is not a tree store"):
+        load_trees([folder, str(tmp_path / "third")], ["a"], 0.0)
