@@ -123,14 +123,16 @@ def test_a_completion_that_ended_in_the_first_layer_is_split():
     going_on = growth.finish(branch)
     assert len(going_on) == 2  # K - 1: the rest of the completion is the first child
     for other in going_on:
-        assert other.layer == 1 and other.limit == other.left == 9 - len(other.before) + len(PROMPTS[0])
+        assert other.layer == 1
+        assert other.limit == other.left == 9 - len(other.before) + len(PROMPTS[0])
         for _ in range(other.limit):
             other.add(8, -1.0, -1.0)
         assert growth.finish(other) == []
     (tree,) = growth.trees()
     assert tree.parent.tolist() == [-1, 0, 0, 0]
     assert tree.completion(1).tolist() == [5, 6, 7, 3]
-    assert tree.logp_gen[:2].sum() == -4 and tree.logp_ref[:2].sum() == -8
+    assert tree.logp_gen[:2].sum() == -4
+    assert tree.logp_ref[:2].sum() == -8
 
 
 def test_the_seed_decides_the_trees():
@@ -143,7 +145,8 @@ def test_the_seed_decides_the_trees():
 def test_extension_lengths_average_to_an_equal_share():
     rng = random.Random(0)
     drawn = [extension_length(0, 48, 3, rng) for _ in range(4000)]
-    assert min(drawn) == 1 and max(drawn) == 31
+    assert min(drawn) == 1
+    assert max(drawn) == 31
     assert abs(sum(drawn) / len(drawn) - 16) < 0.6
     assert extension_length(2, 7, 3, rng) == 7
     assert extension_length(0, 1, 5, rng) == 1

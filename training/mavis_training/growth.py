@@ -5,21 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .tree import NODE_DTYPES, Tree
 
-
-class TreeShape(Protocol):
-    """What `Growth` reads of a `CollectConfig`."""
-
-    max_new_tokens: int
-    layers: int
-    root_children: int
-    children: int
-    two_layers: bool
+if TYPE_CHECKING:
+    from .collect import CollectConfig
 
 
 @dataclass
@@ -74,7 +67,7 @@ class Growth:
         rows: Sequence[dict[str, Any]],
         prompts: Sequence[list[int]],
         eos: set[int],
-        shape: TreeShape,
+        shape: CollectConfig,
         rng: random.Random,
     ) -> None:
         self.rows, self.prompts, self.eos, self.shape, self.rng = rows, prompts, eos, shape, rng

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,8 +19,11 @@ from mavis_logits.steering import Steering
 from mavis_logits.strategies.sampling import sample_index
 from mavis_logits.strategies.session import Session
 
-from .growth import Branch, Growth, TreeShape
+from .growth import Branch, Growth
 from .tree import Tree
+
+if TYPE_CHECKING:
+    from .collect import CollectConfig
 
 
 @torch.no_grad()
@@ -29,7 +32,7 @@ def sample_trees(
     rows: Sequence[dict[str, Any]],
     prompts: Sequence[list[int]],
     eos: set[int],
-    shape: TreeShape,
+    shape: CollectConfig,
     seed: int,
     temperature: float = 1.0,
     steering: Steering | None = None,
