@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mavis_logits.fingerprint import tokenizer_fingerprint
 from mavis_logits.value_head import ValueHead
 from mavis_training import states as states_module
 from mavis_training.packing import pack
 from mavis_training.states import compute_states, read_states, states_path, tree_states
-from mavis_training.train_head import TrainHeadConfig, train_head
+from mavis_training.train_head import TrainHeadConfig, set_reward_units, starting_head, train_head
 from mavis_training.tree_store import StoreMetadata, TreeStore
 from random_trees import random_tree
 from tiny_models import tiny_llama, tiny_tokenizer
@@ -81,13 +83,13 @@ def test_states_are_what_enters_the_output_embedding():
 def test_the_prefill_pass_goes_on_where_it_stood(store, tmp_path, monkeypatch):
     model, calls = tiny_llama(), []
     compute_states(store, model, tmp_path)
-    first, second = store.shards()
-    kept = read_states(first, tmp_path)
+    _, second = store.shards()
+    kept = read_states(store, tmp_path)
     states_path(tmp_path, second).unlink()
     monkeypatch.setattr(states_module, "tree_states", lambda *a: calls.append(1) or tree_states(*a))
     compute_states(store, model, tmp_path)
     assert len(calls) == len(second.trees())
-    assert all(torch.equal(a, b) for a, b in zip(kept, read_states(first, tmp_path), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(kept, read_states(store, tmp_path), strict=True))
 
 
 def test_bad_states_are_refused(store, tmp_path):
@@ -97,7 +99,7 @@ def test_bad_states_are_refused(store, tmp_path):
     path = states_path(tmp_path, store.shards()[0])
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(OSError, match="truncated or corrupt"):
-        read_states(store.shards()[0], tmp_path)
+        read_states(store, tmp_path)
     with pytest.raises(OSError, match="truncated or corrupt"):
         compute_states(store, tiny_llama(), tmp_path)
 
@@ -111,7 +113,72 @@ def test_early_stopping_keeps_the_best_epoch(config):
     assert int(np.argmin(history)) == len(history) - 2
 
 
+def test_going_on_from_a_head_starts_with_what_it_says(config, tmp_path):
+    model = tiny_llama()
+    first = train_head(config, model)
+    following = dataclasses.replace(config, initial=config.output, output=str(tmp_path / "next"), width=7, dropout=0.3)
+    units = np.array([5.0, -1.0]), np.array([0.1, 30.0])
+    start = starting_head(following, model, units)
+    hidden = torch.randn(3, 16)
+    with torch.inference_mode():
+        torch.testing.assert_close(start.eval()(hidden), first(hidden), rtol=1e-4, atol=1e-4)
+    assert start.config.reward_mean == [5.0, -1.0]
+    assert start.config.width == 32
+    assert {m.p for m in start.modules() if isinstance(m, torch.nn.Dropout)} == {0.3}
+
+    history = json.loads(Path(config.output, "metrics.json").read_text())["validation_loss_by_epoch"]
+    second = train_head(dataclasses.replace(following, iteration=1, epochs=1, learning_rate=1e-5), model)
+    gone_on = json.loads(Path(tmp_path, "next", "metrics.json").read_text())["validation_loss_by_epoch"]
+    assert gone_on[0] == pytest.approx(min(history), rel=0.01)
+    assert second.config.iteration == 1
+    assert second.config.recipe["width"] == 32
+    assert second.config.recipe["initial"] == "head"
+
+
+def test_a_head_to_go_on_from_must_fit(config):
+    train_head(config, tiny_llama())
+    following = dataclasses.replace(config, initial=config.output)
+    with pytest.raises(ValueError, match="this run is for"):
+        train_head(dataclasses.replace(following, objectives=["high"]), tiny_llama())
+    with pytest.raises(ValueError, match="was trained on the hidden states of"):
+        train_head(following, tiny_llama(seed=1))
+
+
+@given(
+    mean=st.lists(st.floats(-100, 100), min_size=2, max_size=2),
+    scale=st.lists(st.floats(0.01, 100), min_size=2, max_size=2),
+)
+def test_reward_units_do_not_change_values(mean, scale):
+    head = ValueHead.for_model(tiny_llama(), ["a", "b"], width=8, reward_mean=[1.0, -2.0], reward_scale=[3.0, 0.5])
+    hidden = torch.ones(2, 16).cumsum(1)
+    with torch.no_grad():
+        before = head(hidden)
+        set_reward_units(head, np.array(mean), np.array(scale))
+        torch.testing.assert_close(head(hidden), before, rtol=1e-3, atol=1e-3)
+
+
+def test_several_stores_are_trained_on_together(config, store, tmp_path):
+    other = TreeStore.create(tmp_path / "other", store.metadata)  # the same prompts, and a shard of the same name
+    trees = [random_tree(i, layers=2) for i in range(40)]
+    shard = other.write(trees)
+    for objective, reward in (("low", 1.0), ("high", 0.0)):
+        shard.write_rewards(objective, [np.full(len(t.leaves()), reward) for t in trees], "test")
+    both = [str(store.folder), str(other.folder)]
+    model = tiny_llama()
+    train_head(dataclasses.replace(config, store=both, epochs=1), model)
+    metrics = json.loads(Path(config.output, "metrics.json").read_text())
+    assert metrics["trees"] + metrics["training_trees"] == 120
+    folders = dataclasses.replace(config, store=both).states_folders()
+    for of_one, folder in zip((store, other), folders, strict=True):
+        states = read_states(of_one, folder)
+        assert [len(s) for s in states] == [len(t.prompt_tokens) + len(t.tokens) for t in of_one]
+    with pytest.raises(ValueError, match="holds states of trees"):
+        train_head(dataclasses.replace(config, store=both[::-1], states=[str(f) for f in folders]), model)
+
+
 def test_bad_input(config):
+    with pytest.raises(ValueError, match="states names 1 folders for 2 stores"):
+        dataclasses.replace(config, store=["a", "b"], states="c")
     with pytest.raises(ValueError, match="no complete rewards"):
         train_head(dataclasses.replace(config, objectives=["funny"]), tiny_llama())
     with pytest.raises(ValueError, match="width must be at least 1, got 0"):

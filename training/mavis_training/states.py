@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from mavis_logits.fingerprint import weights_fingerprint
 
 from .files import replace_when_whole
 from .packing import Layout, pack, packed_inputs, require_packable
+from .tree import Tree
 from .tree_store import Shard, TreeStore
 
 
@@ -32,7 +34,7 @@ def compute_states(store: TreeStore, model: PreTrainedModel, folder: str | Path)
         folder: for the files.
 
     Raises:
-        ValueError: the model cannot read packed trees.
+        ValueError: the model cannot read packed trees, or the folder holds states of another model or other trees.
     """
     require_packable(model.config)
     folder = Path(folder)
@@ -41,29 +43,25 @@ def compute_states(store: TreeStore, model: PreTrainedModel, folder: str | Path)
     started, tokens = time.monotonic(), 0
     with tqdm(store.shards(), desc="hidden states", unit="shard") as progress:
         for shard in progress:
-            path = states_path(folder, shard)
+            path, trees = states_path(folder, shard), shard.trees()
+            origin = {"base_fingerprint": fingerprint, "trees": _digest(trees)}
             if path.exists():
-                _require_same_model(path, fingerprint)
+                _require_same_origin(path, origin)
                 continue
-            states = {str(i): tree_states(model, pack(tree)) for i, tree in enumerate(shard.trees())}
+            states = {str(i): tree_states(model, pack(tree)) for i, tree in enumerate(trees)}
             with replace_when_whole(path) as temporary:
-                save_file(states, temporary, metadata={"base_fingerprint": fingerprint})
+                save_file(states, temporary, metadata=origin)
             tokens += sum(map(len, states.values()))
             progress.set_postfix_str(f"{tokens / (time.monotonic() - started):.0f} tokens/s")
 
 
-def read_states(shard: Shard, folder: str | Path) -> list[Tensor]:
-    """The states that `compute_states` kept for a shard: bfloat16 `[P + N, d]` per tree, in packed order.
+def read_states(store: TreeStore, folder: str | Path) -> list[Tensor]:
+    """The states that `compute_states` kept for a store: bfloat16 `[P + N, d]` per tree, in packed order.
 
     Raises:
         OSError: they are missing, truncated or corrupt.
     """
-    path = states_path(Path(folder), shard)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return [file.get_tensor(str(i)) for i in range(len(list(file.keys())))]
-    except SafetensorError as error:
-        raise OSError(f"{path} is truncated or corrupt ({error}): delete this one file and run again.") from error
+    return [tensor for shard in store.shards() for tensor in _shard_states(states_path(Path(folder), shard))]
 
 
 def states_path(folder: Path, shard: Shard) -> Path:
@@ -96,14 +94,35 @@ def output_embedding_input(model: PreTrainedModel) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-def _require_same_model(path: Path, fingerprint: str) -> None:
+def _shard_states(path: Path) -> list[Tensor]:
+    with _open(path) as file:
+        return [file.get_tensor(str(i)) for i in range(len(list(file.keys())))]
+
+
+def _require_same_origin(path: Path, origin: dict[str, str]) -> None:
+    with _open(path) as file:
+        found = file.metadata() or {}
+    for name, what in (("base_fingerprint", "a model with weights"), ("trees", "trees")):
+        if found.get(name, origin[name]) != origin[name]:  # the first files did not name their trees
+            raise ValueError(f"{path} holds states of {what} {found[name]}, not {origin[name]}: use another folder.")
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[safe_open]:
     try:
         with safe_open(path, framework="pt") as file:
-            found = (file.metadata() or {}).get("base_fingerprint")
+            yield file
     except SafetensorError as error:
         raise OSError(f"{path} is truncated or corrupt ({error}): delete this one file and run again.") from error
-    if found != fingerprint:
-        raise ValueError(f"{path} holds states of a model with weights {found}, not {fingerprint}: use another folder.")
+
+
+def _digest(trees: Sequence[Tree]) -> str:
+    """16 hex digits of the trees' tokens and shapes: stores share prompts and the names of their shards."""
+    digest = hashlib.sha256()
+    for tree in trees:
+        for array in (tree.prompt_tokens, tree.tokens, tree.parent, tree.start, tree.length):
+            digest.update(array.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _to(value: Tensor | dict[str, Tensor], device: torch.device) -> Tensor | dict[str, Tensor]:

@@ -7,10 +7,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup, set_seed
@@ -31,13 +31,15 @@ class TrainHeadConfig:
     """How to train a value head.
 
     Attributes:
-        store: folder of the labelled tree store.
+        store: folder of the labelled tree store, or several, which are trained on together.
         objectives: rewards to predict, one output each.
         output: folder for the head and its metrics.
         model: Hub id or folder of the base model, or "smollm2".
-        states: folder of hidden states, computed if missing; None for `<output>/states`.
-        width: of the head.
-        num_layers: residual layers of the head.
+        states: folder of hidden states, computed if missing, or one for each store; None for `<output>/states`.
+        initial: folder or Hub id of a head to go on from (Algorithm 1: that of the iteration before); its base model
+            and objectives must be the same. None for a new head.
+        width: of a new head.
+        num_layers: residual layers of a new head.
         dropout: while training.
         zeta: KL penalty multiplier of equation 6.
         drop_leaves: share of the leaves left out (balancing).
@@ -54,11 +56,12 @@ class TrainHeadConfig:
         iteration: of Algorithm 1, recorded with the head.
     """
 
-    store: str
+    store: str | list[str]
     objectives: list[str]
     output: str
     model: str = "smollm2"
-    states: str | None = None
+    states: str | list[str] | None = None
+    initial: str | None = None
     width: int = 512
     num_layers: int = 1
     dropout: float = 0.1
@@ -82,6 +85,18 @@ class TrainHeadConfig:
         for name in ("width", "num_layers", "epochs", "patience", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.states is not None and len(_listed(self.states)) != len(_listed(self.store)):
+            raise ValueError(
+                f"states names {len(_listed(self.states))} folders for {len(_listed(self.store))} stores: give one "
+                "for each store, in the same order, or none."
+            )
+
+    def states_folders(self) -> list[Path]:
+        """Where each store's hidden states lie."""
+        if self.states is not None:
+            return [Path(folder) for folder in _listed(self.states)]
+        folder, count = Path(self.output) / "states", len(_listed(self.store))
+        return [folder] if count == 1 else [folder / str(i) for i in range(count)]
 
 
 @dataclass
@@ -114,55 +129,86 @@ def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) ->
         model: the loaded base model, in place of the one that `config.model` names.
 
     Raises:
-        ValueError: no rewards for an objective, no training or validation trees, or states of another model.
+        ValueError: no rewards for an objective, no training or validation trees, states of another model or of other
+            trees, or an initial head of another base model or other objectives.
         OSError: no store there, or a corrupt file.
     """
     set_seed(config.seed)
-    (store,), trees = load_trees(config.store, config.objectives, config.zeta)
+    stores, trees = load_trees(config.store, config.objectives, config.zeta)
     training, validation = split_by_prompt(trees, config.validation_share)
     if model is None:
         model = load_chat_model(config.model, getattr(torch, config.dtype))[0]
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model.to(device).eval()  # type: ignore[arg-type]
-    folder = config.states or str(Path(config.output) / "states")
-    compute_states(store, model, folder)
-    states = [tensor for shard in store.shards() for tensor in read_states(shard, folder)]
-    by_prompt = {item.tree.prompt_id: tensor for item, tensor in zip(trees, states, strict=True)}
+    head = starting_head(config, model, reward_units(training))
+    recipe = recipe_of(asdict(config) | {"width": head.config.width, "num_layers": head.config.num_layers}, stores)
+    head.config.recipe, head.config.iteration = recipe, config.iteration
+    head.config.tokenizer_fingerprint = stores[-1].metadata.tokenizer_fingerprint
+    head.config.base_model, head.config.base_revision = stores[-1].metadata.model, stores[-1].metadata.revision
 
-    mean, scale = reward_units(training)
-    head = ValueHead.for_model(
-        model,
-        objectives=config.objectives,
-        width=config.width,
-        num_layers=config.num_layers,
-        dropout=config.dropout,
-        reward_mean=mean.tolist(),
-        reward_scale=scale.tolist(),
-        tokenizer_fingerprint=store.metadata.tokenizer_fingerprint,
-        base_model=store.metadata.model,
-        base_revision=store.metadata.revision,
-        recipe=recipe_of(asdict(config), [store]),
-        iteration=config.iteration,
-    ).float()
+    folders = config.states_folders()
+    for store, folder in zip(stores, folders, strict=True):
+        compute_states(store, model, folder)
+    states = [tensor for store, folder in zip(stores, folders, strict=True) for tensor in read_states(store, folder)]
+    of_tree = {id(item): tensor for item, tensor in zip(trees, states, strict=True)}  # prompts recur between stores
+
     everything = [np.ones(len(item.tree), dtype=bool) for item in validation]
     kept = [kept_nodes(item.tree, config.drop_leaves, config.seed) for item in training]
     history = fit(
         head,
-        gather([(item, k, by_prompt[item.tree.prompt_id]) for item, k in zip(training, kept, strict=True)]),
-        gather([(item, k, by_prompt[item.tree.prompt_id]) for item, k in zip(validation, everything, strict=True)]),
+        gather([(item, k, of_tree[id(item)]) for item, k in zip(training, kept, strict=True)]),
+        gather([(item, k, of_tree[id(item)]) for item, k in zip(validation, everything, strict=True)]),
         config,
     )
-    predictions = [predict(head, item, by_prompt[item.tree.prompt_id]) for item in validation]
-    metrics = validation_metrics(predictions, config.objectives)
+    metrics = validation_metrics([predict(head, item, of_tree[id(item)]) for item in validation], config.objectives)
     metrics |= {"training_trees": len(training), "validation_loss_by_epoch": history}
     output = Path(config.output)
     head.save_pretrained(output)
-    write_json(output / "train_config.json", recipe_of(asdict(config), [store]))
+    write_json(output / "train_config.json", recipe)
     write_json(output / "metrics.json", metrics)
     return head
 
 
-def gather(parts: Sequence[tuple[LabelledTree, np.ndarray[Any, np.dtype[np.bool_]], Tensor]]) -> Samples:
+def starting_head(
+    config: TrainHeadConfig, model: PreTrainedModel, units: tuple[NDArray[np.float64], NDArray[np.float64]]
+) -> ValueHead:
+    """A new head for `model`, or the one that `config.initial` names, in the reward units of the training trees.
+
+    Args:
+        config: how to train.
+        model: the base model.
+        units: mean and standard deviation of the targets, `[M]` each.
+
+    Raises:
+        ValueError: the head to go on from has other objectives or belongs to another base model.
+        OSError: there is none.
+    """
+    if config.initial is None:
+        head = ValueHead.for_model(model, config.objectives, config.width, config.num_layers, config.dropout)
+        head.config.reward_mean, head.config.reward_scale = (values.tolist() for values in units)
+        return head.float()
+    head = ValueHead.from_pretrained(config.initial).to(model.device).bind(model).float()  # type: ignore[arg-type]
+    if head.config.objectives != config.objectives:
+        raise ValueError(
+            f"initial {config.initial} predicts {head.config.objectives}, this run is for {config.objectives}: name "
+            "the same objectives in the same order, or train a new head."
+        )
+    head.config.dropout = head.dropout.p = config.dropout
+    set_reward_units(head, *units)
+    return head
+
+
+@torch.no_grad()
+def set_reward_units(head: ValueHead, mean: NDArray[np.float64], scale: NDArray[np.float64]) -> None:
+    """Have a head regress rewards in other units, `[M]` each. What it says stays the same."""
+    old_mean, old_scale = head.config.reward_units(head.device)
+    head.config.reward_mean, head.config.reward_scale = mean.tolist(), scale.tolist()
+    new_mean, new_scale = head.config.reward_units(head.device)
+    head.out.weight.mul_((old_scale / new_scale)[:, None])
+    head.out.bias.copy_((old_mean + old_scale * head.out.bias - new_mean) / new_scale)
+
+
+def gather(parts: Sequence[tuple[LabelledTree, NDArray[np.bool_], Tensor]]) -> Samples:
     """All samples of some trees: each new token of a kept node, with that node's target.
 
     The node was sampled from that token on, so its target is an unbiased estimate of Q(state before, token).
@@ -245,3 +291,7 @@ def predict(head: ValueHead, item: LabelledTree, states: Tensor) -> Prediction:
     tokens = torch.from_numpy(layout.input_ids[layout.new]).to(head.device)
     values = head(hidden, tokens[:, None])[:, 0].double().cpu().numpy()
     return Prediction(item.tree, item.targets, item.rewards, values, prompt_value=None)
+
+
+def _listed(folders: str | list[str]) -> list[str]:
+    return [folders] if isinstance(folders, str) else folders
