@@ -7,7 +7,6 @@ import json
 import time
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +14,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mavis_logits import MavisConfig
+from mavis_logits.demo.chat import ChatTemplate
 from mavis_logits.demo.smollm2 import load_chat_model
 from mavis_logits.fingerprint import tokenizer_fingerprint, weights_fingerprint
 from mavis_logits.steering import Steering
 
+from .prompts import encode_prompts, read_prompts
 from .rollout import sample_trees
 from .tree_store import StoreMetadata, TreeStore
 
@@ -55,6 +56,8 @@ class CollectConfig:
         two_layers: split a first-layer completion that ended, so that every tree has at least two layers (appendix C).
         temperature: softmax temperature of the sampling policy (a steered one tilts the reference at it).
         policy: the steered policy that samples; None for the reference, as in iteration 0.
+        chat_template: "auto" puts a prompt as one user turn of the tokenizer's chat template, or as raw text if it has
+            none; "none" always as raw text.
         max_prompt_tokens: longer prompts are an error.
         prompts_per_shard: prompts sampled side by side, and written together.
         dtype: of the base model's weights.
@@ -73,6 +76,7 @@ class CollectConfig:
     two_layers: bool = True
     temperature: float = 1.0
     policy: PolicyConfig | None = None
+    chat_template: ChatTemplate = "auto"
     max_prompt_tokens: int = 512
     prompts_per_shard: int = 8
     dtype: str = "float32"
@@ -91,7 +95,9 @@ class CollectConfig:
     def sampling(self) -> dict[str, Any]:
         """The settings that shape the samples, as the store records them."""
         names = ("max_new_tokens", "layers", "root_children", "children", "two_layers", "temperature", "dtype", "seed")
-        return {name: getattr(self, name) for name in names}
+        sampling = {name: getattr(self, name) for name in names}
+        # Only where it is not as it always was, so that a store begun earlier can be gone on with.
+        return sampling if self.chat_template == "auto" else sampling | {"chat_template": self.chat_template}
 
 
 def collect(
@@ -115,7 +121,7 @@ def collect(
     if model is None or tokenizer is None:
         model, tokenizer = load_chat_model(config.model, getattr(torch, config.dtype))
     model.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()  # type: ignore[arg-type]
-    prompts = encode_prompts(rows, tokenizer, config.max_prompt_tokens)
+    prompts = encode_prompts(rows, tokenizer, config.max_prompt_tokens, config.chat_template)
     steering = load_policy(config.policy, model, tokenizer)
 
     store = TreeStore.create(
@@ -169,56 +175,6 @@ def describe(steering: Steering | None) -> dict[str, Any]:
         for f in steering._functions.all
     ]
     return {"settings": asdict(steering.config), "value_functions": functions}
-
-
-def read_prompts(path: str, limit: int | None = None) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file with a unique `id` and a non-empty `prompt` each.
-
-    Raises:
-        OSError: there is no such file.
-        ValueError: a line is no JSON object, lacks a field, is empty or repeats an id; the message names the line.
-    """
-    rows: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        if limit is not None and len(rows) >= limit:
-            break
-        try:
-            row = json.loads(line)
-            identifier, prompt = row["id"], row["prompt"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}, line {number}: expected an object with 'id' and 'prompt' ({error!r})") from error
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"{path}, line {number}: the prompt of {identifier!r} is empty; remove the line")
-        if identifier in rows:
-            raise ValueError(f"{path}, line {number}: the id {identifier!r} occurs twice; ids must be unique")
-        rows[identifier] = row
-    if not rows:
-        raise ValueError(f"{path} has no prompts")
-    return list(rows.values())
-
-
-def encode_prompts(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[list[int]]:
-    """Token ids of every prompt, as one user turn of the tokenizer's chat template (raw text if it has none).
-
-    Raises:
-        ValueError: prompts longer than `max_tokens`; the message names the first ones.
-    """
-    encoded = [encode_prompt(row["prompt"], tokenizer) for row in rows]
-    long = [f"{row['id']} ({len(ids)})" for row, ids in zip(rows, encoded, strict=True) if len(ids) > max_tokens]
-    if long:
-        raise ValueError(
-            f"{len(long)} prompts have more than {max_tokens} tokens: {', '.join(long[:5])}. Drop them or "
-            "raise max_prompt_tokens."
-        )
-    return encoded
-
-
-def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of one prompt as the base model is to read it, up to where its answer begins."""
-    if tokenizer.chat_template is None:
-        return tokenizer(prompt)["input_ids"]  # type: ignore[return-value]
-    messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]  # type: ignore
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

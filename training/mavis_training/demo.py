@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
     from mavis_logits.demo.checkout import checkout_path
     from mavis_logits.demo.smollm2 import load_smollm2
     from mavis_training import demo_report as report
-    from mavis_training.collect import read_prompts
+    from mavis_training.prompts import read_prompts
     from mavis_training.rewards import load_reward
 
     transformers.utils.logging.set_verbosity_error()

@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
+from mavis_logits.demo.chat import ChatTemplate
 from mavis_logits.demo.smollm2 import load_chat_model
 
-from .collect import encode_prompts, read_prompts
 from .completions import (
     Completions,
     check_setting,
@@ -31,6 +31,7 @@ from .completions import (
     write_completions,
 )
 from .files import write_json
+from .prompts import encode_prompts, read_prompts
 from .rewards import load_reward
 
 COMBINED = "combined"
@@ -58,6 +59,8 @@ class EvaluateConfig:
         seeds: each prompt is answered once per seed.
         max_new_tokens: T.
         model: base model.
+        chat_template: "auto" puts a prompt as one user turn of the tokenizer's chat template, or as raw text if it has
+            none; "none" always as raw text.
         dtype: of its weights.
         batch_size: prompts side by side.
         device: where to run; None for a GPU if there is one.
@@ -75,6 +78,7 @@ class EvaluateConfig:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     max_new_tokens: int = 48
     model: str = "smollm2"
+    chat_template: ChatTemplate = "auto"
     dtype: str = "float32"
     batch_size: int = 50
     device: str | None = None
@@ -158,7 +162,7 @@ def _generate_all(config: EvaluateConfig, rows: list[dict[str, Any]]) -> dict[st
     if todo:
         model, tokenizer = load_chat_model(config.model, getattr(torch, config.dtype))
         model.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
-        prompts = encode_prompts(rows, tokenizer, 10**6)
+        prompts = encode_prompts(rows, tokenizer, 10**6, config.chat_template)
         steering = steerings(todo, config.value_functions, model, tokenizer)
         total = len(todo) * len(config.seeds) * len(prompts)
         with tqdm(total=total, desc="evaluate", unit="prompt") as progress:
