@@ -87,6 +87,7 @@ def test_rewards_lie_beside_the_trees(tmp_path):
     second.write_rewards("helpful", rewards[3:], source="test")
     assert store.objectives() == ["helpful"]
     assert first.path.read_bytes() == before
+    assert (first.reward_source("helpful"), first.reward_source("funny")) == ("test", None)
     for (tree, labels), expected_tree, expected in zip(
         store.labelled(["helpful", "helpful"]), trees, rewards, strict=True
     ):
@@ -116,10 +117,11 @@ def test_bad_rewards_are_refused(tmp_path):
         ({"tokenizer_fingerprint": "zzz"}, "tokenizer_fingerprint"),
         ({"sampling": {"max_new_tokens": 12, "seed": 1}}, "sampling"),
         ({"policy": {"beta": 5.0}}, "policy"),
+        ({"weights_fingerprint": "b"}, "weights_fingerprint"),
     ],
 )
 def test_other_settings_need_another_folder(tmp_path, change, field):
-    TreeStore.create(tmp_path, metadata())
+    TreeStore.create(tmp_path, metadata(weights_fingerprint="a"))
     with pytest.raises(ValueError, match=f"begun with {field} ="):
         TreeStore.create(tmp_path, metadata(**change))
 
@@ -129,6 +131,17 @@ def test_another_tokenizer_is_refused(tmp_path):
     assert len(TreeStore.open(tmp_path, tokenizer_fingerprint="abc")) == 0
     with pytest.raises(ValueError, match="tokenizer abc, but the tokenizer given is xyz"):
         TreeStore.open(tmp_path, tokenizer_fingerprint="xyz")
+
+
+def test_another_base_model_is_refused(tmp_path):
+    TreeStore.create(tmp_path / "known", metadata(weights_fingerprint="a"))
+    for right in ("a", None):
+        assert len(TreeStore.open(tmp_path / "known", weights_fingerprint=right)) == 0
+    with pytest.raises(ValueError, match="sampled from tiny with weights a, but the base model given has weights b"):
+        TreeStore.open(tmp_path / "known", weights_fingerprint="b")
+    old = TreeStore.create(tmp_path / "old", metadata())
+    assert len(TreeStore.open(old.folder, weights_fingerprint="b")) == 0  # a store of before fingerprints were kept
+    assert len(TreeStore.create(old.folder, metadata(weights_fingerprint="b"))) == 0
 
 
 def test_no_store(tmp_path):
@@ -149,6 +162,15 @@ def test_newer_formats_are_refused(tmp_path):
         file.attrs["format_version"] = FORMAT_VERSION + 1
     with pytest.raises(ValueError, match="upgrade it"):
         list(store)
+    shard.path.unlink()
+    shard = store.write([random_tree(0)])
+    shard.write_rewards("helpful", [np.zeros(len(random_tree(0).leaves()))], source="test")
+    with h5py.File(shard.reward_path("helpful"), "r+") as file:
+        file.attrs["format_version"] = FORMAT_VERSION + 1
+    for read in (shard.rewards, shard.reward_source):
+        with pytest.raises(ValueError, match=rf"reward-helpful.h5 has format_version {FORMAT_VERSION + 1}.*upgrade it"):
+            read("helpful")
+    assert list(store) == [random_tree(0)]
     with pytest.raises(ValueError, match="upgrade it"):
         TreeStore.create(tmp_path / "other", dataclasses.replace(metadata(), format_version=FORMAT_VERSION + 1))
 
@@ -173,18 +195,14 @@ def test_a_damaged_shard_is_an_error_or_harmless(tmp_path_factory, where, trunca
 def test_a_killed_writer_loses_only_what_was_in_flight(tmp_path):
     script = """
         import os, sys
-        import h5py
         from random_trees import random_tree
         from mavis_training.tree_store import StoreMetadata, TreeStore
 
         store = TreeStore.create(sys.argv[1], StoreMetadata("tiny", "abc", {"max_new_tokens": 12, "seed": 0}))
         store.write([random_tree(0)])
-        create = h5py.File.create_dataset
-        def die_midway(file, name, **options):
-            if name == "tokens":
-                os.kill(os.getpid(), 9)
-            return create(file, name, **options)
-        h5py.File.create_dataset = die_midway
+        def die(source, target):
+            os.kill(os.getpid(), 9)
+        os.replace = die
         store.write([random_tree(1)])
     """
     paths = [p for p in sys.path if p]

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 TEMPORARY_SUFFIX = ".tmp"
+# No space left, quota exceeded, larger than the file system or a limit allows.
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 @contextmanager
-def replace_when_whole(path: Path) -> Iterator[Path]:
+def replace_when_whole(path: Path, size: int | None = None) -> Iterator[Path]:
     """Yield a temporary path in the target's folder; on success it takes the target's name in one step.
 
     A process killed at any instant leaves the old target (or none) and perhaps a `*.tmp` file, which readers ignore
@@ -21,6 +26,10 @@ def replace_when_whole(path: Path) -> Iterator[Path]:
 
     Args:
         path: the file to be written.
+        size: bytes it will have, if known: the error of a full disk says so.
+
+    Raises:
+        OSError: there is no room for it (`errno` says why), or it cannot be written; nothing is left of it then.
     """
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     try:
@@ -28,16 +37,35 @@ def replace_when_whole(path: Path) -> Iterator[Path]:
         _fsync(temporary)
         os.replace(temporary, path)
         _fsync(path.parent)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        raise
+        code = _error_number(error)
+        if code not in _NO_ROOM:
+            raise
+        raise no_room(path, code, size) from error
+
+
+def no_room(path: Path, code: int, size: int | None = None) -> OSError:
+    """The error of a file for which there is no room: names it, the space that is free and the bytes it needs."""
+    needed = f"it needs {_megabytes(size)} and " if size is not None else ""
+    free = _megabytes(shutil.disk_usage(path.parent).free)
+    return OSError(
+        code,
+        f"{path} could not be written ({os.strerror(code)}): {needed}{free} are free there. Make room and run the same "
+        "command again: what was written before is whole and is kept.",
+    )
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a binary file, whole or not at all. Raises as `replace_when_whole`."""
+    with replace_when_whole(path, len(content)) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` as indented UTF-8 JSON, whole or not at all."""
+    """Write `content` as indented UTF-8 JSON, whole or not at all. Raises as `replace_when_whole`."""
     text = json.dumps(content, indent=2, ensure_ascii=False, sort_keys=False) + "\n"
-    with replace_when_whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode())
 
 
 def read_json(path: Path) -> Any:
@@ -84,3 +112,15 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _error_number(error: BaseException) -> int | None:
+    """The system's number of an error; HDF5 and safetensors (written in Rust) tell it in the text only."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    told = re.search(r"(?:errno = |os error |\bcode: )(\d+)", str(error))
+    return int(told[1]) if told else None
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"

@@ -25,7 +25,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from .files import TEMPORARY_SUFFIX, read_json, replace_when_whole, write_json
+from .files import TEMPORARY_SUFFIX, read_json, write_bytes, write_json
 from .tree import NODE_DTYPES, Tree
 
 __all__ = ["FORMAT_VERSION", "Shard", "StoreMetadata", "Tree", "TreeStore"]
@@ -48,6 +48,7 @@ class StoreMetadata:
         sampling: max_new_tokens, layers, root_children, children, temperature, seed, dtype: what shapes the samples.
         policy: steering settings of pi_gen; empty when pi_gen is the reference.
         revision: base model revision, if it has one.
+        weights_fingerprint: of the base model (`mavis_logits.fingerprint.weights_fingerprint`); None if not known.
         versions: library versions of the run that created the store (not compared on reopening).
         created: ISO time of creation (not compared on reopening).
         format_version: of the files.
@@ -58,6 +59,7 @@ class StoreMetadata:
     sampling: dict[str, Any]
     policy: dict[str, Any] = field(default_factory=dict)
     revision: str | None = None
+    weights_fingerprint: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     format_version: int = FORMAT_VERSION
@@ -108,6 +110,16 @@ class Shard:
     def has_rewards(self, objective: str) -> bool:
         """Whether `objective` has been labelled for this shard."""
         return self.reward_path(objective).exists()
+
+    def reward_source(self, objective: str) -> str | None:
+        """What computed the rewards of `objective`; None if there are none.
+
+        Raises:
+            OSError: the reward file is truncated or corrupt.
+            ValueError: it is of a newer format.
+        """
+        path = self.reward_path(objective)
+        return _attributes(path).get("source", "") if path.exists() else None
 
     def write_rewards(self, objective: str, rewards: Sequence[NDArray[np.float64]], source: str) -> None:
         """Add the leaf rewards of one objective.
@@ -174,16 +186,19 @@ class TreeStore:
         return store
 
     @classmethod
-    def open(cls, folder: str | Path, tokenizer_fingerprint: str | None = None) -> TreeStore:
+    def open(
+        cls, folder: str | Path, tokenizer_fingerprint: str | None = None, weights_fingerprint: str | None = None
+    ) -> TreeStore:
         """Open a store for reading.
 
         Args:
             folder: the store.
             tokenizer_fingerprint: if given, the tokenizer that the reader is about to use.
+            weights_fingerprint: if given, the base model that the reader is about to use.
 
         Raises:
             OSError: there is no store in `folder`.
-            ValueError: a newer format, or trees made with another tokenizer.
+            ValueError: a newer format, or trees made with another tokenizer or base model.
         """
         path = Path(folder) / METADATA_FILE
         if not path.exists():
@@ -195,6 +210,11 @@ class TreeStore:
             raise ValueError(
                 f"{folder} was sampled from {metadata.model} with tokenizer {metadata.tokenizer_fingerprint}, "
                 f"but the tokenizer given is {tokenizer_fingerprint}: use the same tokenizer, or collect new trees."
+            )
+        if len({weights_fingerprint, metadata.weights_fingerprint} - {None}) == 2:
+            raise ValueError(
+                f"{folder} was sampled from {metadata.model} with weights {metadata.weights_fingerprint}, but the base "
+                f"model given has weights {weights_fingerprint}: give that model, or collect new trees from this one."
             )
         return cls(folder, metadata)
 
@@ -250,7 +270,8 @@ def _require_same(stored: StoreMetadata, given: StoreMetadata, folder: Path) -> 
     for name in (f.name for f in fields(StoreMetadata) if f.name not in _DESCRIPTIVE_FIELDS):
         # Through JSON, so that tuples and lists compare equal.
         old, new = json.loads(json.dumps([getattr(stored, name), getattr(given, name)]))
-        if old != new:
+        unknown = name == "weights_fingerprint" and None in (old, new)
+        if old != new and not unknown:
             raise ValueError(
                 f"{folder} was begun with {name} = {old!r}, this run has {new!r}: "
                 "use another folder or the same settings."
@@ -295,11 +316,15 @@ def _write(path: Path, columns: dict[str, NDArray[Any]], attributes: dict[str, s
         raise FileExistsError(
             f"{path} exists already; shards and rewards are never changed. Delete it to make it anew."
         )
-    with replace_when_whole(path) as temporary, h5py.File(temporary, "w") as file:
+    # Made in memory (a shard is small): HDF5 itself does not recover from a full disk.
+    with h5py.File(path, "w", driver="core", backing_store=False) as file:
         file.attrs.update({"format_version": FORMAT_VERSION, "digest": _digest(columns)} | attributes)
         for name, column in columns.items():
             filters = {"compression": "gzip", "compression_opts": 1, "shuffle": True} if column.size else {}
             file.create_dataset(name, data=column, **filters)
+        file.flush()
+        content = file.id.get_file_image()
+    write_bytes(path, content)
 
 
 def _read(path: Path) -> dict[str, NDArray[Any]]:
@@ -309,18 +334,32 @@ def _read(path: Path) -> dict[str, NDArray[Any]]:
         OSError: the file is truncated, or differs from what was written.
         ValueError: it is of a newer format.
     """
+    digest = _attributes(path)["digest"]
     try:
         with h5py.File(path, "r") as file:
-            version, digest = int(file.attrs["format_version"]), str(file.attrs["digest"])
-            columns = {name: dataset[()] for name, dataset in file.items()} if version <= FORMAT_VERSION else {}
-            intact = version > FORMAT_VERSION or _digest(columns) == digest
+            columns = {name: dataset[()] for name, dataset in file.items()}
+            found = _digest(columns)
     except Exception as error:  # on damaged bytes h5py raises anything from OSError to SystemError
         raise _corrupt(path, repr(error)) from error
-    if version > FORMAT_VERSION:
-        raise ValueError(f"{path} has format_version {version}, this mavis-logits reads {FORMAT_VERSION}: upgrade it.")
-    if not intact:
+    if found != digest:
         raise _corrupt(path, "its checksum does not match")
     return columns
+
+
+def _attributes(path: Path) -> dict[str, str]:
+    """The attributes that `_write` wrote. Raises as `_read`."""
+    try:
+        with h5py.File(path, "r") as file:
+            attributes = {name: str(value) for name, value in file.attrs.items()}
+            version = int(attributes["format_version"])
+            attributes["digest"]
+    except Exception as error:
+        raise _corrupt(path, repr(error)) from error
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format_version {version}, this mavis-logits reads up to {FORMAT_VERSION}: upgrade it."
+        )
+    return attributes
 
 
 def _corrupt(path: Path, why: str) -> OSError:
