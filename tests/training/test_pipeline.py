@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from chat_model import chat_model
 from mavis_training import collect as collect_module
@@ -15,6 +17,7 @@ from mavis_training.cards import CardConfig, write_card
 from mavis_training.collect import CollectConfig, collect
 from mavis_training.evaluate import EvaluateConfig, evaluate
 from mavis_training.label import LabelConfig, label
+from mavis_training.prompts import encode_prompts
 from mavis_training.train_head import TrainHeadConfig, train_head
 from mavis_training.train_model import LoraSettings, TrainModelConfig, train_model
 
@@ -89,6 +92,33 @@ def test_finished_settings_are_not_run_again(evaluation, monkeypatch):
     changed = dict(evaluation.settings) | {"low": {"beta": 1.0, "weights": {"low": 1.0}}}
     with pytest.raises(ValueError, match="completions of other settings"):
         evaluate(dataclasses.replace(evaluation, settings=changed))
+
+
+def test_a_setting_may_have_its_own_value_functions_and_perplexity_is_the_bases(evaluation, runs):
+    settings = {
+        "unsteered": {},
+        "head": {"beta": 6.0, "weights": {"low": 1.0}},
+        "model": {"beta": 6.0, "weights": {"low": 1.0}, "value_functions": str(runs / "model")},
+    }
+    changed = dataclasses.replace(evaluation, settings=settings, perplexity=True, seeds=[0])
+    measured = evaluate(changed)["settings"]
+    assert measured["model"]["low"]["gain_sd"] > 0.5
+    assert all(row["perplexity"] > 1 for row in measured.values())
+    assert measured["model"]["distinct_1"] <= measured["model"]["distinct_3"]
+    base, tokenizer = chat_model()
+    done = json.loads((Path(evaluation.completions) / "model.likelihood.json").read_text())
+    text = json.loads((Path(evaluation.completions) / "model.json").read_text())["texts"][1]
+    rows = [json.loads(line) for line in (runs / "prompts.jsonl").read_text().splitlines()[:2]]
+    prompt = encode_prompts(rows, tokenizer, 999)[1]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    total = 0.0
+    for t, token in enumerate(ids):
+        logits = base(torch.tensor([prompt + ids[:t]])).logits[0, -1]
+        total += float(torch.log_softmax(logits, dim=-1)[token].detach())
+    assert done["log_likelihood"][1] == pytest.approx(total, abs=1e-3)
+    assert measured["model"]["perplexity"] == pytest.approx(
+        math.exp(-sum(done["log_likelihood"]) / sum(done["tokens"]))
+    )
 
 
 def test_search_is_measured_by_value_and_by_reward(evaluation):

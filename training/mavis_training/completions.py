@@ -1,7 +1,8 @@
 """What settings of steered decoding write to prompts, and how reward models judge it; both are kept in files.
 
-A setting is a mapping of fields of `MavisConfig`, and of `strategy` with that strategy's own arguments where it is not
-to be a logits processor. An empty one is the base model left alone.
+A setting is a mapping of fields of `MavisConfig`, of `value_functions` where they are not those of all settings, and of
+`strategy` with that strategy's own arguments where it is not to be a logits processor. An empty one is the base model
+left alone.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ STRATEGIES: dict[str, type[MavisStrategy]] = {
     "tree_search": strategies.MavisTreeSearch,
 }
 _RETURNED = "num_return_sequences"
+_OWN_FUNCTIONS = "value_functions"
 _GIVEN_HERE = {"args", "kwargs", "streamer", "stop_strings", "reward_functions", "reward_weights", "reward_columns"}
 
 
@@ -81,7 +83,7 @@ def check_setting(setting: Mapping[str, Any]) -> None:
 
 def _parts(setting: Mapping[str, Any]) -> tuple[type[MavisStrategy] | None, dict[str, Any], dict[str, Any], int]:
     """A setting as strategy (None: the processor), fields of `MavisConfig`, the strategy's own arguments, and n."""
-    rest = dict(setting)
+    rest = {key: value for key, value in setting.items() if key != _OWN_FUNCTIONS}
     name = rest.pop("strategy", None)
     if name is not None and name not in STRATEGIES:
         raise ValueError(f"unknown strategy {name!r}: expected one of {', '.join(STRATEGIES)}")
@@ -101,14 +103,19 @@ def steerings(
     Raises:
         ValueError: an unknown objective, or settings that the strategy refuses.
     """
-    functions = load_value_functions(value_functions, model, model.device, {})
+    loaded: dict[str, Any] = {}
     made: dict[str, Steering | None] = {}
     for name, setting in settings.items():
         kind, config, own, _ = _parts(setting)
         common = {"model": model, "tokenizer": tokenizer, "config": MavisConfig.from_dict(config)}
         if not setting:
             made[name] = None
-        elif kind is None or kind is MavisSampling:
+            continue
+        source = setting.get(_OWN_FUNCTIONS, value_functions)
+        if str(source) not in loaded:
+            loaded[str(source)] = load_value_functions(source, model, model.device, {})
+        functions = loaded[str(source)]
+        if kind is None or kind is MavisSampling:
             made[name] = (kind or MavisLogitsProcessor)(functions, **common, trace=True, **own)
         else:
             made[name] = kind(functions, **common, **own)
@@ -193,6 +200,62 @@ def read_completions(path: Path, setting: Mapping[str, Any], prompt_ids: list[st
     return Completions(**content)
 
 
+def perplexity(
+    path: Path,
+    done: Completions,
+    prompts: Sequence[list[int]],
+    load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
+    batch_size: int,
+) -> float:
+    """Perplexity of the texts, tokenized anew, under the base model left alone; what is found in `path` is taken.
+
+    Args:
+        path: JSON file in which the log-likelihoods are kept.
+        done: S * P * n texts.
+        prompts: token ids of the P prompts.
+        load: gives the base model and its tokenizer.
+        batch_size: texts per forward.
+    """
+    texts = _digest(done.texts)
+    kept = read_json(path) if path.exists() else {}
+    if kept.get("texts") != texts:
+        model, tokenizer = load()
+        repeated = [
+            p for _ in range(len(done.prompt_ids) // len(prompts)) for p in prompts for _ in range(done.returned)
+        ]
+        ends = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in done.texts]
+        sums = [
+            value
+            for start in range(0, len(ends), batch_size)
+            for value in _log_likelihoods(model, repeated[start : start + batch_size], ends[start : start + batch_size])
+        ]
+        kept = {"texts": texts, "log_likelihood": sums, "tokens": [len(ids) for ids in ends]}
+        write_json(path, kept)
+    return float(np.exp(-np.sum(kept["log_likelihood"]) / max(1, np.sum(kept["tokens"]))))
+
+
+@torch.inference_mode()
+def _log_likelihoods(
+    model: PreTrainedModel, prompts: Sequence[list[int]], completions: Sequence[list[int]]
+) -> list[float]:
+    """log pi_ref of every completion after its prompt, in nats."""
+    width = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
+    rows = [p + c for p, c in zip(prompts, completions, strict=True)]
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    sums = []
+    for row, prompt, completion in zip(range(len(rows)), prompts, completions, strict=True):
+        span = slice(len(prompt) - 1, len(prompt) + len(completion) - 1)
+        own = torch.log_softmax(logits[row, span].float(), dim=-1)
+        sums.append(float(own.gather(1, ids[row, len(prompt) : len(rows[row])][:, None]).sum()))
+    return sums
+
+
+def _digest(texts: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+
 def judge(
     path: Path,
     done: Completions,
@@ -209,7 +272,7 @@ def judge(
         rewards: what each objective's reward is loaded from.
         load: loads one of them.
     """
-    texts = hashlib.sha256("\0".join(done.texts).encode()).hexdigest()
+    texts = _digest(done.texts)
     kept = read_json(path) if path.exists() else {}
     if kept.get("texts") != texts:
         kept = {"texts": texts, "rewards": {}}

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mavis_logits.demo.chat import ChatTemplate
 from mavis_logits.demo.smollm2 import load_chat_model
@@ -26,6 +26,7 @@ from .completions import (
     check_setting,
     complete_all,
     judge,
+    perplexity,
     read_completions,
     steerings,
     write_completions,
@@ -50,11 +51,13 @@ class EvaluateConfig:
             found there is not computed again.
         value_functions: Hub id or folder of the value functions: one, or by objective.
         rewards: the true rewards, by objective: folder, Hub id or `module:function`.
-        settings: by name, fields of `MavisConfig`, and to decode by a strategy `strategy` with its own arguments; an
-            empty one is the base model left alone. Where `num_return_sequences` is above 1, the first one returned is
-            measured and, on a line of its own, the one of the highest combined reward.
+        settings: by name, fields of `MavisConfig`, `value_functions` where they are not those above, and to decode by a
+            strategy `strategy` with its own arguments; an empty one is the base model left alone. Where
+            `num_return_sequences` is above 1, the first one returned is measured and, on a line of its own, the one of
+            the highest combined reward.
         combined: weights by objective of a combined reward, which is measured too.
         contrasts: pairs of settings, the first of which is compared with the second, prompt by prompt.
+        perplexity: measure that of the completions under the base model left alone: degenerate text shows there.
         limit: at most this many prompts.
         seeds: each prompt is answered once per seed.
         max_new_tokens: T.
@@ -74,6 +77,7 @@ class EvaluateConfig:
     settings: dict[str, dict[str, Any]] = field(default_factory=lambda: {"unsteered": {}})
     combined: dict[str, float] | None = None
     contrasts: list[list[str]] = field(default_factory=list)
+    perplexity: bool = False
     limit: int | None = 100
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     max_new_tokens: int = 48
@@ -116,7 +120,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     missing = [path for path in _paths(config).values() if not path.exists()]
     for spec in config.rewards.values() if missing else ():  # what is wrong with a reward is found now
         load(spec)
-    written = _generate_all(config, rows)
+    base = lru_cache(maxsize=None)(partial(_load_base, config))
+    written = _generate_all(config, rows, base)
     results: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
@@ -140,6 +145,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         results["settings"][name] = summarise(done, rewards, plain, len(rows)) | {
             "setting": config.settings[name.removesuffix(_BY_REWARD)]
         }
+    if config.perplexity:
+        prompts = encode_prompts(rows, base()[1], 10**6, config.chat_template)
+        for name, done in written.items():
+            path = _paths(config)[name].with_suffix(".likelihood.json")
+            value = perplexity(path, done, prompts, base, config.batch_size)
+            results["settings"][name]["perplexity"] = value
     results["contrasts"] = [
         {"setting": a, "against": b} | _gains(scored[a][1], scored[b][1], plain, len(rows)) for a, b in config.contrasts
     ]
@@ -155,13 +166,22 @@ def _paths(config: EvaluateConfig) -> dict[str, Path]:
     return {name: Path(config.completions) / f"{name}.json" for name in config.settings}
 
 
-def _generate_all(config: EvaluateConfig, rows: list[dict[str, Any]]) -> dict[str, Completions]:
+def _load_base(config: EvaluateConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    model, tokenizer = load_chat_model(config.model, getattr(torch, config.dtype))
+    model.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
+    return model, tokenizer
+
+
+def _generate_all(
+    config: EvaluateConfig,
+    rows: list[dict[str, Any]],
+    base: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
+) -> dict[str, Completions]:
     Path(config.completions).mkdir(parents=True, exist_ok=True)
     paths, ids = _paths(config), [row["id"] for row in rows]
     todo = {name: config.settings[name] for name, path in paths.items() if not path.exists()}
     if todo:
-        model, tokenizer = load_chat_model(config.model, getattr(torch, config.dtype))
-        model.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
+        model, tokenizer = base()
         prompts = encode_prompts(rows, tokenizer, 10**6, config.chat_template)
         steering = steerings(todo, config.value_functions, model, tokenizer)
         total = len(todo) * len(config.seeds) * len(prompts)
@@ -202,14 +222,19 @@ def summarise(done: Completions, rewards: Rewards, plain: Rewards, prompts: int)
         mean, error = mean_and_error(values, prompts)
         summary[objective] = {"reward": mean, "error": error} | gains[objective]
     kl, kl_error = (None, None) if done.log_ratios is None else mean_and_error(np.asarray(done.log_ratios), prompts)
-    words = [text.split() for text in done.texts]
-    pairs = [pair for text in words for pair in pairwise(text)]
     return summary | {
         "kl": kl,
         "kl_error": kl_error,
         "tokens": float(np.mean(done.lengths)),
-        "distinct_2": len(set(pairs)) / max(1, len(pairs)),
+        **{f"distinct_{n}": distinct(done.texts, n) for n in (1, 2, 3)},
     }
+
+
+def distinct(texts: Sequence[str], n: int) -> float:
+    """Share of different ones among all runs of n words within a text."""
+    words = [text.split() for text in texts]
+    runs = [tuple(text[i : i + n]) for text in words for i in range(len(text) - n + 1)]
+    return len(set(runs)) / max(1, len(runs))
 
 
 def mean_and_error(values: NDArray[np.float64], prompts: int) -> tuple[float, float]:
@@ -228,7 +253,10 @@ def markdown(results: Mapping[str, Any]) -> str:
         rewards = [f"{row[o]['reward']:.2f} ± {row[o]['error']:.2f} ({row[o]['gain_sd']:+.2f})" for o in objectives]
         kl = "n/a" if row["kl"] is None else f"{row['kl']:.1f} ± {row['kl_error']:.1f}"
         rows.append([name, *rewards, kl, f"{row['tokens']:.0f}", f"{row['distinct_2']:.2f}"])
-    lines = _table(["setting", *(f"{o} (gain in sd)" for o in objectives), "KL (nats)", "tokens", "distinct-2"], rows)
+        if config.get("perplexity"):
+            rows[-1].append(f"{row['perplexity']:.1f}" if "perplexity" in row else "")
+    head = ["setting", *(f"{o} (gain in sd)" for o in objectives), "KL (nats)", "tokens", "distinct-2"]
+    lines = _table([*head, *(["perplexity"] if config.get("perplexity") else [])], rows)
     if results["contrasts"]:
         differences = [
             [c["setting"], c["against"], *(f"{c[o]['gain_sd']:+.2f} ± {c[o]['gain_sd_error']:.2f}" for o in objectives)]
