@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from datasets import Dataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
@@ -141,8 +141,10 @@ def make_prompts(config: PromptsConfig, tokenizer: PreTrainedTokenizerBase | Non
             dropped[str(reason)] += 1
         except ValueError as error:
             raise ValueError(f"{config.source}, row {read} read as format {config.format!r}: {error}") from error
-    unique = {json.dumps([line["prompt"], line.get("conversation")]): line for line in reversed(written)}
-    lines = list(unique.values())[::-1]
+    unique: dict[str, dict[str, Any]] = {}
+    for line in written:
+        unique.setdefault(_key(line), line)
+    lines = list(unique.values())
     chosen = lines[config.skip :][: config.limit]
     dropped["duplicate"] = len(written) - len(lines)
     dropped["before skip or beyond limit"] = len(lines) - len(chosen)
@@ -180,11 +182,12 @@ def load_rows(source: str, split: str = "train", load: dict[str, Any] | None = N
             raise FileNotFoundError(f"there is no file {source}")
         options |= {"data_files": source}
     try:
-        if (path / "state.json").is_file():  # what Dataset.save_to_disk writes
-            return _dataset(load_from_disk(source), source)
-        return _dataset(load_dataset(_BUILDERS.get(suffix, source), **options), source)
-    except (DatasetGenerationError, TypeError) as error:
+        # state.json is what Dataset.save_to_disk writes
+        saved = (path / "state.json").is_file()
+        loaded = load_from_disk(source) if saved else load_dataset(_BUILDERS.get(suffix, source), **options)
+    except (DatasetGenerationError, TypeError, ValueError) as error:
         raise ValueError(f"{source} cannot be read as a data set: {error.__cause__ or error}") from error
+    return cast(Dataset, loaded)
 
 
 def _passing(row: Row, config: PromptsConfig, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
@@ -209,20 +212,17 @@ def _texts(example: Example) -> list[str]:
     return [turn["content"] for turn in example.conversation] if example.conversation else [example.prompt]
 
 
+def _key(line: dict[str, Any]) -> str:
+    """What makes a prompt the same as another."""
+    return json.dumps([line["prompt"], line.get("conversation")], ensure_ascii=False)
+
+
 def _with_unique_ids(lines: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Lines whose id is their own if it is the first of its kind, else made from the prompt."""
     taken: set[str] = set()
     for line in lines:
         own = None if line["id"] is None else str(line["id"])
         if own is None or own in taken:
-            text = json.dumps([line["prompt"], line.get("conversation")], ensure_ascii=False)
-            own = hashlib.sha256(text.encode()).hexdigest()[:16]
+            own = hashlib.sha256(_key(line).encode()).hexdigest()[:16]
         taken.add(own)
         yield line | {"id": own}
-
-
-def _dataset(loaded: Any, source: str) -> Dataset:
-    """A data set without splits."""
-    if isinstance(loaded, Dataset):
-        return loaded
-    raise ValueError(f"{source} has the splits {', '.join(loaded)}: give the folder of one of them")

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import pytest
+
+from mavis_training.prompts import read_prompts
+
+
+def test_rows_keep_their_columns_and_the_limit_holds(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"id": "a", "prompt": "w1", "kind": "x"}\n{"id": "b", "prompt": "w2"}\nnot read\n')
+    assert read_prompts(str(path), limit=2) == [
+        {"id": "a", "prompt": "w1", "kind": "x"}, {"id": "b", "prompt": "w2"}
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{}", r"line 2: expected an object with 'id' and 'prompt' \(KeyError\('id'\)\)"),
+        ("[]", "line 2: expected an object"),
+        ("{", "line 2: expected an object"),
+        ('{"id": "b", "prompt": " "}', "line 2: the prompt of 'b' is empty; remove the line"),
+        ('{"id": "b", "prompt": ["w"]}', "line 2: the prompt of 'b' is empty"),
+        ('{"id": "a", "prompt": "w"}', "line 2: the id 'a' occurs twice"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, line, message):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"id": "a", "prompt": "w1"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        read_prompts(str(path))
+
+
+def test_no_prompts(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match="has no prompts"):
+        read_prompts(str(tmp_path / "empty.jsonl"))
+    with pytest.raises(OSError, match=r"missing\.jsonl"):
+        read_prompts(str(tmp_path / "missing.jsonl"))
