@@ -46,8 +46,13 @@ def test_a_file_is_replaced_whole(tmp_path):
     path = tmp_path / "a.json"
     write_json(path, {"a": "ä"})
     assert read_json(path) == {"a": "ä"}
-    with pytest.raises(ValueError, match="invalid literal"), replace_when_whole(path) as temporary:
-        temporary.write_text(f"{{{int('x')}}}")
+
+    def fail_half_way(temporary):
+        temporary.write_text("{")
+        raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"), replace_when_whole(path) as temporary:
+        fail_half_way(temporary)
     assert read_json(path) == {"a": "ä"}
     write_json(path, [1])
     assert read_json(path) == [1]

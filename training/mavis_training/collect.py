@@ -131,6 +131,7 @@ def collect(
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
             sampling=config.sampling(),
             policy=describe(steering),
+            weights_fingerprint=weights_fingerprint(model),
             versions={name: version(name) for name in ("torch", "transformers", "mavis-logits")},
         ),
     )

@@ -34,12 +34,14 @@ def compute_states(store: TreeStore, model: PreTrainedModel, folder: str | Path)
         folder: for the files.
 
     Raises:
-        ValueError: the model cannot read packed trees, or the folder holds states of another model or other trees.
+        ValueError: the model cannot read packed trees or is not the one they were sampled from, or the folder holds
+            states of another model or other trees.
     """
     require_packable(model.config)
+    fingerprint = weights_fingerprint(model)
+    TreeStore.open(store.folder, weights_fingerprint=fingerprint)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    fingerprint = weights_fingerprint(model)
     started, tokens = time.monotonic(), 0
     with tqdm(store.shards(), desc="hidden states", unit="shard") as progress:
         for shard in progress:
