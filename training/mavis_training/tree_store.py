@@ -219,18 +219,31 @@ class TreeStore:
         return cls(folder, metadata)
 
     def shards(self) -> list[Shard]:
-        """The whole shards, in the order in which they were written."""
+        """The whole shards, in the order of their numbers."""
         return [Shard(path) for path in sorted(self.folder.iterdir()) if _SHARD_NAME.fullmatch(path.name)]
 
-    def write(self, trees: Sequence[Tree]) -> Shard | None:
-        """Add trees as one new shard, which appears only when whole. No trees: nothing is written."""
+    def write(self, trees: Sequence[Tree], number: int | None = None) -> Shard | None:
+        """Add trees as one new shard, which appears only when whole. No trees: nothing is written.
+
+        Args:
+            trees: what to write.
+            number: of the shard, if it has been planned (`free_numbers`); None for the one after the last.
+        """
         if not trees:
             return None
-        shards = self.shards()
-        last = int(_SHARD_NAME.fullmatch(shards[-1].path.name).group(1)) if shards else -1  # type: ignore[union-attr]
-        path = self.folder / f"trees-{last + 1:05d}.h5"
+        number = max(self._numbers(), default=-1) + 1 if number is None else number
+        path = self.folder / f"trees-{number:05d}.h5"
         _write(path, _pack(trees), {"metadata": json.dumps(asdict(self.metadata))})
         return Shard(path)
+
+    def free_numbers(self) -> Iterator[int]:
+        """Numbers that no shard has, from the smallest, without end."""
+        taken = self._numbers()
+        return (number for number in itertools.count() if number not in taken)
+
+    def _numbers(self) -> set[int]:
+        names = (_SHARD_NAME.fullmatch(shard.path.name) for shard in self.shards())
+        return {int(name[1]) for name in names if name}
 
     def __iter__(self) -> Iterator[Tree]:
         for shard in self.shards():
