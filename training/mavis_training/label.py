@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from mavis_logits.demo.smollm2 import MODEL_ID, converted_folder
 from mavis_logits.fingerprint import tokenizer_fingerprint
 
-from .rewards import Reward, compute_rewards, load_reward
+from .rewards import Reward, RewardSpec, compute_rewards, describe_spec, load_reward, split_spec
 from .tree import Tree
 from .tree_store import Shard, TreeStore
 
@@ -25,13 +26,14 @@ class LabelConfig:
 
     Attributes:
         store: folder of the tree store.
-        rewards: reward by objective: folder or Hub id of a sequence classifier, or `module:function`.
+        rewards: reward by objective: folder or Hub id of a sequence classifier, or `module:function`; or a mapping of
+            `model` and how to read it (label, template, output, ...: `ClassifierSettings`).
         tokenizer: turns tokens into text; None for that of the model which the store names.
         device: where reward models run.
     """
 
     store: str
-    rewards: dict[str, str]
+    rewards: Mapping[str, str | dict[str, Any]]
     tokenizer: str | None = None
     device: str = "cpu"
 
@@ -40,6 +42,8 @@ class LabelConfig:
             raise ValueError(
                 "rewards is empty: give at least one objective and its reward, e.g. helpful: path/to/model."
             )
+        for spec in self.rewards.values():
+            split_spec(spec)
 
 
 def label(
@@ -55,19 +59,42 @@ def label(
         tokenizer: in place of the one that `config.tokenizer` names.
 
     Raises:
-        ValueError: a reward that cannot be loaded, returns a wrong count or a number that is not finite, or another
-            tokenizer than the trees were sampled with. What was labelled before stays.
+        ValueError: another tokenizer than the trees were sampled with, rewards of the same name from another source, or
+            a reward that cannot be loaded, fails, or returns a wrong count or a number that is not finite. What was
+            labelled before stays.
+        OSError: there is no store, a corrupt shard, or no room for the rewards.
     """
     store = TreeStore.open(config.store)
+    if rewards is not None and (missing := config.rewards.keys() - rewards.keys()):
+        raise ValueError(f"rewards has {sorted(rewards)}, and none for {sorted(missing)}: give a function for each.")
     tokenizer = tokenizer or load_tokenizer(config.tokenizer or store.metadata.model)
     TreeStore.open(config.store, tokenizer_fingerprint(tokenizer))
-    shards = store.shards()
+    todo = {objective: unlabelled(store, objective, spec) for objective, spec in config.rewards.items()}
     for objective, spec in config.rewards.items():
-        todo = [shard for shard in shards if not shard.has_rewards(objective)]
-        if todo:
-            reward = rewards[objective] if rewards else load_reward(spec, config.device)
-            _label_objective(todo, objective, reward, spec, tokenizer)
+        if todo[objective]:
+            reward = rewards[objective] if rewards is not None else load_reward(spec, config.device)
+            _label_objective(todo[objective], objective, reward, describe_spec(spec), tokenizer)
     return store
+
+
+def unlabelled(store: TreeStore, objective: str, spec: RewardSpec) -> list[Shard]:
+    """The shards that have no rewards of `objective` yet.
+
+    Raises:
+        ValueError: some have rewards that another reward than `spec` computed; the message says how to replace them.
+    """
+    source, todo = describe_spec(spec), []
+    for shard in store.shards():
+        found = shard.reward_source(objective)
+        if found is None:
+            todo.append(shard)
+        elif found != source:
+            every = shard.path.with_name(f"trees-*.reward-{objective}.h5")
+            raise ValueError(
+                f"{shard.path} has rewards for {objective!r} from {found!r}, this run has {source!r}. To replace them, "
+                f"delete {every} and run again; to keep both, give this objective another name."
+            )
+    return todo
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -95,7 +122,9 @@ def label_trees(
         key: [tree.columns[key] for tree, n in zip(trees, counts, strict=True) for _ in range(n)] for key in shared
     }
     prompts = [tree.prompt for tree, n in zip(trees, counts, strict=True) for _ in range(n)]
-    values = compute_rewards(reward, prompts, [text for group in texts for text in group], columns, name)
+    prompt_ids = [tree.prompt_id for tree, n in zip(trees, counts, strict=True) for _ in range(n)]
+    completions = [text for group in texts for text in group]
+    values = compute_rewards(reward, prompts, completions, columns, name, prompt_ids)
     return np.split(np.array(values, dtype=np.float64), np.cumsum(counts)[:-1])
 
 
@@ -105,7 +134,15 @@ def _label_objective(
     started, leaves = time.monotonic(), 0
     with tqdm(shards, desc=f"label {objective}", unit="shard") as progress:
         for shard in progress:
-            rewards = label_trees(shard.trees(), reward, objective, tokenizer)
+            trees = shard.trees()
+            try:
+                rewards = label_trees(trees, reward, objective, tokenizer)
+            except Exception as error:  # a reward function is a user's: anything may come out of it
+                told = error if isinstance(error, ValueError) else repr(error)
+                raise ValueError(
+                    f"{shard.path} could not be labelled for {objective!r} with {source}: {told}\n"
+                    "The shards labelled before it are kept: mend the reward and run the same command again."
+                ) from error
             shard.write_rewards(objective, rewards, source)
             leaves += sum(map(len, rewards))
             progress.set_postfix_str(f"{leaves / (time.monotonic() - started):.0f} leaves/s")

