@@ -18,7 +18,7 @@ from mavis_training.packing import (
     tree_example,
 )
 from mavis_training.targets import kept_nodes, node_targets
-from mavis_training.train_model import value_loss
+from mavis_training.value_trainer import value_loss
 from random_trees import random_tree
 from tiny_models import tiny_llama
 

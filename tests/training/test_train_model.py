@@ -12,8 +12,9 @@ from transformers import MambaConfig, MambaForCausalLM
 from mavis_logits.fingerprint import tokenizer_fingerprint
 from mavis_logits.value_model import ValueModel
 from mavis_training.data import load_trees, reward_units, split_by_prompt
-from mavis_training.train_model import LoraSettings, TrainModelConfig, ValueTrainer, train_model
+from mavis_training.train_model import LoraSettings, TrainModelConfig, train_model
 from mavis_training.tree_store import StoreMetadata, TreeStore
+from mavis_training.value_trainer import ValueTrainer
 from random_trees import random_tree
 from tiny_models import tiny_llama, tiny_tokenizer
 

@@ -1,8 +1,8 @@
-"""How well values predict: overall, by completion fraction, and where it counts, between candidates of one step."""
+"""How well values predict: overall, by depth, by completion fraction, and between candidates, where it counts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .targets import root_target
 from .tree import Tree
 
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -40,11 +41,12 @@ def validation_metrics(predictions: Sequence[Prediction], objectives: Sequence[s
 
     Returns:
         By objective: `r2` and `correlation` of values at node ends with their targets (`inner_*`: without leaves),
-        `by_fraction` (correlation and R2 with the leaf's final reward after that share of its tokens, and `within`,
-        the correlation between completions of one prompt, which is what steering uses), and `ranking`: the share of
-        pairs of siblings whose values after their *first* token (`at_end`: after their last) are in the order of their
-        targets (0.5 is chance), with the number of pairs. Fraction 0 means the first token where there is no value of
-        the prompt.
+        `by_depth` (the same for the nodes of each layer of the trees, 0 being the prompts where they have values, with
+        their number), `by_fraction` (correlation and R2 with the leaf's final reward after that share of its tokens,
+        and `within`, the correlation between completions of one prompt, which is what steering uses), and `ranking`:
+        the share of pairs of siblings whose values after their *first* token (`at_end`: after their last) are in the
+        order of their targets (0.5 is chance), with the number of pairs. Fraction 0 means the first token where there
+        is no value of the prompt.
     """
     nodes = [_at_node_ends(p) for p in predictions]
     inner = [_inner(p.tree) for p in predictions]
@@ -52,6 +54,7 @@ def validation_metrics(predictions: Sequence[Prediction], objectives: Sequence[s
     is_inner = np.concatenate(inner)
     fractions = {f: _at_fraction(predictions, f) for f in FRACTIONS}
     rewards = np.concatenate([p.rewards for p in predictions])
+    layers = _by_depth(predictions)
     pairs = _sibling_pairs(predictions)
     tree = np.repeat(np.arange(len(predictions)), [len(p.rewards) for p in predictions])
     metrics: dict[str, Any] = {"trees": len(predictions), "nodes": len(truth), "leaves": len(rewards)}
@@ -61,6 +64,14 @@ def validation_metrics(predictions: Sequence[Prediction], objectives: Sequence[s
             "correlation": correlation(said[:, m], truth[:, m]),
             "inner_r2": r_squared(said[is_inner, m], truth[is_inner, m]),
             "inner_correlation": correlation(said[is_inner, m], truth[is_inner, m]),
+            "by_depth": {
+                str(depth): {
+                    "correlation": correlation(v[:, m], t[:, m]),
+                    "r2": r_squared(v[:, m], t[:, m]),
+                    "nodes": len(t),
+                }
+                for depth, (v, t) in layers.items()
+            },
             "by_fraction": {
                 str(f): {
                     "correlation": correlation(v[:, m], rewards[:, m]),
@@ -76,6 +87,14 @@ def validation_metrics(predictions: Sequence[Prediction], objectives: Sequence[s
             },
         }
     return metrics
+
+
+def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Nested metrics as one dictionary of numbers for loggers, with names such as `helpful/by_depth/1/r2`."""
+    flat: dict[str, float] = {}
+    for name, value in metrics.items():
+        flat |= flatten(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
 
 
 def correlation(predicted: Array, truth: Array) -> float:
@@ -104,6 +123,27 @@ def _inner(tree: Tree) -> NDArray[np.bool_]:
     inner = np.ones(len(tree), dtype=bool)
     inner[tree.leaves()] = False
     return inner
+
+
+def _by_depth(predictions: Sequence[Prediction]) -> dict[int, tuple[Array, Array]]:
+    """Values at node ends and targets, `[nodes, M]` each, of the nodes of each layer; 0 is the prompt."""
+    depth = np.concatenate([_depths(p.tree) for p in predictions])
+    said = np.concatenate([_at_node_ends(p) for p in predictions])
+    truth = np.concatenate([p.targets for p in predictions])
+    layers = {int(d): (said[depth == d], truth[depth == d]) for d in np.unique(depth)}
+    asked = [(p.prompt_value, root_target(p.tree, p.targets)) for p in predictions if p.prompt_value is not None]
+    if asked:
+        layers = {0: (np.stack([value for value, _ in asked]), np.stack([target for _, target in asked]))} | layers
+    return layers
+
+
+def _depths(tree: Tree) -> NDArray[np.int64]:
+    """Layer of each node, `[n]`; 1 for children of the prompt."""
+    depth = np.ones(len(tree), dtype=np.int64)
+    for node, parent in enumerate(tree.parent):  # parents come first
+        if parent >= 0:
+            depth[node] = depth[parent] + 1
+    return depth
 
 
 def _at_fraction(predictions: Sequence[Prediction], fraction: float) -> Array:

@@ -101,21 +101,32 @@ class Example:
     targets: NDArray[np.float32]
 
 
-def tree_example(tree: Tree, targets: NDArray[np.float64], kept: NDArray[np.bool_], every_token: bool) -> Example:
-    """The tree-packed form: one sequence for all terms of a tree.
+def tree_terms(
+    tree: Tree, layout: Layout, targets: NDArray[np.float64], kept: NDArray[np.bool_], every_token: bool
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Which tokens of a packed tree regress what.
 
     Args:
         tree: n nodes.
+        layout: of the tree.
         targets: `[n, M]`, of `node_targets`.
         kept: bool `[n]`, nodes that contribute; the prompt itself always does.
         every_token: each token of a kept node regresses that node's target (an unbiased one: the node was sampled from
             there on); False: only the node's last token does, as in the paper.
+
+    Returns:
+        Indices `[K]` of tokens of the packed sequence, and their targets `[K, M]`.
     """
-    layout = pack(tree)
     chosen = layout.new[kept[layout.node[layout.new]]] if every_token else layout.last[:-1][kept]
-    terms = np.append(layout.last[-1], chosen)
-    values = np.vstack([root_target(tree, targets), targets[layout.node[chosen]]]).astype(np.float32)
-    return Example(layout.input_ids, layout.position_ids, layout.visible(), terms, values)
+    values = np.vstack([root_target(tree, targets), targets[layout.node[chosen]]])
+    return np.append(layout.last[-1], chosen), values
+
+
+def tree_example(tree: Tree, targets: NDArray[np.float64], kept: NDArray[np.bool_], every_token: bool) -> Example:
+    """The tree-packed form: one sequence for all terms of a tree. Arguments as for `tree_terms`."""
+    layout = pack(tree)
+    terms, values = tree_terms(tree, layout, targets, kept, every_token)
+    return Example(layout.input_ids, layout.position_ids, layout.visible(), terms, values.astype(np.float32))
 
 
 def node_examples(
@@ -135,6 +146,17 @@ def _chain(tokens: NDArray[np.int64], terms: int, target: NDArray[np.float64]) -
     size = len(tokens)
     repeated = np.tile(target.astype(np.float32), (terms, 1))
     return Example(tokens, np.arange(size), None, np.arange(size - terms, size), repeated)
+
+
+def path_readings(tree: Tree, layout: Layout) -> list[tuple[Example, NDArray[np.int64]]]:
+    """One plain sequence per leaf, without terms, and the place `[T]` of each of its tokens in the packed sequence."""
+    readings = []
+    for leaf in tree.leaves():
+        where = np.flatnonzero(np.isin(layout.node, [-1, *tree.path(int(leaf))]))
+        nothing = np.empty((0, 0), dtype=np.float32)
+        example = Example(layout.input_ids[where], np.arange(len(where)), None, np.empty(0, dtype=np.int64), nothing)
+        readings.append((example, where))
+    return readings
 
 
 def require_packable(config: PreTrainedConfig) -> None:

@@ -12,34 +12,25 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import LoraConfig
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PreTrainedModel, set_seed
 
 from mavis_logits.demo.smollm2 import load_chat_model
 from mavis_logits.loading import find_file
 from mavis_logits.value_model import ADAPTER_CONFIG, ValueModel
 
+from .batches import TrainingSet
 from .data import LabelledTree, load_trees, recipe_of, reward_units, split_by_prompt
-from .files import read_json, write_json
-from .metrics import Prediction, validation_metrics
-from .packing import (
-    Example,
-    node_examples,
-    pack,
-    packed_inputs,
-    plain_inputs,
-    require_packable,
-    term_inputs,
-    tree_example,
-)
+from .files import write_json
+from .packing import require_packable
 from .targets import kept_nodes
 from .tree_store import StoreMetadata, TreeStore
-
-TRAINABLE_WEIGHTS = "trainable.safetensors"
+from .value_trainer import (
+    Validation,
+    ValueTrainer,
+    check_trainer_arguments,
+    last_whole_checkpoint,
+    training_arguments,
+)
 
 
 @dataclass(frozen=True)
@@ -79,18 +70,24 @@ class TrainModelConfig:
         packing: "trees": a tree is one sequence; "nodes": a node is (slower, for backbones with a recurrent state).
         epochs: passes over the training trees.
         batch_size: sequences (of `packing`'s kind) per forward.
-        gradient_accumulation: forwards per optimizer step.
+        tokens_per_batch: in place of `batch_size`: as many sequences of similar length as fit into so many tokens,
+            padding included; a longer one is alone.
+        gradient_accumulation: forwards per optimizer step, over all of which the loss is one average.
         learning_rate: at its peak; decays linearly to 0.
         weight_decay: of the optimizer.
         warmup_steps: optimizer steps of linear warmup.
         optimizer: any of `transformers.TrainingArguments.optim`.
         max_grad_norm: gradients are clipped to this norm.
         validation_share: of the prompts, held out.
+        validation_leaves: whether leaves count in the validation loss, as many as in training; section F.5 also leaves
+            them out.
         seed: of initialisation, order, dropout and balancing.
         dtype: of the weights.
         bf16: compute in bfloat16 under autocast.
         device: "cpu", or None for the best there is.
         iteration: of Algorithm 1, recorded with the model.
+        trainer: further arguments of `transformers.TrainingArguments` by name, such as `gradient_checkpointing`,
+            `deepspeed`, `fsdp`, `report_to`, `eval_steps`; they override what is set here.
     """
 
     store: str | list[str]
@@ -106,6 +103,7 @@ class TrainModelConfig:
     packing: Literal["trees", "nodes"] = "trees"
     epochs: float = 1.0
     batch_size: int = 1
+    tokens_per_batch: int | None = None
     gradient_accumulation: int = 1
     learning_rate: float = 2e-5
     weight_decay: float = 0.002
@@ -113,11 +111,13 @@ class TrainModelConfig:
     optimizer: str = "adafactor"
     max_grad_norm: float = 1.0
     validation_share: float = 0.1
+    validation_leaves: bool = True
     seed: int = 0
     dtype: str = "float32"
     bf16: bool = False
     device: str | None = None
     iteration: int = 0
+    trainer: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, choices in (("targets", ("nodes", "tokens")), ("packing", ("trees", "nodes"))):
@@ -125,13 +125,17 @@ class TrainModelConfig:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
         if not self.objectives:
             raise ValueError("objectives is empty: name at least one that the store has been labelled for.")
+        if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
+            raise ValueError(f"tokens_per_batch must be at least 1, or null, got {self.tokens_per_batch}.")
+        check_trainer_arguments(self.trainer)
 
 
 def train_model(config: TrainModelConfig, backbone: PreTrainedModel | None = None) -> ValueModel:
     """Train a value model, save it with `metrics.json` and `train_config.json`, and return it.
 
     Of the epochs, the one with the smallest validation loss is kept. Killed at any instant, a rerun goes on from the
-    last checkpoint (one per epoch); checkpoints are removed at the end.
+    last checkpoint (one per epoch); checkpoints are removed at the end. Started by `accelerate launch` or `torchrun`,
+    several processes train together and the first one writes.
 
     Args:
         config: how to train.
@@ -150,23 +154,66 @@ def train_model(config: TrainModelConfig, backbone: PreTrainedModel | None = Non
     set_reward_units(model, mean.tolist(), scale.tolist())
     if config.packing == "trees":
         require_packable(model.config.backbone_config)
+    every_token = config.targets == "tokens"
+    kept = [kept_nodes(item.tree, config.drop_leaves, config.seed) for item in training]
     trainer = ValueTrainer(
-        model=model,
-        args=training_arguments(config),
-        train_dataset=ExampleDataset(training, config),
-        eval_dataset=ExampleDataset(validation, config),
-        data_collator=Collator(model, config.packing),
+        model,
+        training_arguments(config),
+        TrainingSet(training, kept, config.packing, every_token),
+        Validation(validation, [validation_nodes(item, config) for item in validation], every_token),
+        config.packing,
+        config.tokens_per_batch,
     )
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(Path(str(trainer.args.output_dir))))
+    checkpoints = Path(str(trainer.args.output_dir))
+    with trainer.args.main_process_first():
+        checkpoint = last_whole_checkpoint(checkpoints)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.evaluate(metric_key_prefix="best")
+    trained = save_trained(trainer, config, stores, backbone)
+    if trainer.is_world_process_zero():
+        write_json(Path(config.output) / "train_config.json", model.config.recipe)
+        write_json(Path(config.output) / "metrics.json", trainer.metrics | _costs(trainer, len(training)))
+        _clear(checkpoints, Path(config.output))  # done: the folder is ready to be published
+    trainer.accelerator.wait_for_everyone()
+    return trained
+
+
+def validation_nodes(item: LabelledTree, config: TrainModelConfig) -> NDArray[np.bool_]:
+    """Nodes of a held-out tree that count in the validation loss, `[n]`: those that would train, or the inner ones."""
+    return kept_nodes(item.tree, config.drop_leaves if config.validation_leaves else 1.0, config.seed)
+
+
+def save_trained(
+    trainer: ValueTrainer, config: TrainModelConfig, stores: Sequence[TreeStore], backbone: PreTrainedModel | None
+) -> ValueModel:
+    """Write the trained value model and return it; with FSDP or DeepSpeed, put together from all processes' parts."""
+    model = cast(ValueModel, trainer.accelerator.unwrap_model(cast(ValueModel, trainer.model)))
+    if trainer.is_sharded:
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        model = starting_model(config, stores, backbone)
+        model.config.reward_mean, model.config.reward_scale = (
+            trainer.value_config.reward_mean,
+            trainer.value_config.reward_scale,
+        )
+        if trainer.is_world_process_zero():
+            model.load_state_dict({name: p for name, p in state.items() if name in trainer.trainable}, strict=False)
     model.eval()
-    metrics = validation_metrics(predict(model, validation, config.packing), config.objectives)
-    metrics["training_trees"] = len(training)
-    output = Path(config.output)
-    model.save_pretrained(output)
-    write_json(output / "train_config.json", model.config.recipe)
-    write_json(output / "metrics.json", metrics)
-    shutil.rmtree(trainer.args.output_dir)  # type: ignore[arg-type]  # done: the folder is ready to be published
+    if trainer.is_world_process_zero():
+        model.save_pretrained(config.output)
     return model
+
+
+def _costs(trainer: ValueTrainer, trees: int) -> dict[str, Any]:
+    """What training took: trees, optimizer steps, and tokens forwarded to train (with padding, all processes)."""
+    state = trainer.state
+    return {"training_trees": trees, "steps": state.global_step, "training_tokens": state.num_input_tokens_seen}
+
+
+def _clear(checkpoints: Path, output: Path) -> None:
+    """Remove checkpoints; what loggers wrote beside them moves to `<output>/runs`."""
+    if (checkpoints / "runs").is_dir():
+        shutil.copytree(checkpoints / "runs", output / "runs", dirs_exist_ok=True)
+    shutil.rmtree(checkpoints)
 
 
 def starting_model(
@@ -243,171 +290,3 @@ def lora_config(settings: LoraSettings) -> LoraConfig | None:
         lora_dropout=settings.dropout,
         target_modules=settings.target_modules,
     )
-
-
-def training_arguments(config: TrainModelConfig) -> TrainingArguments:
-    """Arguments of `Trainer`; checkpoints lie under `<output>/checkpoints`."""
-    folder = Path(config.output) / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    return TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=config.epochs,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        warmup_steps=config.warmup_steps,
-        lr_scheduler_type="linear",
-        optim=config.optimizer,
-        max_grad_norm=config.max_grad_norm,
-        train_sampling_strategy="group_by_length",
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        save_total_limit=1,
-        load_best_model_at_end=True,
-        logging_steps=10,
-        report_to="none",
-        include_num_input_tokens_seen="all",
-        bf16=config.bf16,
-        use_cpu=config.device == "cpu",
-        seed=config.seed,
-        label_names=["targets"],
-        prediction_loss_only=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-    )
-
-
-def last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that `Trainer` finished writing; unfinished ones, of a killed run, are removed."""
-    while (newest := get_last_checkpoint(str(folder))) is not None:
-        try:
-            read_json(Path(newest) / TRAINER_STATE_NAME)  # written last
-        except (OSError, ValueError):
-            shutil.rmtree(newest)
-        else:
-            return newest
-    return None
-
-
-def value_loss(values: Tensor, inputs: dict[str, Tensor], scale: Tensor) -> Tensor:
-    """Equation 6 in standardised units, averaged over the terms of a batch and the objectives.
-
-    Args:
-        values: `[B, T, M]`, in reward units.
-        inputs: `rows` and `terms` `[K]`, `targets` `[K, M]`.
-        scale: `[M]`, standard deviation of the rewards.
-    """
-    predicted = values[inputs["rows"], inputs["terms"]]
-    return ((predicted - inputs["targets"]) / scale).square().mean()
-
-
-class ExampleDataset(torch.utils.data.Dataset[dict[str, Any]]):
-    """Training sequences of labelled trees; masks are built when a sequence is asked for."""
-
-    def __init__(self, trees: Sequence[LabelledTree], config: TrainModelConfig) -> None:
-        self.trees, self.every_token = list(trees), config.targets == "tokens"
-        self.kept = [kept_nodes(item.tree, config.drop_leaves, config.seed) for item in self.trees]
-        self.plain: list[Example] | None = None
-        if config.packing == "nodes":
-            pairs = zip(self.trees, self.kept, strict=True)
-            self.plain = [
-                e for item, kept in pairs for e in node_examples(item.tree, item.targets, kept, self.every_token)
-            ]
-
-    def __len__(self) -> int:
-        return len(self.plain if self.plain is not None else self.trees)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """One example under "example"; "input_ids" is what `Trainer` groups by length."""
-        if self.plain is not None:
-            example = self.plain[index]
-        else:
-            item = self.trees[index]
-            example = tree_example(item.tree, item.targets, self.kept[index], self.every_token)
-        return {"example": example, "input_ids": example.input_ids}
-
-
-class Collator:
-    """Batches of examples as inputs of a value model, with their terms."""
-
-    def __init__(self, model: ValueModel, packing: str) -> None:
-        self.config, self.dtype, self.packing = model.config.backbone_config, model.dtype, packing
-        self.pad_token_id = model.config.pad_token_id or 0
-
-    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Inputs and terms of a batch."""
-        examples = [item["example"] for item in items]
-        if self.packing == "trees":
-            return packed_inputs(examples, self.config, self.dtype, self.pad_token_id) | term_inputs(examples)
-        return plain_inputs(examples, self.pad_token_id) | term_inputs(examples)
-
-
-class ValueTrainer(Trainer):
-    """`Trainer` with the loss of equation 6; checkpoints hold the trainable weights only."""
-
-    @property
-    def value_model(self) -> ValueModel:
-        """The model in training, unwrapped."""
-        return cast(ValueModel, self.model)
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """`value_loss` of a batch."""
-        terms = {name: inputs[name] for name in ("rows", "terms", "targets")}
-        rest = {name: value for name, value in inputs.items() if name not in terms}
-        output = model(**rest)
-        scale = torch.tensor(self.value_model.config.reward_scale, device=output.values.device)
-        loss = value_loss(output.values, terms, scale)
-        return (loss, {"values": output.values}) if return_outputs else loss
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {n: p.detach().cpu().contiguous() for n, p in self.value_model.named_parameters() if p.requires_grad}
-        save_file(weights, folder / TRAINABLE_WEIGHTS)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        weights = load_file(Path(resume_from_checkpoint) / TRAINABLE_WEIGHTS)
-        unexpected = (model or self.value_model).load_state_dict(weights, strict=False).unexpected_keys
-        if unexpected:
-            raise ValueError(
-                f"{resume_from_checkpoint} is of another model (it has {unexpected[0]}): give another output folder."
-            )
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
-
-
-@torch.inference_mode()
-def predict(model: ValueModel, trees: Sequence[LabelledTree], packing: str) -> list[Prediction]:
-    """What `model` says after every token of held-out trees."""
-    predictions = []
-    for item in tqdm(trees, desc="validate", unit="tree"):
-        values, prompt_value = _values_of(model, item, packing)
-        predictions.append(Prediction(item.tree, item.targets, item.rewards, values, prompt_value))
-    return predictions
-
-
-def _values_of(model: ValueModel, item: LabelledTree, packing: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Values after each new token `[N, M]`, in packed order, and of the prompt `[M]`."""
-    layout = pack(item.tree)
-    if packing == "trees":
-        inputs = packed_inputs([layout], model.config.backbone_config, model.dtype)
-        inputs = {k: _to(v, model.device) for k, v in inputs.items()}
-        values = model(**inputs).values[0].double().cpu().numpy()
-        return values[layout.new], values[layout.last[-1]]
-    values = np.empty((len(layout), len(model.config.objectives)))
-    for leaf in item.tree.leaves():
-        path = item.tree.path(leaf)
-        where = np.flatnonzero(np.isin(layout.node, [-1, *path]))
-        tokens = torch.from_numpy(layout.input_ids[where])[None].to(model.device)
-        values[where] = model(tokens).values[0].double().cpu().numpy()
-    return values[layout.new], values[layout.last[-1]]
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    """A tensor, or a dictionary of tensors, on `device`."""
-    return {k: v.to(device) for k, v in value.items()} if isinstance(value, dict) else value.to(device)
