@@ -1,0 +1,281 @@
+"""`mavis sft`: supervised fine-tuning of the reference model through TRL's `SFTTrainer` (section F.2, table 4)."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from datasets import Dataset
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from trl import SFTConfig as TrlConfig
+from trl import SFTTrainer
+
+from mavis_logits.demo.chat import ChatTemplate, encode_prompt
+from mavis_logits.demo.smollm2 import load_chat_model
+
+from .files import write_json
+from .prompts import read_prompts
+from .targets import is_validation
+from .train_model import LoraSettings, lora_config
+from .value_trainer import last_whole_checkpoint
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """How to fine-tune the reference model. Defaults are table 4's.
+
+    Attributes:
+        data: JSON-lines files with `id`, `prompt` and `completion`, as `mavis prompts` writes them with completions.
+        output: folder for the model, which `model:` of the other commands then names.
+        model: base model, by Hub id or folder, or "smollm2".
+        chat_template: as in collecting: "auto" puts a prompt as one user turn of the tokenizer's chat template, or as
+            raw text if it has none; "none" always as raw text.
+        max_length: tokens of prompt and completion together; longer examples are left out.
+        lora: adapter settings; rank 0 trains all weights.
+        merge: save the model with the adapter merged into it; false saves the adapter alone, which loads, too.
+        epochs: passes over the data.
+        batch_size: examples per forward and device.
+        gradient_accumulation: forwards per optimizer step.
+        learning_rate: at its peak; decays linearly to 0.
+        weight_decay: of the optimizer.
+        warmup_steps: optimizer steps of linear warmup.
+        stop_at_step: stop here and keep this step's weights, the learning rate decaying as if for all epochs.
+        eval_steps: optimizer steps between validations; None for once an epoch.
+        patience: stop after this many validations in a row without a smaller loss; the best weights are kept. None:
+            no such stop, and the last weights are kept.
+        validation_share: of the examples, held out by prompt.
+        gradient_checkpointing: less memory for more time.
+        bf16: compute in bfloat16 under autocast.
+        dtype: of the weights.
+        device: "cpu", or None for the best there is.
+        report_to: loggers, as in `transformers.TrainingArguments`.
+        seed: of adapter, order and dropout.
+    """
+
+    data: list[str]
+    output: str
+    model: str = "smollm2"
+    chat_template: ChatTemplate = "auto"
+    max_length: int = 1024
+    lora: LoraSettings = field(default_factory=lambda: LoraSettings(rank=64, alpha=128, dropout=0.05))
+    merge: bool = True
+    epochs: float = 1.0
+    batch_size: int = 1
+    gradient_accumulation: int = 1
+    learning_rate: float = 1.4e-4
+    weight_decay: float = 0.01
+    warmup_steps: int = 0
+    stop_at_step: int | None = None
+    eval_steps: int | None = None
+    patience: int | None = None
+    validation_share: float = 0.05
+    gradient_checkpointing: bool = False
+    bf16: bool = False
+    dtype: str = "float32"
+    device: str | None = None
+    report_to: str | list[str] = "none"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise ValueError("data is empty: give files of prompts and completions, as `mavis prompts` writes them")
+        for name in ("max_length", "batch_size", "gradient_accumulation", "stop_at_step", "eval_steps", "patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 < self.validation_share < 1:
+            raise ValueError(f"validation_share must be between 0 and 1, got {self.validation_share}")
+        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(f"dtype must name a torch dtype such as 'float32' or 'bfloat16', got {self.dtype!r}")
+
+
+def sft(
+    config: SftConfig, model: PreTrainedModel | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> PreTrainedModel:
+    """Fine-tune a model on completions, save it with `metrics.json` and `sft_config.json`, and return it.
+
+    Only the completion and the token that ends it count in the loss. Killed at any instant, a rerun goes on from the
+    last checkpoint.
+
+    Args:
+        config: how to train.
+        model: the base model, if it is loaded already (then `tokenizer` too).
+        tokenizer: its tokenizer.
+
+    Raises:
+        ValueError: rows without a completion, or no example left to train on or to validate with.
+        OSError: a file that cannot be read.
+    """
+    rows = read_pairs(config.data)
+    set_seed(config.seed)
+    if model is None or tokenizer is None:
+        model, tokenizer = load_chat_model(config.model, getattr(torch, config.dtype))
+    training, validation, too_long = examples(rows, tokenizer, config)
+    trainer = SFTTrainer(
+        model=model,
+        args=training_arguments(config),
+        train_dataset=Dataset.from_list(training),
+        eval_dataset=Dataset.from_list(validation),
+        processing_class=tokenizer,
+        peft_config=lora_config(config.lora),
+        callbacks=_callbacks(config),
+    )
+    folder = Path(str(trainer.args.output_dir))
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
+    metrics: dict[str, Any] = {
+        "training_examples": len(training),
+        "validation_examples": len(validation),
+        "longer_than_max_length": too_long,
+        "steps": trainer.state.global_step,
+        "validation_loss": trainer.evaluate()["eval_loss"],
+        "log": trainer.state.log_history,
+    }
+    tuned = cast(PreTrainedModel, trainer.accelerator.unwrap_model(trainer.model)).eval()
+    if trainer.is_world_process_zero():
+        tuned = _save(tuned, tokenizer, config)
+        write_json(Path(config.output) / "sft_config.json", asdict(config))
+        write_json(Path(config.output) / "metrics.json", metrics)
+        shutil.rmtree(folder)
+    return tuned
+
+
+def read_pairs(files: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of all files, each with an `id`, a `prompt` and a `completion`.
+
+    Raises:
+        OSError: a file that cannot be read.
+        ValueError: a row that is not as said.
+    """
+    rows = [row | {"file": file} for file in files for row in read_prompts(file)]
+    for row in rows:
+        completion = row.get("completion")
+        if not isinstance(completion, str) or not completion.strip():
+            raise ValueError(
+                f"{row['file']}: the row {row['id']!r} has no completion; `mavis prompts --completions true` writes one"
+            )
+    return rows
+
+
+def examples(
+    rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, config: SftConfig
+) -> tuple[list[dict[str, list[int]]], list[dict[str, list[int]]], int]:
+    """Examples for training and for validation, and how many were longer than `max_length`.
+
+    Raises:
+        ValueError: one of the two is empty.
+    """
+    split: dict[bool, list[dict[str, list[int]]]] = {False: [], True: []}
+    too_long = 0
+    for row in rows:
+        example = encode_pair(row, tokenizer, config.chat_template)
+        if len(example["input_ids"]) > config.max_length:
+            too_long += 1
+        else:
+            split[is_validation(row["prompt"], config.validation_share, config.seed)].append(example)
+    if not split[False] or not split[True]:
+        raise ValueError(
+            f"of {len(rows)} examples, {too_long} have more than {config.max_length} tokens; {len(split[False])} are "
+            f"left for training and {len(split[True])} for validation, and each needs one: give more data, a larger "
+            "max_length or another validation_share"
+        )
+    return split[False], split[True], too_long
+
+
+def encode_pair(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, chat_template: ChatTemplate
+) -> dict[str, list[int]]:
+    """`input_ids` of a prompt and its completion, and `completion_mask`, 1 where the loss counts.
+
+    The prompt's tokens are exactly those that `mavis collect` puts before its samples.
+    """
+    prompt = row.get("conversation") or row["prompt"]
+    head = encode_prompt(prompt, tokenizer, chat_template)
+    tail = None
+    if tokenizer.chat_template is not None and chat_template != "none":
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        turns.append({"role": "assistant", "content": row["completion"]})
+        whole = cast(Any, tokenizer.apply_chat_template(turns, return_dict=True))["input_ids"]
+        if whole[: len(head)] == head:  # some templates write a past turn otherwise than one that is being written
+            tail = whole[len(head) :]
+    if tail is None:
+        tail = cast(Any, tokenizer(row["completion"], add_special_tokens=False))["input_ids"]
+    if tokenizer.eos_token_id not in tail:
+        tail = [*tail, tokenizer.eos_token_id]
+    return {"input_ids": head + tail, "completion_mask": [0] * len(head) + [1] * len(tail)}
+
+
+def training_arguments(config: SftConfig) -> TrlConfig:
+    """Arguments of `SFTTrainer`; checkpoints lie under `<output>/checkpoints`."""
+    folder = Path(config.output) / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    often: dict[str, Any] = {"eval_strategy": "epoch", "save_strategy": "epoch"}
+    if config.eval_steps is not None:
+        often = {"eval_strategy": "steps", "save_strategy": "steps"}
+        often |= {"eval_steps": config.eval_steps, "save_steps": config.eval_steps}
+    return TrlConfig(
+        output_dir=str(folder),
+        max_length=None,  # too long ones are left out already
+        completion_only_loss=True,
+        num_train_epochs=config.epochs,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        warmup_steps=config.warmup_steps,
+        lr_scheduler_type="linear",
+        **often,
+        save_total_limit=2,
+        load_best_model_at_end=config.patience is not None,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        logging_steps=10,
+        report_to=config.report_to,
+        gradient_checkpointing=config.gradient_checkpointing,
+        bf16=config.bf16,
+        use_cpu=config.device == "cpu",
+        seed=config.seed,
+        dataloader_pin_memory=False,
+    )
+
+
+class StopAtStep(TrainerCallback):
+    """Ends training after a number of optimizer steps, leaving the schedule of the learning rate as it is."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Stop at the step."""
+        control.should_training_stop = control.should_training_stop or state.global_step >= self.step
+        return control
+
+
+def _callbacks(config: SftConfig) -> list[TrainerCallback]:
+    stop = [] if config.stop_at_step is None else [StopAtStep(config.stop_at_step)]
+    early = [] if config.patience is None else [EarlyStoppingCallback(config.patience)]
+    return [*stop, *early]
+
+
+def _save(tuned: Any, tokenizer: PreTrainedTokenizerBase, config: SftConfig) -> PreTrainedModel:
+    """Write the model, merged if asked for, and its tokenizer; returns what was written."""
+    if config.lora.rank and config.merge:
+        tuned = tuned.merge_and_unload()
+    tuned.save_pretrained(config.output)
+    tokenizer.save_pretrained(config.output)
+    return cast(PreTrainedModel, tuned)
