@@ -5,23 +5,31 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mavis_logits import MavisConfig
 from mavis_logits.demo.chat import ChatTemplate
-from mavis_logits.demo.smollm2 import load_chat_model
+from mavis_logits.demo.smollm2 import MODEL_ID, converted_folder, load_chat_model
 from mavis_logits.fingerprint import tokenizer_fingerprint, weights_fingerprint
 from mavis_logits.steering import Steering
 
+from . import rollout_vllm
+from .label import load_tokenizer
 from .prompts import encode_prompts, read_prompts
+from .ranks import Ranks, join
 from .rollout import sample_trees
+from .tree import Tree
 from .tree_store import StoreMetadata, TreeStore
+
+Backend = Literal["transformers", "vllm"]
 
 
 @dataclass(frozen=True)
@@ -56,13 +64,16 @@ class CollectConfig:
         two_layers: split a first-layer completion that ended, so that every tree has at least two layers (appendix C).
         temperature: softmax temperature of the sampling policy (a steered one tilts the reference at it).
         policy: the steered policy that samples; None for the reference, as in iteration 0.
+        backend: "transformers", or "vllm" (the reference at temperature 1 only; needs the extra `vllm`).
+        vllm: arguments of vLLM's engine, e.g. `tensor_parallel_size` or `gpu_memory_utilization`.
         chat_template: "auto" puts a prompt as one user turn of the tokenizer's chat template, or as raw text if it has
             none; "none" always as raw text.
         max_prompt_tokens: longer prompts are an error.
-        prompts_per_shard: prompts sampled side by side, and written together.
+        prompts_per_shard: prompts sampled side by side, and written together (vllm: give it some hundreds).
         dtype: of the base model's weights.
-        device: where to sample; None for a GPU if there is one.
-        seed: of the whole collection; the trees do not depend on where a run was interrupted.
+        device: where to sample; None for a GPU if there is one, of several processes each its own. vLLM chooses itself.
+        seed: of the whole collection; the trees depend neither on where a run was interrupted nor on how many processes
+            sample.
     """
 
     prompts: str
@@ -76,6 +87,8 @@ class CollectConfig:
     two_layers: bool = True
     temperature: float = 1.0
     policy: PolicyConfig | None = None
+    backend: Backend = "transformers"
+    vllm: dict[str, Any] = field(default_factory=dict)
     chat_template: ChatTemplate = "auto"
     max_prompt_tokens: int = 512
     prompts_per_shard: int = 8
@@ -91,13 +104,47 @@ class CollectConfig:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
         if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise ValueError(f"dtype must name a torch dtype such as 'float32' or 'bfloat16', got {self.dtype!r}")
+        self._check_backend()
+
+    def _check_backend(self) -> None:
+        if self.backend not in get_args(Backend):
+            raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {self.backend!r}")
+        if self.backend != "vllm":
+            if self.vllm:
+                raise ValueError(f"vllm = {self.vllm} has no effect under backend {self.backend!r}: leave it out")
+        elif self.policy is not None:
+            raise ValueError(
+                "backend 'vllm' samples from the reference only: leave the policy out (iteration 0), or use backend "
+                "'transformers' to sample from a steered policy"
+            )
+        elif self.temperature != 1:
+            raise ValueError(
+                f"backend 'vllm' samples at temperature 1 only, got {self.temperature}: it reports no log-probability "
+                "of the reference beside that of another temperature. Use temperature 1 or backend 'transformers'"
+            )
 
     def sampling(self) -> dict[str, Any]:
         """The settings that shape the samples, as the store records them."""
         names = ("max_new_tokens", "layers", "root_children", "children", "two_layers", "temperature", "dtype", "seed")
         sampling = {name: getattr(self, name) for name in names}
-        # Only where it is not as it always was, so that a store begun earlier can be gone on with.
-        return sampling if self.chat_template == "auto" else sampling | {"chat_template": self.chat_template}
+        # Only where they are not as they always were, so that a store begun earlier can be gone on with.
+        later = {"chat_template": "auto", "backend": "transformers"}
+        return sampling | {name: getattr(self, name) for name, old in later.items() if getattr(self, name) != old}
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """What samples trees.
+
+    Attributes:
+        tokenizer: of the base model.
+        metadata: of the store that it fills.
+        sample: (prompt rows, their token ids, seed) -> their trees.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    metadata: StoreMetadata
+    sample: Callable[[list[dict[str, Any]], list[list[int]], int], list[Tree]]
 
 
 def collect(
@@ -107,49 +154,114 @@ def collect(
 ) -> TreeStore:
     """Sample one tree for every prompt that has none yet. Killed at any instant, a rerun goes on where it stood.
 
+    Several processes (`mavis_training.ranks`) share the shards that are still to be written. Their numbers and contents
+    are those that one process would write.
+
     Args:
         config: what to sample.
-        model: the base model, if it is loaded already (then `tokenizer` too).
+        model: the base model, if it is loaded already (then `tokenizer` too). vLLM loads its own.
         tokenizer: its tokenizer.
 
     Raises:
         ValueError: a prompt is empty, too long or a duplicate, the store was sampled with other settings, or the value
             functions do not fit the model. Nothing has been sampled then.
         OSError: the prompts file cannot be read.
+        ImportError: backend "vllm" without vllm.
     """
     rows = read_prompts(config.prompts, config.limit)
+    ranks = join(config.device)
+    make = vllm_sampler if config.backend == "vllm" else transformers_sampler
+    sampler = make(config, ranks, model, tokenizer)
+    tokens = encode_prompts(rows, sampler.tokenizer, config.max_prompt_tokens, config.chat_template)
+    prompts = {str(row["id"]): (row, ids) for row, ids in zip(rows, tokens, strict=True)}
+    if ranks.is_main:
+        TreeStore.create(config.store, sampler.metadata)
+    ranks.wait()
+    store = TreeStore.open(config.store)
+    plan = ranks.share(ranks.agree(lambda: plan_shards(store, list(prompts), config.prompts_per_shard)))
+    started, sampled = time.monotonic(), 0
+    title = "collect" if ranks.count == 1 else f"collect (1 of {ranks.count} processes)"
+    total = sum(len(names) for _, names in plan)
+    with tqdm(total=total, desc=title, unit="tree", disable=not ranks.is_main) as progress:
+        for number, names in plan:
+            chunk_rows, chunk_ids = [prompts[name][0] for name in names], [prompts[name][1] for name in names]
+            trees = sampler.sample(chunk_rows, chunk_ids, _seed(config.seed, chunk_rows))
+            store.write(trees, number)
+            sampled += sum(len(tree.tokens) for tree in trees)
+            progress.update(len(names))
+            progress.set_postfix_str(f"{sampled / (time.monotonic() - started):.0f} tokens/s")
+    ranks.wait()
+    return store
+
+
+def plan_shards(store: TreeStore, prompt_ids: list[str], size: int) -> list[tuple[int, list[str]]]:
+    """The shards that are still to be written: the number of each and the prompts of its trees.
+
+    Prompts without a tree are cut, in order, into shards of `size`, which take the free numbers in order: what an
+    interrupted run has left undone is planned again as it was.
+    """
+    done = store.prompt_ids()
+    todo = [name for name in prompt_ids if name not in done]
+    chunks = [todo[start : start + size] for start in range(0, len(todo), size)]
+    return list(zip(store.free_numbers(), chunks, strict=False))
+
+
+def transformers_sampler(
+    config: CollectConfig, ranks: Ranks, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None
+) -> Sampler:
+    """Rollouts of the reference or of a steered policy by transformers, on this rank's device. Raises as `collect`."""
     if model is None or tokenizer is None:
         model, tokenizer = load_chat_model(config.model, getattr(torch, config.dtype))
-    model.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()  # type: ignore[arg-type]
-    prompts = encode_prompts(rows, tokenizer, config.max_prompt_tokens, config.chat_template)
+    model.to(ranks.device).eval()  # type: ignore[arg-type]
     steering = load_policy(config.policy, model, tokenizer)
-
-    store = TreeStore.create(
-        config.store,
-        StoreMetadata(
-            model=model.config.name_or_path or type(model).__name__,
-            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-            sampling=config.sampling(),
-            policy=describe(steering),
-            weights_fingerprint=weights_fingerprint(model),
-            versions={name: version(name) for name in ("torch", "transformers", "mavis-logits")},
-        ),
+    metadata = StoreMetadata(
+        model=model.config.name_or_path or type(model).__name__,
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        sampling=config.sampling(),
+        policy=describe(steering),
+        weights_fingerprint=weights_fingerprint(model),
+        versions={name: version(name) for name in ("torch", "transformers", "mavis-logits")},
     )
-    done = store.prompt_ids()
-    todo = [(row, ids) for row, ids in zip(rows, prompts, strict=True) if row["id"] not in done]
-    eos = eos_token_ids(model, tokenizer)
-    started, sampled = time.monotonic(), 0
-    with tqdm(total=len(rows), initial=len(rows) - len(todo), desc="collect", unit="tree") as progress:
-        for start in range(0, len(todo), config.prompts_per_shard):
-            chunk = todo[start : start + config.prompts_per_shard]
-            chunk_rows, chunk_ids = [row for row, _ in chunk], [ids for _, ids in chunk]
-            seed = _seed(config.seed, chunk_rows)
-            trees = sample_trees(model, chunk_rows, chunk_ids, eos, config, seed, config.temperature, steering)
-            store.write(trees)
-            sampled += sum(len(tree.tokens) for tree in trees)
-            progress.update(len(chunk))
-            progress.set_postfix_str(f"{sampled / (time.monotonic() - started):.0f} tokens/s")
-    return store
+    sample = partial(
+        sample_trees,
+        model,
+        eos=eos_token_ids(model.generation_config, tokenizer),
+        shape=config,
+        temperature=config.temperature,
+        steering=steering,
+    )
+    return Sampler(tokenizer, metadata, lambda rows, ids, seed: sample(rows, ids, seed=seed))
+
+
+def vllm_sampler(
+    config: CollectConfig, ranks: Ranks, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None
+) -> Sampler:
+    """Rollouts of the reference by vLLM. Raises as `collect`.
+
+    Args:
+        config, tokenizer: see `collect`.
+        ranks: one only.
+        model: if given, its weights are recorded as those that the trees were sampled from.
+    """
+    if ranks.count > 1:
+        raise ValueError(
+            f"backend 'vllm' runs in one process, which uses several GPUs by itself; got {ranks.count}. Start it "
+            "without accelerate launch, with vllm: {tensor_parallel_size: ...}"
+        )
+    folder = str(converted_folder()) if config.model in ("smollm2", MODEL_ID) else config.model
+    tokenizer = tokenizer or load_tokenizer(folder)
+    engine = rollout_vllm.load_engine(
+        folder, config.dtype, config.max_prompt_tokens + config.max_new_tokens, config.vllm
+    )
+    metadata = StoreMetadata(
+        model=MODEL_ID if config.model == "smollm2" else config.model,
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        sampling=config.sampling(),
+        weights_fingerprint=None if model is None else weights_fingerprint(model),
+        versions={"vllm": rollout_vllm.engine_version(), "mavis-logits": version("mavis-logits")},
+    )
+    sample = partial(rollout_vllm.sample_trees, engine, eos=eos_token_ids(_generation(folder), tokenizer), shape=config)
+    return Sampler(tokenizer, metadata, lambda rows, ids, seed: sample(rows, ids, seed=seed))
 
 
 def load_policy(
@@ -178,11 +290,19 @@ def describe(steering: Steering | None) -> dict[str, Any]:
     return {"settings": asdict(steering.config), "value_functions": functions}
 
 
-def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Every token that ends a sequence, from the generation config and the tokenizer."""
-    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+def eos_token_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Every token that ends a sequence, from the model's generation config and the tokenizer."""
+    configured = generation.eos_token_id if generation is not None else None
     ids = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
     return {i for i in ids if isinstance(i, int)}
+
+
+def _generation(model: str) -> GenerationConfig:
+    """The generation config in a model's repository or folder, or what follows from its model config."""
+    try:
+        return GenerationConfig.from_pretrained(model)
+    except OSError:
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model))
 
 
 def _seed(seed: int, rows: list[dict[str, Any]]) -> int:

@@ -141,7 +141,7 @@ def complete(
         num_return_sequences=returned, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     new = output[:, batch["input_ids"].shape[1] :]
-    ends = torch.isin(new, torch.tensor(sorted(eos_token_ids(model, tokenizer)), device=new.device))
+    ends = torch.isin(new, torch.tensor(sorted(eos_token_ids(model.generation_config, tokenizer)), device=new.device))
     lengths = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, new.shape[1])
     ratios: list[float] | None = None
     if steering is None:
