@@ -23,6 +23,8 @@ SUMMARIES = {
     "label": "training 2: add a reward to every finished completion of the trees",
     "train-model": "training 3: train a value model on labelled trees",
     "train-head": "training 3: train a value head, which reads the language model's own hidden state",
+    "distil": "training 4: make one value model of several value functions",
+    "iterate": "training, all of it: collect, label, train and validate, iteration by iteration",
     "evaluate": "measure rewards and divergence of steered completions on held-out prompts",
     "card": "write the model card of a trained value function",
     "bundle": "make one id of several value functions and their settings",

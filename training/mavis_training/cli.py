@@ -53,6 +53,22 @@ def train_head(argv: Sequence[str]) -> None:
     run(read_config(TrainHeadConfig, argv, "train-head"))
 
 
+def distil(argv: Sequence[str]) -> None:
+    """`mavis distil`: make one value model of several value functions."""
+    from .distil import DistilConfig
+    from .distil import distil as run
+
+    run(read_config(DistilConfig, argv, "distil"))
+
+
+def iterate(argv: Sequence[str]) -> None:
+    """`mavis iterate`: policy iteration (Algorithm 1) from prompts to value functions."""
+    from .iterate import IterateConfig
+    from .iterate import iterate as run
+
+    run(read_config(IterateConfig, argv, "iterate"))
+
+
 def evaluate(argv: Sequence[str]) -> None:
     """`mavis evaluate`: measure rewards and KL on held-out prompts."""
     from .evaluate import EvaluateConfig

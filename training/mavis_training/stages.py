@@ -1,0 +1,138 @@
+"""A long run as named stages, recorded on disk: killed at any instant, a rerun goes on with the stage it was in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .files import read_json, write_json
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A finished stage.
+
+    Attributes:
+        name: also where its output lies within the run's folder.
+        run: folder of the run that did it, another one's if its result was reused.
+        key: digest of its settings and of the stages that it rests on.
+        seconds: that it took, in the attempt that finished it.
+        result: what it found; `"existing"` names output that was there already, in place of the run's own.
+    """
+
+    name: str
+    run: Path
+    key: str
+    seconds: float
+    result: dict[str, Any]
+
+    @property
+    def path(self) -> Path:
+        """Its output, a file or folder."""
+        return Path(self.result.get("existing", self.run / self.name))
+
+
+class StageLog:
+    """The stages of one run, in a JSON file that changes in one step.
+
+    Args:
+        path: the file; its folder is the run's.
+        reuse: folder of another run, with a file of the same name. A stage that was finished there under the same
+            settings, resting on the same stages, is taken from there.
+
+    Raises:
+        ValueError: a file of a newer format, or damaged.
+        OSError: `reuse` has no such file.
+    """
+
+    def __init__(self, path: Path, reuse: str | Path | None = None) -> None:
+        self.path = path
+        self._stages = _read(path) if path.exists() else {}
+        self._others: dict[str, Any] = {}
+        if reuse is not None:
+            other = Path(reuse) / path.name
+            if not other.exists():
+                raise FileNotFoundError(f"reuse: {reuse} is not the folder of a run (it has no {path.name}).")
+            self._others = {name: {"run": str(reuse)} | record for name, record in _read(other).items()}
+
+    def run(
+        self,
+        name: str,
+        settings: dict[str, Any],
+        after: Sequence[Stage],
+        work: Callable[[], dict[str, Any]],
+    ) -> Stage:
+        """Do a stage unless it has been done, and record it.
+
+        Args:
+            name: of the stage.
+            settings: all that shapes its result, as JSON; places of files and devices do not belong here.
+            after: the stages that it rests on.
+            work: does it, in a way that goes on where an interrupted attempt stood; returns its result, as JSON.
+
+        Raises:
+            ValueError: the stage was begun under other settings; the message names the first that differs.
+        """
+        settings = json.loads(json.dumps(settings))  # as they come back from the file
+        key = _digest([name, settings, [stage.key for stage in after]])
+        record = self._stages.get(name)
+        if record is not None:
+            self._require_same(name, record["settings"], settings)
+        other = self._others.get(name)
+        if (record is None or "seconds" not in record) and other and other["key"] == key and "seconds" in other:
+            record = self._stages[name] = other
+            self._write()
+        if record is None:
+            record = self._stages[name] = {"settings": settings, "key": key}
+            self._write()
+        if "seconds" not in record:
+            started = time.monotonic()
+            record["result"] = json.loads(json.dumps(work()))
+            record["seconds"] = round(time.monotonic() - started, 3)
+            self._write()
+        return Stage(name, Path(record.get("run", self.path.parent)), key, record["seconds"], record["result"])
+
+    def _require_same(self, name: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+        """Refuse changed settings. What older records lack, fields of a newer version, is no change."""
+        for field, before in _flat(old).items():
+            now = _flat(new).get(field)
+            if before != now:
+                raise ValueError(
+                    f"{self.path}: {name} was begun with {field} = {before!r}, this run has {now!r}. Use the same "
+                    f"settings, or another output; with reuse: {self.path.parent} it takes over what is unchanged."
+                )
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, {"format_version": FORMAT_VERSION, "stages": self._stages})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format_version {version}, this mavis-logits reads up to {FORMAT_VERSION}: upgrade it, or give "
+            "another output."
+        )
+    return content["stages"]
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as `outer.inner`; an empty mapping stands for itself."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        inner = _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
+        flat |= inner
+    return flat
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
