@@ -8,6 +8,7 @@ from mavis_training import cli
 from mavis_training.cards import CardConfig
 from mavis_training.cli import read_config
 from mavis_training.collect import CollectConfig
+from mavis_training.distil import DistilConfig
 from mavis_training.evaluate import EvaluateConfig
 from mavis_training.label import LabelConfig
 from mavis_training.train_head import TrainHeadConfig
@@ -19,6 +20,7 @@ KINDS = {
     "label": LabelConfig,
     "train-model": TrainModelConfig,
     "train-head": TrainHeadConfig,
+    "distil": DistilConfig,
     "evaluate": EvaluateConfig,
     "card": CardConfig,
 }
@@ -85,7 +87,7 @@ def test_other_bad_input(tmp_path):
         read_config(LabelConfig, ["--config", str(tmp_path / "list.yaml")], "label")
 
 
-@pytest.mark.parametrize("command", ["collect", "label", "train_model", "train_head", "evaluate", "card"])
+@pytest.mark.parametrize("command", ["collect", "label", "train_model", "train_head", "distil", "evaluate", "card"])
 def test_help_describes_every_setting(command, capsys):
     with pytest.raises(SystemExit):
         getattr(cli, command)(["--help"])

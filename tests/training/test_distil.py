@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import MambaConfig, MambaForCausalLM
+
+from mavis_logits.fingerprint import tokenizer_fingerprint
+from mavis_logits.value_head import ValueHead
+from mavis_logits.value_model import ValueModel
+from mavis_training import distil as distilling
+from mavis_training.distil import DistilConfig, agreement, distil, open_stores, sibling_pairs, taught_trees
+from mavis_training.teachers import VALUES_FOLDER, load_teachers
+from mavis_training.train_model import LoraSettings
+from mavis_training.tree_store import StoreMetadata, TreeStore
+from mavis_training.value_trainer import ValueTrainer
+from random_trees import random_tree
+from tiny_models import tiny_llama, tiny_tokenizer
+
+TREES = 40
+TOKENIZER = tokenizer_fingerprint(tiny_tokenizer())
+
+
+def make_store(folder, first=0, trees=TREES, tokenizer=TOKENIZER):
+    store = TreeStore.create(folder, StoreMetadata("tiny", tokenizer, {"max_new_tokens": 12}))
+    store.write([random_tree(i) for i in range(first, first + trees)])
+    return store
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A store without rewards, two value models of different sizes and iterations, and a value head."""
+    folder = tmp_path_factory.mktemp("distil")
+    make_store(folder / "trees")
+    common = {"tokenizer_fingerprint": TOKENIZER, "reward_mean": [3.0], "reward_scale": [2.0]}
+    small = ValueModel.from_backbone(tiny_llama(), ["low"], iteration=1, num_layers=1, **common)
+    large = ValueModel.from_backbone(tiny_llama(seed=3), ["high"], iteration=2, **common)
+    head = ValueHead.for_model(tiny_llama(), ["mid"], width=8, **common)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for model in (small, large):
+            model.head.weight.normal_(std=0.5)
+    for name, function in (("low", small), ("high", large), ("mid", head)):
+        function.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def config(folders, tmp_path):
+    return DistilConfig(
+        store=str(folders / "trees"),
+        teachers={"low": str(folders / "low"), "high": str(folders / "high")},
+        output=str(tmp_path / "student"),
+        model=None,
+        lora=LoraSettings(rank=0),
+        learning_rate=0.02,
+        warmup_steps=0,
+        epochs=3,
+        batch_size=8,
+        device="cpu",
+        validation_share=0.2,
+    )
+
+
+def losses(monkeypatch):
+    """The validation losses of the trainings to come."""
+    found = []
+    evaluate = ValueTrainer.evaluate
+
+    def noted(self, *arguments, **options):
+        result = evaluate(self, *arguments, **options)
+        found.append(result["eval_loss"])
+        return result
+
+    monkeypatch.setattr(ValueTrainer, "evaluate", noted)
+    return found
+
+
+def test_a_student_of_its_teachers_architecture_reaches_them(config, folders, monkeypatch):
+    """The teacher's own backbone under a new head: the head is to be found again, and the backbone to be left alone."""
+    found = losses(monkeypatch)
+    one = dataclasses.replace(
+        config,
+        teachers={"low": str(folders / "low")},
+        lora=LoraSettings(rank=1, alpha=1, dropout=0.0, target_modules=["o_proj"]),
+        num_layers=1,
+        epochs=20,
+        learning_rate=0.05,
+        batch_size=4,
+    )
+    student = distil(one, backbone=tiny_llama())
+    assert found[-1] < found[0] / 10
+    assert found[-1] < 0.02
+    assert student.config.reward_mean == [3.0]
+    metrics = json.loads(Path(one.output, "metrics.json").read_text())
+    assert metrics["low"]["teacher"]["r2"] > 0.9
+    assert metrics["low"]["teacher"]["ranking"] > 0.9
+    assert metrics["low"]["teacher"]["pairs"] > 10
+    assert metrics["trees"] + metrics["training_trees"] == TREES
+
+
+def test_teachers_of_different_kinds_sizes_and_iterations(config, folders, tmp_path):
+    base = tiny_llama()
+    teachers = {**config.teachers, "mid": str(folders / "mid")}
+    make_store(tmp_path / "more", first=TREES, trees=10)
+    stores = [config.store, str(tmp_path / "more")]
+    lora = LoraSettings(rank=4, alpha=8, dropout=0.0)
+    three = dataclasses.replace(config, teachers=teachers, store=stores, lora=lora, num_layers=1)
+    student = distil(three, model=base, backbone=base)
+    loaded = ValueModel.from_pretrained(three.output, backbone=base)
+    assert loaded.config.objectives == ["low", "high", "mid"]
+    assert loaded.config.iteration == 2
+    assert loaded.config.recipe["teacher_iterations"] == {"low": 1, "high": 2, "mid": 0}
+    assert (loaded.config.tokenizer_fingerprint, loaded.config.base_model) == (TOKENIZER, "tiny")
+    assert str(tmp_path) not in json.dumps(loaded.config.to_dict())
+    tokens = torch.arange(3, 12)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(tokens).values, student(tokens).values, rtol=1e-4, atol=1e-4)
+    metrics = json.loads(Path(three.output, "metrics.json").read_text())
+    assert metrics["trees"] + metrics["training_trees"] == TREES + 10
+    assert all(metrics[name]["teacher"]["correlation"] > 0.1 for name in teachers)
+    assert "by_fraction" not in metrics["low"]  # the trees have no rewards
+
+
+def test_taught_trees_hold_each_teachers_column(config, folders):
+    base = tiny_llama()
+    given = {**config.teachers, "mid": str(folders / "mid")}
+    stores, teachers = open_stores(config.store), load_teachers(given, base, torch.float32, "cpu")
+    item = taught_trees(stores, teachers, ["mid", "low"], keep=False)[7]
+    by_name = {name: t for t in teachers for name in t.outputs}
+    for column, name in enumerate(["mid", "low"]):
+        np.testing.assert_allclose(item.values[:, column], by_name[name].values(item.tree)[:, 0], atol=1e-5)
+    ends = np.cumsum(item.tree.length) - 1
+    np.testing.assert_array_equal(item.targets, item.values[ends])
+    np.testing.assert_array_equal(item.rewards, item.values[ends[item.tree.leaves()]])
+
+
+def test_with_rewards_the_student_is_measured_against_them_too(config, tmp_path):
+    store = make_store(tmp_path / "labelled")
+    for shard in store.shards():
+        rewards = [np.arange(len(tree.leaves()), dtype=float) for tree in shard.trees()]
+        shard.write_rewards("low", rewards, "test")
+        shard.write_rewards("high", rewards, "test")
+    distil(dataclasses.replace(config, store=str(store.folder), epochs=1), backbone=tiny_llama())
+    metrics = json.loads(Path(config.output, "metrics.json").read_text())
+    assert set(metrics["low"]) >= {"teacher", "by_fraction", "ranking", "r2"}
+    assert metrics["low"]["correlation"] != metrics["low"]["teacher"]["correlation"]
+
+
+def test_a_killed_distillation_goes_on(config, monkeypatch):
+    whole = distil(dataclasses.replace(config, output=config.output + "-whole"), backbone=tiny_llama())
+    assert list(Path(config.store, VALUES_FOLDER).rglob("*.safetensors"))
+    save = ValueTrainer._save_checkpoint
+
+    def die_after_saving(self, *arguments, **options):
+        save(self, *arguments, **options)
+        if self.state.epoch == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ValueTrainer, "_save_checkpoint", die_after_saving)
+    with pytest.raises(KeyboardInterrupt):
+        distil(config, backbone=tiny_llama())
+    monkeypatch.setattr(ValueTrainer, "_save_checkpoint", save)
+    steps = []
+    step = ValueTrainer.training_step
+    monkeypatch.setattr(ValueTrainer, "training_step", lambda self, *a, **k: steps.append(1) or step(self, *a, **k))
+    resumed = distil(config, backbone=tiny_llama())
+    assert 0 < len(steps) <= 5  # one epoch of three remained
+    assert not Path(config.output, "checkpoints").exists()
+    tokens = torch.arange(3, 12)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(resumed(tokens).values, whole(tokens).values, rtol=1e-3, atol=1e-3)
+
+
+def test_going_on_from_a_student(config, folders, monkeypatch):
+    found = losses(monkeypatch)
+    distil(config, backbone=tiny_llama())
+    again = dataclasses.replace(config, initial=config.output, output=config.output + "-2", learning_rate=1e-4)
+    distil(again)
+    assert found[3] < found[0]  # the second training starts where the first one ended
+
+
+def test_agreement_is_perfect_only_for_the_teachers_own_values(folders, config):
+    stores, teachers = open_stores(config.store), load_teachers(config.teachers, None, torch.float32, "cpu")
+    items = taught_trees(stores, teachers, ["low", "high"], keep=False)
+    same = [item.values.astype(float) for item in items]
+    flipped = [values * [1, -1] + [10, 0] for values in same]
+    for values in agreement(same, items, ["low", "high"]).values():
+        assert values["r2"] == values["ranking"] == 1
+        assert values["step_correlation"] == pytest.approx(1)
+    worse = agreement(flipped, items, ["low", "high"])
+    assert (worse["low"]["ranking"], worse["high"]["ranking"]) == (1, 0)
+    assert worse["low"]["r2"] < 0
+    assert worse["high"]["step_correlation"] == pytest.approx(-1)
+
+
+def test_pairs_are_first_tokens_of_siblings():
+    tree = random_tree(4)
+    owner = np.repeat(np.arange(len(tree)), tree.length)
+    packed = np.concatenate([tree.own_tokens(i) for i in range(len(tree))])
+    pairs = sibling_pairs(tree)
+    assert len(pairs) > 3
+    for one, other in pairs:
+        a, b = owner[one], owner[other]
+        assert a != b
+        assert tree.parent[a] == tree.parent[b]
+        assert packed[one] == tree.own_tokens(a)[0] != packed[other] == tree.own_tokens(b)[0]
+
+
+def test_bad_input(config, folders, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="teachers is empty"):
+        dataclasses.replace(config, teachers={})
+    with pytest.raises(ValueError, match="store is empty"):
+        dataclasses.replace(config, store=[])
+    with pytest.raises(OSError, match="not a tree store"):
+        distil(dataclasses.replace(config, store=str(tmp_path / "none")), backbone=tiny_llama())
+    with pytest.raises(ValueError, match="names a folder twice"):
+        distil(dataclasses.replace(config, store=[config.store] * 2), backbone=tiny_llama())
+    fresh = make_store(tmp_path / "fresh", trees=3)
+    with pytest.raises(ValueError, match=r"validation_share 0\.0"):
+        distil(dataclasses.replace(config, store=str(fresh.folder), validation_share=0.0), backbone=tiny_llama())
+    assert not (fresh.folder / VALUES_FOLDER).exists()  # told before the teachers were asked
+    with pytest.raises(ValueError, match="did you mean 'report_to'"):
+        dataclasses.replace(config, trainer={"report": "none"})
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=16, state_size=4, num_hidden_layers=1))
+    with pytest.raises(ValueError, match=r"mamba student cannot read a packed tree \(recurrent state\)"):
+        distil(config, backbone=mamba)
+    with pytest.raises(ValueError, match="its objectives is"):
+        distil(dataclasses.replace(config, initial=str(folders / "low")))
+    make_store(tmp_path / "other", tokenizer="0" * 16)
+    with pytest.raises(ValueError, match=r"the store .*other has another tokenizer .* must share one tokenizer"):
+        distil(dataclasses.replace(config, store=[config.store, str(tmp_path / "other")]), backbone=tiny_llama())
+    with pytest.raises(ValueError, match="low reads tokens of another tokenizer"):
+        distil(dataclasses.replace(config, store=str(tmp_path / "other")), backbone=tiny_llama())
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["more"])
+    monkeypatch.setattr(distilling, "load_chat_model", lambda name, dtype: (tiny_llama(), tokenizer))
+    with pytest.raises(ValueError, match="org/student has another tokenizer"):
+        distil(dataclasses.replace(config, backbone="org/student"))

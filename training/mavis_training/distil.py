@@ -1,0 +1,344 @@
+"""Distil several value functions into one value model with an output for each objective (appendix E).
+
+The student regresses what its teachers say after every completion token of stored trees. A tree is one sequence, for
+teachers and student alike, so that shared prefixes are computed once.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from itertools import combinations
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel, set_seed
+
+from mavis_logits.cache import supports_ragged_cache
+from mavis_logits.demo.smollm2 import load_chat_model
+from mavis_logits.fingerprint import tokenizer_fingerprint
+from mavis_logits.value_model import ValueModel
+
+from .batches import TrainingSet
+from .data import LabelledTree, load_trees, recipe_of, split_by_prompt
+from .files import write_json
+from .metrics import Prediction, correlation, r_squared, validation_metrics
+from .packing import Example, pack
+from .teachers import Teacher, check_tokenizer, load_teachers, teacher_values
+from .train_model import LoraSettings, TrainModelConfig, save_trained, set_reward_units, starting_model
+from .tree import Tree
+from .tree_store import TreeStore
+from .value_trainer import Validation, ValueTrainer, last_whole_checkpoint, training_arguments
+
+Item = TypeVar("Item", bound=LabelledTree)
+
+
+@dataclass(frozen=True)
+class DistilConfig:
+    """How to distil value functions into one.
+
+    Attributes:
+        store: folder of a tree store, or several; trees need no rewards, but with them the student is measured against
+            these too.
+        teachers: by objective, folder or Hub id of a value model or value head; of any size and iteration.
+        output: folder for the student, its metrics and its checkpoints.
+        model: base model that value heads read and that adapters sit on; null if no teacher needs one.
+        keep_values: keep what the teachers say in the stores' folders, for the next run; False computes it again.
+        initial: folder or Hub id of a value model of the same objectives to go on from; null for a new one.
+        backbone: of a new student: Hub id or folder of a decoder, or "smollm2"; its tokens must be those of the trees.
+        num_layers: keep only the first layers of the backbone.
+        lora: adapter settings.
+        epochs: passes over the training trees.
+        batch_size: trees per forward.
+        tokens_per_batch: in place of `batch_size`: as many trees of similar length as fit into so many tokens.
+        gradient_accumulation: forwards per optimizer step.
+        learning_rate: at its peak; decays linearly to 0.
+        weight_decay: of the optimizer.
+        warmup_steps: optimizer steps of linear warmup.
+        optimizer: any of `transformers.TrainingArguments.optim`.
+        max_grad_norm: gradients are clipped to this norm.
+        validation_share: of the prompts, held out.
+        seed: of initialisation, order and dropout.
+        dtype: of all weights.
+        bf16: train in bfloat16 under autocast.
+        device: "cpu", or None for the best there is.
+        trainer: further arguments of `transformers.TrainingArguments` by name, as for `mavis train-model`.
+    """
+
+    store: str | list[str]
+    teachers: dict[str, str]
+    output: str
+    model: str | None = "smollm2"
+    keep_values: bool = True
+    initial: str | None = None
+    backbone: str = "smollm2"
+    num_layers: int | None = None
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    epochs: float = 3.0
+    batch_size: int = 4
+    tokens_per_batch: int | None = None
+    gradient_accumulation: int = 1
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.002
+    warmup_steps: int = 10
+    optimizer: str = "adafactor"
+    max_grad_norm: float = 1.0
+    validation_share: float = 0.1
+    seed: int = 0
+    dtype: str = "float32"
+    bf16: bool = False
+    device: str | None = None
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.teachers:
+            raise ValueError("teachers is empty: name at least one value function, by objective.")
+        if not self.store:
+            raise ValueError("store is empty: name at least one folder that `mavis collect` wrote.")
+        self.training()  # checks what it shares
+
+    def training(self) -> TrainModelConfig:
+        """The same settings for what training a value model and distilling one have in common."""
+        common = {f.name for f in fields(TrainModelConfig)} & {f.name for f in fields(self)}
+        return TrainModelConfig(objectives=list(self.teachers), **{name: getattr(self, name) for name in common})
+
+
+@dataclass
+class TaughtTree(LabelledTree):
+    """A tree whose truth is the teachers': `targets` `[n, M]` at the nodes' ends, `rewards` `[leaves, M]` at the
+    leaves', and `values` `[N, M]` after every new token, in packed order. All in reward units."""
+
+    values: NDArray[np.float32]
+
+
+def distil(
+    config: DistilConfig, model: PreTrainedModel | None = None, backbone: PreTrainedModel | None = None
+) -> ValueModel:
+    """Train the student, save it with `metrics.json` and `train_config.json`, and return it.
+
+    Killed at any instant, a rerun goes on: the teachers' values from the last shard, the training from the last epoch.
+    Of the epochs, the one with the smallest validation loss is kept.
+
+    Args:
+        config: how to distil.
+        model: the loaded base model of the teachers, in place of the one that `config.model` names.
+        backbone: a loaded decoder for the student, in place of the one that `config.backbone` names.
+
+    Raises:
+        ValueError: teachers, student and trees of different tokenizers, a teacher without its objective or with values
+            that are NaN, no training or validation trees, or a student that cannot read packed trees.
+        OSError: no store or teacher there, or a corrupt file.
+    """
+    set_seed(config.seed)
+    objectives = list(config.teachers)
+    stores = open_stores(config.store)
+    nothing = np.empty((0, 0))
+    bare = [LabelledTree(tree, nothing, nothing) for store in stores for tree in store]
+    split_by_prompt(bare, config.validation_share)  # an empty side is told before the teachers are asked
+    teachers, student = _teachers_and_student(config, stores, model, backbone)
+    recipe = recipe_of(asdict(config), stores) | {"teacher_iterations": _iterations(config, teachers)}
+    arguments = training_arguments(config.training())
+    with arguments.main_process_first():  # the others read what it kept
+        trees = taught_trees(stores, teachers, objectives, config.keep_values)
+    del teachers  # their memory is the student's now
+    training, validation = _split(trees, config.validation_share)
+    trainer = ValueTrainer(
+        student, arguments, TaughtSet(training), TaughtValidation(validation), tokens_per_batch=config.tokens_per_batch
+    )
+    checkpoints = Path(str(arguments.output_dir))
+    with arguments.main_process_first():
+        checkpoint = last_whole_checkpoint(checkpoints)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trained = save_trained(trainer, config.training(), stores, backbone)
+    trained.config.recipe, trained.config.iteration = recipe, max(recipe["teacher_iterations"].values())
+    if trainer.is_world_process_zero():
+        output = Path(config.output)
+        trained.config.save_pretrained(output)
+        metrics = student_metrics(trained, stores, validation, config)
+        write_json(output / "train_config.json", recipe)
+        write_json(output / "metrics.json", metrics | {"training_trees": len(training)})
+        if (checkpoints / "runs").is_dir():  # what loggers wrote
+            shutil.copytree(checkpoints / "runs", output / "runs", dirs_exist_ok=True)
+        shutil.rmtree(checkpoints)  # done: the folder is ready to be published
+    trainer.accelerator.wait_for_everyone()
+    return trained
+
+
+def open_stores(store: str | Sequence[str]) -> list[TreeStore]:
+    """Open one or several stores, which must share a tokenizer.
+
+    Raises:
+        ValueError: one store twice, or trees of different tokenizers.
+        OSError: no store there.
+    """
+    folders = [store] if isinstance(store, str) else list(store)
+    if len({Path(folder).resolve() for folder in folders}) != len(folders):
+        raise ValueError(f"store names a folder twice: {folders}.")
+    stores = [TreeStore.open(folder) for folder in folders]
+    for other in stores[1:]:
+        _require_tokenizer(f"the store {other.folder}", other.metadata.tokenizer_fingerprint, stores[0])
+    return stores
+
+
+def taught_trees(
+    stores: Sequence[TreeStore], teachers: Sequence[Teacher], objectives: Sequence[str], keep: bool
+) -> list[TaughtTree]:
+    """All trees with what the teachers say of them, store by store and shard by shard."""
+    by_objective: dict[str, list[NDArray[np.float32]]] = {}
+    for teacher in teachers:
+        values = [v for store in stores for v in teacher_values(store, teacher, keep)]
+        by_objective |= {name: [v[:, output] for v in values] for name, output in teacher.outputs.items()}
+    columns = (by_objective[name] for name in objectives)
+    trees = (tree for store in stores for tree in store)
+    return [_taught(tree, np.stack(said, axis=1)) for tree, *said in zip(trees, *columns, strict=True)]
+
+
+def _taught(tree: Tree, values: NDArray[np.float32]) -> TaughtTree:
+    at_ends = values[np.cumsum(tree.length) - 1].astype(np.float64)
+    return TaughtTree(tree, at_ends[tree.leaves()], at_ends, values)
+
+
+class TaughtSet(TrainingSet):
+    """Training sequences of taught trees: every new token has a target, the prompt's have none."""
+
+    def __init__(self, trees: Sequence[TaughtTree]) -> None:
+        super().__init__(trees, [np.ones(len(item.tree), dtype=bool) for item in trees], every_token=True)
+        self.taught = list(trees)
+
+    def __getitem__(self, index: int) -> Example:
+        item = self.taught[index]
+        layout = pack(item.tree)
+        return Example(layout.input_ids, layout.position_ids, layout.visible(), layout.new, item.values)
+
+
+class TaughtValidation(Validation):
+    """Held-out taught trees, whose loss is over every new token, too."""
+
+    def __init__(self, trees: Sequence[TaughtTree]) -> None:
+        super().__init__(trees, [np.ones(len(item.tree), dtype=bool) for item in trees], every_token=True)
+        self.taught = list(trees)
+
+    def loss(self, values: Sequence[NDArray[np.float64]], scale: NDArray[np.float64]) -> float:
+        """Mean squared difference from the teachers, in standardised units; `values` per tree `[T, M]`."""
+        pairs = zip(self.taught, values, strict=True)
+        return float(np.concatenate([((said[-len(t.values) :] - t.values) / scale) ** 2 for t, said in pairs]).mean())
+
+
+def student_metrics(
+    student: ValueModel, stores: Sequence[TreeStore], validation: Sequence[TaughtTree], config: DistilConfig
+) -> dict[str, Any]:
+    """Metrics on held-out trees: `agreement` with the teachers, under "teacher" by objective, and, if the trees have
+    the rewards, `validation_metrics` against these."""
+    objectives = list(config.teachers)
+    asked = Teacher("the student", student, {name: i for i, name in enumerate(objectives)})
+    said = [asked.values(item.tree).astype(np.float64) for item in validation]
+    metrics: dict[str, Any] = {"trees": len(validation)}
+    agreed = agreement(said, validation, objectives)
+    if not all(set(objectives) <= set(store.objectives()) for store in stores):
+        return metrics | {name: {"teacher": agreed[name]} for name in objectives}
+    true = _split(load_trees(config.store, objectives, 0.0)[1], config.validation_share)[1]
+    judged = [Prediction(t.tree, t.targets, t.rewards, v, None) for t, v in zip(true, said, strict=True)]
+    metrics |= validation_metrics(judged, objectives)
+    return metrics | {name: metrics[name] | {"teacher": agreed[name]} for name in objectives}
+
+
+def agreement(
+    values: Sequence[NDArray[np.float64]], taught: Sequence[TaughtTree], objectives: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """How well a student says what its teachers say.
+
+    Args:
+        values: the student's, per tree `[N, M]` in packed order.
+        taught: the trees, with the teachers' values.
+        objectives: names of the M outputs.
+
+    Returns:
+        By objective: `r2` and `correlation` over all completion tokens; `ranking`, the share of pairs of candidates of
+        one step (first tokens of siblings) that both put in the same order, which is what steering uses, and
+        `step_correlation` of the pairs' differences, with the number of `pairs`.
+    """
+    said = np.concatenate(values)
+    truth = np.concatenate([item.values for item in taught]).astype(np.float64)
+    offsets = np.cumsum([0, *(len(item.values) for item in taught[:-1])])
+    pairs = np.concatenate([at + sibling_pairs(item.tree) for at, item in zip(offsets, taught, strict=True)])
+    student, teacher = (v[pairs[:, 0]] - v[pairs[:, 1]] for v in (said, truth))
+    return {
+        name: {
+            "r2": r_squared(said[:, m], truth[:, m]),
+            "correlation": correlation(said[:, m], truth[:, m]),
+            "ranking": float((np.sign(student[:, m]) == np.sign(teacher[:, m])).mean()) if len(pairs) else 0.5,
+            "step_correlation": correlation(student[:, m], teacher[:, m]),
+            "pairs": len(pairs),
+        }
+        for m, name in enumerate(objectives)
+    }
+
+
+def sibling_pairs(tree: Tree) -> NDArray[np.int64]:
+    """`[pairs, 2]`, in packed order the first tokens of siblings that begin with different ones."""
+    first = np.cumsum(tree.length, dtype=np.int64) - tree.length
+    opening = tree.tokens[tree.start]
+    groups = (tree.children(int(parent)) for parent in np.unique(tree.parent))
+    pairs = [(a, b) for group in groups for a, b in combinations(group, 2) if opening[a] != opening[b]]
+    return first[np.array(pairs, dtype=np.int64).reshape(-1, 2)]
+
+
+def _teachers_and_student(
+    config: DistilConfig,
+    stores: Sequence[TreeStore],
+    base: PreTrainedModel | None,
+    backbone: PreTrainedModel | None,
+) -> tuple[list[Teacher], ValueModel]:
+    """Load the teachers and make the student, in the teachers' reward units, all of the stores' tokenizer."""
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if base is None and config.model is not None:
+        base = _load(config.model, config.dtype, stores[0])
+    if base is not None:
+        base.to(device).eval()  # type: ignore[arg-type]
+    teachers = load_teachers(config.teachers, base, getattr(torch, config.dtype), device)
+    for teacher in teachers:
+        for store in stores:
+            check_tokenizer(teacher, store)
+    if backbone is None and config.initial is None:
+        backbone = base if config.backbone == config.model else _load(config.backbone, config.dtype, stores[0])
+    student = starting_model(config.training(), stores, backbone)
+    if not supports_ragged_cache(student.config.backbone_config):
+        raise ValueError(
+            f"a {student.config.backbone_config.model_type} student cannot read a packed tree (recurrent state): "
+            "choose a backbone with attention."
+        )
+    teacher_of = {name: teacher for teacher in teachers for name in teacher.outputs}
+    units = [teacher_of[name].units(name) for name in config.teachers]
+    set_reward_units(student, [mean for mean, _ in units], [scale for _, scale in units])
+    return teachers, student
+
+
+def _iterations(config: DistilConfig, teachers: Sequence[Teacher]) -> dict[str, int]:
+    """By objective, the iteration of its teacher."""
+    found = {name: teacher.function.config.iteration for teacher in teachers for name in teacher.outputs}
+    return {name: found[name] for name in config.teachers}
+
+
+def _load(name: str, dtype: str, store: TreeStore) -> PreTrainedModel:
+    """A language model whose tokens are those of the trees."""
+    model, tokenizer = load_chat_model(name, getattr(torch, dtype))
+    _require_tokenizer(name, tokenizer_fingerprint(tokenizer), store)
+    return model
+
+
+def _require_tokenizer(what: str, found: str, store: TreeStore) -> None:
+    expected = store.metadata.tokenizer_fingerprint
+    if found != expected:
+        raise ValueError(
+            f"{what} has another tokenizer ({found}) than the trees in {store.folder} ({expected}, of "
+            f"{store.metadata.model}): teachers, student and trees must share one tokenizer."
+        )
+
+
+def _split(trees: Sequence[Item], share: float) -> tuple[list[Item], list[Item]]:
+    """`split_by_prompt`, for trees of any kind."""
+    return cast("tuple[list[Item], list[Item]]", split_by_prompt(trees, share))
