@@ -81,7 +81,7 @@ def push_folder(
     ]
     operations += [CommitOperationAdd(name, text.encode()) for name, text in generated.items()]
     api = HfApi(token=token, library_name="mavis-logits")
-    with _push_errors(repo_id):
+    with push_errors(repo_id):
         validate_repo_id(repo_id)
         if token is False or (token in (None, True) and get_token() is None):
             raise LocalTokenNotFoundError("no token")
@@ -254,7 +254,7 @@ def _is_replaced(name: str) -> bool:
 
 
 @contextmanager
-def _push_errors(repo_id: str) -> Iterator[None]:
+def push_errors(repo_id: str) -> Iterator[None]:
     """The client's errors as `OSError`s that say what happened and what to do."""
     try:
         yield
