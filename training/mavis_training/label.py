@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from mavis_logits.demo.smollm2 import MODEL_ID, converted_folder
 from mavis_logits.fingerprint import tokenizer_fingerprint
 
+from .ranks import join
 from .rewards import Reward, RewardSpec, compute_rewards, describe_spec, load_reward, split_spec
 from .tree import Tree
 from .tree_store import Shard, TreeStore
@@ -29,7 +30,7 @@ class LabelConfig:
         rewards: reward by objective: folder or Hub id of a sequence classifier, or `module:function`; or a mapping of
             `model` and how to read it (label, template, output, ...: `ClassifierSettings`).
         tokenizer: turns tokens into text; None for that of the model which the store names.
-        device: where reward models run.
+        device: where reward models run; of several processes on "cuda" each has its own GPU.
     """
 
     store: str
@@ -53,6 +54,8 @@ def label(
 ) -> TreeStore:
     """Label every shard that has no rewards yet. Each shard and objective is written when done; a rerun continues.
 
+    Several processes (`mavis_training.ranks`) share the shards.
+
     Args:
         config: what to label.
         rewards: reward functions by objective, in place of those that `config.rewards` names.
@@ -69,11 +72,14 @@ def label(
         raise ValueError(f"rewards has {sorted(rewards)}, and none for {sorted(missing)}: give a function for each.")
     tokenizer = tokenizer or load_tokenizer(config.tokenizer or store.metadata.model)
     TreeStore.open(config.store, tokenizer_fingerprint(tokenizer))
-    todo = {objective: unlabelled(store, objective, spec) for objective, spec in config.rewards.items()}
+    ranks = join(config.device)
+    todo = ranks.agree(lambda: {name: unlabelled(store, name, spec) for name, spec in config.rewards.items()})
     for objective, spec in config.rewards.items():
-        if todo[objective]:
-            reward = rewards[objective] if rewards is not None else load_reward(spec, config.device)
-            _label_objective(todo[objective], objective, reward, describe_spec(spec), tokenizer)
+        shards = ranks.share(todo[objective])
+        if shards:
+            reward = rewards[objective] if rewards is not None else load_reward(spec, str(ranks.device))
+            _label_objective(shards, objective, reward, describe_spec(spec), tokenizer, quiet=not ranks.is_main)
+    ranks.wait()
     return store
 
 
@@ -129,10 +135,15 @@ def label_trees(
 
 
 def _label_objective(
-    shards: list[Shard], objective: str, reward: Reward, source: str, tokenizer: PreTrainedTokenizerBase
+    shards: list[Shard],
+    objective: str,
+    reward: Reward,
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    quiet: bool,
 ) -> None:
     started, leaves = time.monotonic(), 0
-    with tqdm(shards, desc=f"label {objective}", unit="shard") as progress:
+    with tqdm(shards, desc=f"label {objective}", unit="shard", disable=quiet) as progress:
         for shard in progress:
             trees = shard.trees()
             try:

@@ -70,6 +70,6 @@ def join(device: str | None = None) -> Ranks:
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Ranks(0, 1, torch.device(name))
-    state = PartialState(cpu=torch.device(name).type == "cpu", timeout=_TIMEOUT)
-    own = state.device if name in ("cuda", "cpu") else torch.device(name)
-    return Ranks(state.process_index, state.num_processes, own)
+    state = PartialState(cpu=name == "cpu", timeout=_TIMEOUT)
+    own = f"cuda:{state.local_process_index}" if name == "cuda" else name
+    return Ranks(state.process_index, state.num_processes, torch.device(own))

@@ -19,6 +19,7 @@ from mavis_logits.fingerprint import weights_fingerprint
 
 from .files import replace_when_whole
 from .packing import Layout, pack, packed_inputs, require_packable
+from .ranks import join
 from .tree import Tree
 from .tree_store import Shard, TreeStore
 
@@ -26,11 +27,12 @@ from .tree_store import Shard, TreeStore
 def compute_states(store: TreeStore, model: PreTrainedModel, folder: str | Path) -> None:
     """One tree-packed prefill pass over a store: what enters the output embedding, at every token of every tree.
 
-    One file per shard, written when done, so that a killed pass goes on where it stood.
+    One file per shard, written when done, so that a killed pass goes on where it stood. Several processes
+    (`mavis_training.ranks`) share the shards.
 
     Args:
         store: the trees; they need no rewards yet.
-        model: the frozen base model.
+        model: the frozen base model, on this process's device.
         folder: for the files.
 
     Raises:
@@ -42,19 +44,35 @@ def compute_states(store: TreeStore, model: PreTrainedModel, folder: str | Path)
     TreeStore.open(store.folder, weights_fingerprint=fingerprint)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    ranks = join(str(model.device))
+    todo = ranks.share(ranks.agree(lambda: _without_states(store, folder, fingerprint)))
     started, tokens = time.monotonic(), 0
-    with tqdm(store.shards(), desc="hidden states", unit="shard") as progress:
+    with tqdm(todo, desc="hidden states", unit="shard", disable=not ranks.is_main) as progress:
         for shard in progress:
-            path, trees = states_path(folder, shard), shard.trees()
-            origin = {"base_fingerprint": fingerprint, "trees": _digest(trees)}
-            if path.exists():
-                _require_same_origin(path, origin)
-                continue
+            trees = shard.trees()
             states = {str(i): tree_states(model, pack(tree)) for i, tree in enumerate(trees)}
-            with replace_when_whole(path) as temporary:
-                save_file(states, temporary, metadata=origin)
+            with replace_when_whole(states_path(folder, shard)) as temporary:
+                save_file(states, temporary, metadata=_origin(fingerprint, trees))
             tokens += sum(map(len, states.values()))
             progress.set_postfix_str(f"{tokens / (time.monotonic() - started):.0f} tokens/s")
+    ranks.wait()
+
+
+def _without_states(store: TreeStore, folder: Path, fingerprint: str) -> list[Shard]:
+    """The shards whose states are still to be computed; those that are there are checked."""
+    todo = []
+    for shard in store.shards():
+        path = states_path(folder, shard)
+        if path.exists():
+            _require_same_origin(path, _origin(fingerprint, shard.trees()))
+        else:
+            todo.append(shard)
+    return todo
+
+
+def _origin(fingerprint: str, trees: list[Tree]) -> dict[str, str]:
+    """What a file of states records: the weights and the trees that they are of."""
+    return {"base_fingerprint": fingerprint, "trees": _digest(trees)}
 
 
 def read_states(store: TreeStore, folder: str | Path) -> list[Tensor]:

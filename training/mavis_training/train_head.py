@@ -22,6 +22,7 @@ from .data import LabelledTree, load_trees, recipe_of, reward_units, split_by_pr
 from .files import write_json
 from .metrics import Prediction, validation_metrics
 from .packing import pack
+from .ranks import join
 from .states import compute_states, read_states
 from .targets import kept_nodes
 
@@ -122,7 +123,8 @@ class Samples:
 def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) -> ValueHead:
     """Train a value head, save it with `metrics.json` and `train_config.json`, and return it.
 
-    The prefill pass over the trees is resumable; the training itself takes minutes.
+    The prefill pass over the trees is resumable, and shared by several processes; the training itself takes minutes,
+    and rank 0 does it alone.
 
     Args:
         config: how to train.
@@ -138,8 +140,8 @@ def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) ->
     training, validation = split_by_prompt(trees, config.validation_share)
     if model is None:
         model = load_chat_model(config.model, getattr(torch, config.dtype))[0]
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model.to(device).eval()  # type: ignore[arg-type]
+    ranks = join(config.device)
+    model.to(ranks.device).eval()  # type: ignore[arg-type]
     head = starting_head(config, model, reward_units(training))
     recipe = recipe_of(asdict(config) | {"width": head.config.width, "num_layers": head.config.num_layers}, stores)
     head.config.recipe, head.config.iteration = recipe, config.iteration
@@ -149,6 +151,9 @@ def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) ->
     folders = config.states_folders()
     for store, folder in zip(stores, folders, strict=True):
         compute_states(store, model, folder)
+    if not ranks.is_main:  # the rest is minutes of work for one process: the others wait for its head
+        ranks.wait()
+        return ValueHead.from_pretrained(config.output)
     states = [tensor for store, folder in zip(stores, folders, strict=True) for tensor in read_states(store, folder)]
     of_tree = {id(item): tensor for item, tensor in zip(trees, states, strict=True)}  # prompts recur between stores
 
@@ -166,6 +171,7 @@ def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) ->
     head.save_pretrained(output)
     write_json(output / "train_config.json", recipe)
     write_json(output / "metrics.json", metrics)
+    ranks.wait()
     return head
 
 
