@@ -1,0 +1,444 @@
+"""Policy iteration on a tiny model: whole runs, interrupted ones, what arrives where, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from chat_model import chat_model
+from mavis_logits import ValueHead, ValueModel
+from mavis_training import iterate as module
+from mavis_training.collect import CollectConfig, collect
+from mavis_training.iterate import IterateConfig, IterationConfig, TargetKl, ValidationConfig, iterate, why_stop
+from mavis_training.schedule import Measurement
+from mavis_training.tree_store import TreeStore
+
+TREES = {"limit": 24, "max_new_tokens": 8, "layers": 2, "root_children": 2, "children": 2}
+TRAINING: dict[str, dict[str, Any]] = {
+    "head": {"width": 16, "dropout": 0.0, "epochs": 8, "batch_size": 32, "learning_rate": 0.01, "warmup_steps": 0},
+    "model": {
+        "num_layers": 1, "lora": {"rank": 8, "dropout": 0.0}, "targets": "tokens", "epochs": 4, "batch_size": 4,
+        "learning_rate": 0.01, "warmup_steps": 0,
+    },
+}  # fmt: skip
+SHARED = {"validation_share": 0.25}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with the base model and prompts to sample from and to validate on."""
+    folder = tmp_path_factory.mktemp("files")
+    base, tokenizer = chat_model()
+    base.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    rows = [{"id": f"p{i}", "prompt": f"w{i % 40} w{i * 7 % 40} w{i % 11}"} for i in range(80)]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows[:64])))
+    (folder / "test.jsonl").write_text("\n".join(map(json.dumps, rows[64:])))
+    return folder
+
+
+def make(files: Path, output: Path, kind: str = "head", **changes: Any) -> IterateConfig:
+    settings: dict[str, Any] = {
+        "prompts": str(files / "train.jsonl"),
+        "output": str(output),
+        "objectives": ["low"],
+        "rewards": {"low": "text_rewards:low"},
+        "iterations": [IterationConfig(), IterationConfig(zeta=0.02), IterationConfig(zeta=0.01, beta=3.0)],
+        "validation": ValidationConfig(str(files / "test.jsonl"), seeds=[0, 1], max_new_tokens=8, batch_size=32),
+        "kind": kind,
+        "model": str(files / "base"),
+        "policy": {"top_k": 12},
+        "collect": TREES,
+        "train": TRAINING.get(kind, {}) | SHARED,
+        "early_stop": False,
+        "device": "cpu",
+    }
+    return IterateConfig(**settings | changes)
+
+
+def final_state(output: Path) -> dict[str, Any]:
+    """All that a run found, without how long it took: results, every tree and reward, every weight."""
+    results = json.loads((output / "iterations.json").read_text())
+    state: dict[str, Any] = {"reference": results["reference"], "best": results["best"], "stopped": results["stopped"]}
+    for i, row in enumerate(results["iterations"]):
+        for place in ("seconds", "store", "value_function", "reused"):
+            row.pop(place)
+        state[f"row {i}"] = row
+        folder = output / f"iteration-{i}"
+        trees = list(TreeStore.open(folder / "trees"))
+        state[f"trees {i}"] = {tree.prompt_id: tree.tokens.tolist() for tree in trees}
+        assert len(state[f"trees {i}"]) == len(trees)
+        state[f"rewards {i}"] = [r.tolist() for r in TreeStore.open(folder / "trees").rewards("low")]
+        weights = sorted((folder / "value").glob("*.safetensors"))
+        state[f"value {i}"] = [path.read_bytes() for path in weights]
+        assert weights
+        state[f"validation {i}"] = json.loads((folder / "validation.json").read_text())
+    return state
+
+
+@pytest.fixture(scope="module")
+def finished(files, tmp_path_factory):
+    """An uninterrupted run of three iterations for each kind: its config and results."""
+    runs = {}
+    for kind in TRAINING:
+        config = make(files, tmp_path_factory.mktemp(kind) / "run", kind)
+        runs[kind] = config, iterate(config)
+    return runs
+
+
+@pytest.mark.parametrize("kind", TRAINING)
+def test_a_run_of_three_iterations(finished, kind):
+    config, results = finished[kind]
+    output = Path(config.output)
+    assert json.loads((output / "iterations.json").read_text()) == json.loads(json.dumps(results))
+    assert [row["zeta"] for row in results["iterations"]] == [0.0, 0.02, 0.01]
+    assert [row["beta"] for row in results["iterations"]] == [5.0, 5.0, 3.0]
+    assert results["reference"]["kl"] == 0
+    assert np.mean([row["measured"]["low"]["gain_sd"] for row in results["iterations"]]) > 0.3
+    for i, row in enumerate(results["iterations"]):
+        assert row["trees"] == 24
+        assert row["tokens"] > 100
+        assert row["measured"]["kl"] > 0
+        assert set(row["seconds"]) == {"collect", "label", "train", "validate"}
+        store = TreeStore.open(output / f"iteration-{i}" / "trees")
+        moved = max(abs(tree.logp_gen - tree.logp_ref).max() for tree in store)
+        assert moved == 0 if i == 0 else moved > 0.1
+        assert store.metadata.policy.get("settings", {}).get("beta") == (None if i == 0 else 5.0)
+        function = {"head": ValueHead, "model": ValueModel}[kind].from_pretrained(row["value_function"])
+        assert function.config.iteration == i
+    report = (output / "report.md").read_text()
+    assert report.count("\n|") >= 5
+    assert f"Best: iteration {results['best']}" in report
+
+
+@pytest.mark.parametrize("kind", TRAINING)
+def test_a_finished_run_is_not_done_again(finished, kind, monkeypatch):
+    config, results = finished[kind]
+    for name in ("collect", "label", "train_head", "train_model", "load_chat_model"):
+        monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail("nothing is left to do"))
+    assert iterate(config) == results
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the code may catch it."""
+
+
+def killing(function, when, calls):
+    """`function`, killed at call number `when` of all in `calls`: before it, or after it and before its record."""
+
+    def call(*args, **kwargs):
+        calls.append(function)
+        if len(calls) == when + 1 and when % 2 == 0:
+            raise Killed
+        result = function(*args, **kwargs)
+        if len(calls) == when + 1:
+            raise Killed
+        return result
+
+    return call
+
+
+@pytest.mark.parametrize("kind", TRAINING)
+def test_a_killed_run_ends_in_the_same_state(finished, files, tmp_path, kind, monkeypatch):
+    """Killed in every stage of two iterations, one after the other; the third iteration is added afterwards."""
+    config, _ = finished[kind]
+    output = tmp_path / "run"
+    interrupted = replace(config, output=str(output), iterations=config.iterations[:2])
+    original = {name: getattr(module, name) for name in ("collect", "label", "train_head", "train_model")}
+    measure, kills = module.Validator.measure, 0
+    while True:
+        calls: list[Any] = []
+        for name, function in original.items():
+            monkeypatch.setattr(module, name, killing(function, kills % 2, calls))
+        monkeypatch.setattr(module.Validator, "measure", killing(measure, kills % 2, calls))
+        try:
+            iterate(interrupted)
+        except Killed:
+            kills += 1
+        else:
+            break
+    assert kills >= 9
+    monkeypatch.undo()
+    iterate(replace(interrupted, iterations=config.iterations))
+    assert final_state(output) == final_state(Path(config.output))
+
+
+def test_a_kill_within_a_stage(finished, tmp_path, monkeypatch):
+    """Killed while trees are sampled, shards labelled and completions judged."""
+    config, _ = finished["head"]
+    output = tmp_path / "run"
+    config_here = replace(config, output=str(output))
+    for target, name in (
+        ("mavis_training.tree_store.TreeStore", "write"),
+        ("mavis_training.tree_store.Shard", "write_rewards"),
+        ("mavis_training.validation", "judge"),
+        ("mavis_training.train_head", "write_json"),
+    ):
+        monkeypatch.setattr(f"{target}.{name}", killing(_resolve(target, name), 1, []))
+        with pytest.raises(Killed):
+            iterate(config_here)
+        monkeypatch.undo()
+    iterate(config_here)
+    assert final_state(output) == final_state(Path(config.output))
+
+
+def _resolve(target: str, name: str) -> Any:
+    import importlib
+
+    try:
+        return getattr(importlib.import_module(target), name)
+    except ModuleNotFoundError:
+        module_name, _, owner = target.rpartition(".")
+        return getattr(getattr(importlib.import_module(module_name), owner), name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"collect": TREES | {"limit": 20}}, r"iteration-0/trees was begun with limit = 24, this run has 20"),
+        ({"train": TRAINING["head"] | SHARED | {"learning_rate": 0.5}}, "iteration-0/value .*learning_rate = 0.01"),
+        ({"train": TRAINING["head"] | SHARED | {"epochs": 3}}, r"iteration-0/value .*epochs = 8, this run has 3"),
+        ({"policy": {"top_k": 7}}, r"iteration-0/validation.json was begun with policy.top_k = 12"),
+        ({"rewards": {"low": "text_rewards:high"}}, r"validation.json was begun with rewards.low = 'text_rewards:low'"),
+        ({"seed": 3}, "iteration-0/trees was begun with seed = 0"),
+    ],
+)
+def test_changed_settings_of_finished_stages_are_refused(finished, change, message):
+    config, _ = finished["head"]
+    with pytest.raises(ValueError, match=message):
+        iterate(replace(config, **change))
+    changed = [config.iterations[0], replace(config.iterations[1], zeta=0.5), *config.iterations[2:]]
+    with pytest.raises(ValueError, match=r"iteration-1/value was begun with zeta = 0.02, this run has 0.5"):
+        iterate(replace(config, iterations=changed))
+
+
+def test_a_run_that_differs_in_zeta_shares_what_comes_before(finished, tmp_path, monkeypatch):
+    config, results = finished["head"]
+    iterations = [config.iterations[0], replace(config.iterations[1], zeta=0.5)]
+    other = replace(config, output=str(tmp_path / "other"), iterations=iterations, reuse=config.output)
+    monkeypatch.setattr(module, "collect", lambda *a: pytest.fail("both iterations' trees are there"))
+    found = iterate(other)["iterations"]
+    assert found[0]["measured"] == results["iterations"][0]["measured"]
+    assert found[0]["reused"] == ["collect", "label", "train", "validate"]
+    assert found[1]["reused"] == ["collect", "label"]
+    assert found[1]["store"] == results["iterations"][1]["store"]
+    assert not (tmp_path / "other" / "iteration-0").exists()
+    assert found[1]["measured"]["kl"] != results["iterations"][1]["measured"]["kl"]
+
+
+def test_existing_trees_and_value_functions(files, finished, tmp_path, monkeypatch):
+    """Iteration 0 for a new objective by labelling alone; iteration 1 from given trees, if of the same policy."""
+    config, results = finished["head"]
+    store = tmp_path / "trees"
+    shutil.copytree(Path(config.output) / "iteration-0" / "trees", store)
+    shutil.copytree(Path(config.output) / "iteration-1" / "trees", tmp_path / "later")
+    monkeypatch.setattr(module, "collect", lambda *a: pytest.fail("the trees are given"))
+    relabelled = make(
+        files, tmp_path / "high", objectives=["high"], rewards={"high": "text_rewards:high"},
+        iterations=[IterationConfig(trees=str(store), states=str(tmp_path / "states"))],
+    )  # fmt: skip
+    assert iterate(relabelled)["iterations"][0]["measured"]["high"]["gain_sd"] > 0.3
+    assert TreeStore.open(store).objectives() == ["high", "low"]
+    assert list((tmp_path / "states").iterdir())
+
+    value = results["iterations"][0]["value_function"]
+    given = [
+        IterationConfig(trees=str(store), value_function=value),
+        IterationConfig(trees=str(tmp_path / "later"), zeta=0.02),
+    ]
+    found = iterate(make(files, tmp_path / "given", iterations=given))["iterations"]
+    assert found[0]["value_function"] == value
+    assert found[1]["measured"] == results["iterations"][1]["measured"]
+    other_policy = [replace(given[0], beta=1.0), given[1]]
+    with pytest.raises(
+        ValueError, match=r"later was sampled under the policy .*'beta': 5.0.*this iteration's is .*1.0"
+    ):
+        iterate(make(files, tmp_path / "refused", iterations=other_policy))
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The configs that collecting, labelling and training were asked for, in order, in a run that goes on."""
+    seen: list[Any] = []
+    for name in ("collect", "label", "train_head", "train_model"):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda config, *a, f=function: seen.append(config) or f(config, *a))
+    return seen
+
+
+def test_overrides_arrive_where_they_belong(files, tmp_path, asked):
+    trees = {"max_new_tokens": 6, "layers": 2}
+    config = make(
+        files,
+        tmp_path / "run",
+        collect=TREES | {"limit": 12},
+        zeta=0.3,
+        beta=2.0,
+        seed=5,
+        iterations=[
+            IterationConfig(policy={"normalize": "none"}),
+            IterationConfig(beta=4.0, collect=trees | {"limit": 16}, skip_prompts=12, mix=3, train={"epochs": 1}),
+            IterationConfig(zeta=0.1, skip_prompts=28, train={"initial": None, "learning_rate": 0.02}, mix=1),
+        ],
+    )
+    iterate(config)
+    collected = [c for c in asked if isinstance(c, CollectConfig)]
+    assert [(c.limit, c.max_new_tokens, c.root_children, c.seed) for c in collected] == [
+        (12, 8, 2, 5), (16, 6, 2, 6), (12, 8, 2, 7)
+    ]  # fmt: skip
+    assert collected[0].policy is None
+    assert [c.policy.settings for c in collected[1:]] == [
+        {"weights": {"low": 1.0}, "top_k": 12, "normalize": "none", "beta": 2.0},
+        {"weights": {"low": 1.0}, "top_k": 12, "beta": 4.0},
+    ]
+    ids = [TreeStore.open(c.store).prompt_ids() for c in collected]
+    assert ids == [{f"p{i}" for i in span} for span in (range(12), range(12, 28), range(28, 40))]
+    trained = [c for c in asked if hasattr(c, "zeta")]
+    assert [(c.zeta, c.epochs, c.learning_rate, c.iteration) for c in trained] == [
+        (0.0, 8, 0.01, 0), (0.3, 1, 0.01, 1), (0.1, 8, 0.02, 2)
+    ]  # fmt: skip
+    folders = [str(tmp_path / "run" / f"iteration-{i}") for i in range(3)]
+    assert [c.initial for c in trained] == [None, f"{folders[0]}/value", None]
+    assert [c.store for c in trained] == [
+        [f"{f}/trees" for f in stores] for stores in (folders[:1], folders[:2], folders[1:])
+    ]
+    assert trained[2].states == [f"{f}/states" for f in folders[1:]]
+
+
+def test_the_papers_settings_after_iteration_0(files, tmp_path):
+    """Section F.4, unless the run or the iteration says otherwise."""
+    model = make(files, tmp_path, "model", collect={}, train={})
+    shapes = [model.collect_config(i, "s", None) for i in range(2)]
+    assert [(c.layers, c.root_children, c.children) for c in shapes] == [(5, 4, 2), (4, 2, 3)]
+    rates = [model.train_config(i, ["s"], None, "o", None, 0.0) for i in range(2)]
+    assert [(c.learning_rate, c.warmup_steps) for c in rates] == [(2e-5, 100), (4e-5, 0)]
+    assert rates[1].backbone == model.model
+    own = make(files, tmp_path, "model", collect={"layers": 3}, train={"warmup_steps": 7})
+    assert own.collect_config(1, "s", None).layers == 3
+    assert own.train_config(1, ["s"], None, "o", None, 0.0).warmup_steps == 7
+
+
+def measured(*rewards: float) -> Measurement:
+    return Measurement(np.array(rewards), np.ones(len(rewards)))
+
+
+def test_when_to_stop(files, tmp_path):
+    config = make(files, tmp_path, early_stop=True)
+    a, better, worse = measured(1, 2, 3), measured(2, 3, 5), measured(1, 2, 2)
+    assert why_stop([a], config) is None
+    assert why_stop([a, better], config) is None
+    assert why_stop([a, worse], config).startswith("iteration 1 is not better than iteration 0 (difference -0.333")
+    patient = replace(config, patience=2)
+    assert why_stop([a, worse], patient) is None
+    assert why_stop([a, worse, better], patient) is None
+    assert "iteration 3 is not better than iteration 1" in why_stop([a, better, worse, a], patient)
+    assert why_stop([a, better], replace(config, tolerance=10.0)) is not None
+    assert why_stop([a, worse], replace(config, early_stop=False)) is None
+
+
+def test_early_stop_ends_the_run(files, tmp_path):
+    config = make(files, tmp_path / "run", early_stop=True, tolerance=100.0)
+    results = iterate(config)
+    assert len(results["iterations"]) == 2
+    assert results["stopped"].startswith("iteration 1 is not better than iteration 0")
+    assert "Stopped: iteration 1" in (tmp_path / "run" / "report.md").read_text()
+    assert iterate(config) == results
+
+
+def test_a_target_kl_schedule(files, tmp_path):
+    """Beta rises in iteration 0; zeta brings the divergence down in iteration 1, which ends within the bound."""
+    target = TargetKl(kl=4.0, betas=[1.0, 4.0, 12.0], zetas=[0.0, 0.05, 0.5], tolerance=0.0)
+    config = make(files, tmp_path / "run", iterations=[IterationConfig(), IterationConfig()], target_kl=target)
+    results = iterate(config)
+    first, second = results["iterations"]
+    assert first["zeta"] == 0
+    assert [row["beta"] for row in first["tried"]] == target.betas[: len(first["tried"])]
+    assert first["beta"] in target.betas
+    zetas = [row for row in second["tried"] if "zeta" in row]
+    assert second["zeta"] in [row["zeta"] for row in zetas]
+    assert all(row["beta"] == first["beta"] for row in zetas)
+    chosen = next(row for row in zetas if row["zeta"] == second["zeta"])
+    assert chosen["kl"] <= 4.0 or all(row["kl"] > 4.0 for row in zetas)
+    folder = tmp_path / "run" / "iteration-1"
+    validation = json.loads((folder / "validation.json").read_text())
+    assert validation["summary"] == second["measured"]
+    head = ValueHead.from_pretrained(folder / "value")
+    assert head.config.recipe["zeta"] == second["zeta"]
+    assert "Tried in iteration 1" in (tmp_path / "run" / "report.md").read_text()
+    assert iterate(config) == results
+
+
+def test_several_objectives_share_a_value_function(files, tmp_path):
+    config = make(
+        files,
+        tmp_path / "run",
+        objectives=["low", "high"],
+        rewards={name: f"text_rewards:{name}" for name in ("low", "high")},
+        iterations=[IterationConfig(), IterationConfig()],
+        policy={"top_k": 12, "weights": {"low": 1.0, "high": 0.25}},
+    )
+    row = iterate(config)["iterations"][1]["measured"]
+    assert row["combined"]["reward"] == pytest.approx(row["low"]["reward"] + row["high"]["reward"] / 4)
+    assert row["low"]["gain_sd"] > 0.2
+    assert "combined" in (tmp_path / "run" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "heads"}, "kind must be one of 'model', 'head'"),
+        ({"iterations": []}, "iterations is empty"),
+        ({"objectives": ["funny"]}, r"objectives are \['funny'\], rewards are given for \['low'\]"),
+        ({"patience": 0}, "patience must be at least 1"),
+        ({"collect": {"layer": 3}}, r"iterations\[0\].collect has the unknown key 'layer': did you mean 'layers'"),
+        ({"collect": {"layers": 0}}, r"iterations\[0\].collect: layers must be at least 1"),
+        ({"collect": {"store": "x"}}, "collect has 'store', which the run sets itself"),
+        ({"train": {"epoch": 3}}, r"iterations\[0\].train has the unknown key 'epoch': did you mean 'epochs'"),
+        ({"train": {"epochs": "many"}}, r"iterations\[0\].train: .*epochs"),
+        ({"train": {"zeta": 0.1}}, "train has 'zeta', which the run sets itself"),
+        ({"policy": {"beta": 1.0}}, "policy has 'beta', which the run sets itself"),
+        ({"policy": {"top": 1}}, "unknown setting 'top'; did you mean 'top_k'"),
+        ({"policy": {"weights": {"funny": 1.0}}}, "weights name .*funny"),
+        ({"kind": "model", "policy": {"top_k": None}, "train": {}}, "only value heads can"),
+        ({"beta": -1.0}, "beta must be a finite number of at least 0"),
+        ({"iterations": [IterationConfig(), IterationConfig(collect={"layers": -1})]}, r"iterations\[1\].collect"),
+        ({"target_kl": TargetKl(3.0)}, r"target_kl finds beta and zeta, but iterations \[1, 2\] give their own"),
+    ],
+)
+def test_bad_settings(files, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make(files, tmp_path, **changes)
+
+
+def test_bad_files(files, tmp_path):
+    with pytest.raises(ValueError, match="states: x are those of given trees"):
+        IterationConfig(states="x")
+    config = make(files, tmp_path / "run")
+    same = dataclasses.replace(config.validation, prompts=config.prompts, limit=16)
+    with pytest.raises(ValueError, match="16 prompts of iteration 0 are validation prompts too"):
+        iterate(replace(config, validation=same))
+    with pytest.raises(ValueError, match="leaves no prompts"):
+        iterate(replace(config, iterations=[IterationConfig(skip_prompts=64)]))
+    with pytest.raises(ValueError, match="cannot be imported"):
+        iterate(replace(config, rewards={"low": "text_rewards:nothing"}))
+    assert not (tmp_path / "run" / "iteration-0").exists()  # a bad reward is found before anything is sampled
+    with pytest.raises(FileNotFoundError, match="not a tree store"):
+        iterate(make(files, tmp_path / "other", iterations=[IterationConfig(trees=str(tmp_path))]))
+    with pytest.raises(FileNotFoundError, match="not the folder of a run"):
+        iterate(replace(config, reuse=str(tmp_path / "nothing")))
+
+
+def test_trees_of_another_tokenizer_are_refused(files, tmp_path):
+    base, tokenizer = chat_model()
+    tokenizer.add_tokens(["w99"])
+    sampling = CollectConfig(str(files / "train.jsonl"), str(tmp_path / "trees"), **TREES | {"limit": 2}, device="cpu")
+    collect(sampling, base, tokenizer)
+    with pytest.raises(ValueError, match="use the same tokenizer"):
+        iterate(make(files, tmp_path / "run", iterations=[IterationConfig(trees=str(tmp_path / "trees"))]))
