@@ -19,6 +19,8 @@ Command = Callable[[list[str]], int | None]
 SUMMARIES = {
     "generate": "answer your own prompt, steered by value functions",
     "demo": "steer a real language model between two objectives; measures rewards, draws the trade-off",
+    "prompts": "training 0: prompts of a data set, cleaned, in the file that the other commands read",
+    "sft": "training 0: fine-tune the language model on answers before it is steered",
     "collect": "training 1: sample trees of completions from a language model",
     "label": "training 2: add a reward to every finished completion of the trees",
     "train-model": "training 3: train a value model on labelled trees",
@@ -26,6 +28,7 @@ SUMMARIES = {
     "distil": "training 4: make one value model of several value functions",
     "iterate": "training, all of it: collect, label, train and validate, iteration by iteration",
     "evaluate": "measure rewards and divergence of steered completions on held-out prompts",
+    "export": "make a data set with a card of trees of completions, here or on the Hub",
     "card": "write the model card of a trained value function",
     "bundle": "make one id of several value functions and their settings",
     "push": "publish a value function or a bundle on the Hugging Face Hub",

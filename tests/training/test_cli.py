@@ -10,12 +10,18 @@ from mavis_training.cli import read_config
 from mavis_training.collect import CollectConfig
 from mavis_training.distil import DistilConfig
 from mavis_training.evaluate import EvaluateConfig
+from mavis_training.export import ExportConfig
 from mavis_training.label import LabelConfig
+from mavis_training.make_prompts import PromptsConfig
+from mavis_training.sft import SftConfig
 from mavis_training.train_head import TrainHeadConfig
 from mavis_training.train_model import LoraSettings, TrainModelConfig
 
 RECIPES = Path(__file__).parents[2] / "training" / "recipes"
 KINDS = {
+    "prompts": PromptsConfig,
+    "sft": SftConfig,
+    "export": ExportConfig,
     "collect": CollectConfig,
     "label": LabelConfig,
     "train-model": TrainModelConfig,
@@ -87,7 +93,10 @@ def test_other_bad_input(tmp_path):
         read_config(LabelConfig, ["--config", str(tmp_path / "list.yaml")], "label")
 
 
-@pytest.mark.parametrize("command", ["collect", "label", "train_model", "train_head", "distil", "evaluate", "card"])
+@pytest.mark.parametrize(
+    "command",
+    ["prompts", "sft", "export", "collect", "label", "train_model", "train_head", "distil", "evaluate", "card"],
+)
 def test_help_describes_every_setting(command, capsys):
     with pytest.raises(SystemExit):
         getattr(cli, command)(["--help"])

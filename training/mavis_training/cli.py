@@ -21,6 +21,30 @@ from .settings import check_keys, nested
 Config = TypeVar("Config")
 
 
+def prompts(argv: Sequence[str]) -> None:
+    """`mavis prompts`: prompts of a data set, prepared as in section F.1."""
+    from .make_prompts import PromptsConfig, make_prompts
+
+    config = read_config(PromptsConfig, argv, "prompts")
+    print(f"{config.output}:\n{make_prompts(config)}")
+
+
+def sft(argv: Sequence[str]) -> None:
+    """`mavis sft`: supervised fine-tuning of the reference model (section F.2)."""
+    from .sft import SftConfig
+    from .sft import sft as run
+
+    run(read_config(SftConfig, argv, "sft"))
+
+
+def export(argv: Sequence[str]) -> None:
+    """`mavis export`: trees as a data set with its card."""
+    from .export import ExportConfig
+    from .export import export as run
+
+    print(run(read_config(ExportConfig, argv, "export")))
+
+
 def collect(argv: Sequence[str]) -> None:
     """`mavis collect`: sample trees of completions (Algorithm 3)."""
     from .collect import CollectConfig
