@@ -16,6 +16,7 @@ from .packing import (
     Example,
     Layout,
     node_examples,
+    nodes_read,
     pack,
     packed_inputs,
     path_readings,
@@ -106,7 +107,10 @@ class TrainingSet(torch.utils.data.Dataset[Example]):
             self.plain = [e for item, k in pairs for e in node_examples(item.tree, item.targets, k, every_token)]
             self.lengths = [len(example.input_ids) for example in self.plain]
         else:
-            self.lengths = [len(item.tree.prompt_tokens) + len(item.tree.tokens) for item in self.trees]
+            self.lengths = [
+                len(item.tree.prompt_tokens) + int(item.tree.length[nodes_read(item.tree, k)].sum())
+                for item, k in zip(self.trees, self.kept, strict=True)
+            ]
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -123,10 +123,26 @@ def tree_terms(
 
 
 def tree_example(tree: Tree, targets: NDArray[np.float64], kept: NDArray[np.bool_], every_token: bool) -> Example:
-    """The tree-packed form: one sequence for all terms of a tree. Arguments as for `tree_terms`."""
+    """The tree-packed form: one sequence for all terms of a tree. Arguments as for `tree_terms`.
+
+    Nodes that no kept one is or goes on from are left out of it.
+    """
     layout = pack(tree)
     terms, values = tree_terms(tree, layout, targets, kept, every_token)
-    return Example(layout.input_ids, layout.position_ids, layout.visible(), terms, values.astype(np.float32))
+    read = np.append(nodes_read(tree, kept), True)[layout.node]  # node -1, the last, is the prompt
+    places = np.cumsum(read) - 1
+    visible = layout.visible()[np.ix_(read, read)]
+    values = values.astype(np.float32)
+    return Example(layout.input_ids[read], layout.position_ids[read], visible, places[terms], values)
+
+
+def nodes_read(tree: Tree, kept: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which nodes must be read for the values of the `kept` ones, `[n]`: these and all above them."""
+    read = kept.copy()
+    for node in range(len(tree) - 1, -1, -1):  # children before parents
+        if read[node] and tree.parent[node] >= 0:
+            read[tree.parent[node]] = True
+    return read
 
 
 def node_examples(

@@ -270,7 +270,8 @@ class ValueTrainer(Trainer):
         scale = np.asarray(self.value_config.reward_scale)
         self.metrics = {"loss": self.validation.loss(values, scale)}
         self.metrics |= validation_metrics(predictions, self.value_config.objectives)
-        flat = {f"{metric_key_prefix}_{name}": value for name, value in flatten(self.metrics).items()}
+        told = {name: value for name, value in flatten(self.metrics).items() if not isinstance(value, int)}  # no counts
+        flat = {f"{metric_key_prefix}_{name}": value for name, value in told.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=flat, num_samples=len(values))
 
     @torch.no_grad()
