@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar, get_type_hints
 
@@ -19,6 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from .settings import check_keys, nested
 
 Config = TypeVar("Config")
+DRY_RUN = "--dry-run"
 
 
 def prompts(argv: Sequence[str]) -> None:
@@ -50,7 +51,7 @@ def collect(argv: Sequence[str]) -> None:
     from .collect import CollectConfig
     from .collect import collect as run
 
-    run(read_config(CollectConfig, argv, "collect"))
+    run_or_estimate(run, CollectConfig, argv, "collect")
 
 
 def label(argv: Sequence[str]) -> None:
@@ -58,7 +59,7 @@ def label(argv: Sequence[str]) -> None:
     from .label import LabelConfig
     from .label import label as run
 
-    run(read_config(LabelConfig, argv, "label"))
+    run_or_estimate(run, LabelConfig, argv, "label")
 
 
 def train_model(argv: Sequence[str]) -> None:
@@ -66,7 +67,7 @@ def train_model(argv: Sequence[str]) -> None:
     from .train_model import TrainModelConfig
     from .train_model import train_model as run
 
-    run(read_config(TrainModelConfig, argv, "train-model"))
+    run_or_estimate(run, TrainModelConfig, argv, "train-model")
 
 
 def train_head(argv: Sequence[str]) -> None:
@@ -74,7 +75,7 @@ def train_head(argv: Sequence[str]) -> None:
     from .train_head import TrainHeadConfig
     from .train_head import train_head as run
 
-    run(read_config(TrainHeadConfig, argv, "train-head"))
+    run_or_estimate(run, TrainHeadConfig, argv, "train-head")
 
 
 def distil(argv: Sequence[str]) -> None:
@@ -90,7 +91,7 @@ def iterate(argv: Sequence[str]) -> None:
     from .iterate import IterateConfig
     from .iterate import iterate as run
 
-    run(read_config(IterateConfig, argv, "iterate"))
+    run_or_estimate(run, IterateConfig, argv, "iterate")
 
 
 def evaluate(argv: Sequence[str]) -> None:
@@ -108,13 +109,26 @@ def card(argv: Sequence[str]) -> None:
     print(write_card(read_config(CardConfig, argv, "card")))
 
 
-def read_config(kind: type[Config], argv: Sequence[str], command: str) -> Config:
+def run_or_estimate(run: Callable[[Config], object], kind: type[Config], argv: Sequence[str], command: str) -> None:
+    """Read a config and run a command with it or, given `--dry-run`, print what it would do and take."""
+    words = [word for word in argv if word != DRY_RUN]
+    config = read_config(kind, words, command, dry_run=True)
+    if len(words) == len(argv):
+        run(config)
+        return
+    from .estimate_iterate import dry_run
+
+    dry_run(config)
+
+
+def read_config(kind: type[Config], argv: Sequence[str], command: str, dry_run: bool = False) -> Config:
     """A config from `--config FILE.yaml` and flags, which override it.
 
     Args:
         kind: a dataclass.
         argv: what follows the command's name.
         command: its name, for `--help`.
+        dry_run: whether it has a dry run, for `--help`.
 
     Raises:
         ValueError: an unknown key, a missing or ill-typed value; the message names it.
@@ -123,6 +137,10 @@ def read_config(kind: type[Config], argv: Sequence[str], command: str) -> Config
     summary = (kind.__doc__ or "").split("\n\n")[0]
     parser = ArgumentParser(prog=f"mavis {command}", description=summary, exit_on_error=False)
     parser.add_argument("--config", action="config", help="recipe file (YAML); flags override it")
+    if dry_run:
+        parser.add_argument(
+            DRY_RUN, action="store_true", help="print what would happen: tokens, time, disk; do nothing"
+        )
     parser.add_class_arguments(kind)
     _describe(parser, kind)
     for path in _recipes(argv):
@@ -131,7 +149,8 @@ def read_config(kind: type[Config], argv: Sequence[str], command: str) -> Config
         values = parser.parse_args(list(argv)).as_dict()
     except ArgumentError as error:
         raise ValueError(f"{error}{_nearest(str(error), kind)} (see mavis {command} --help)") from error
-    values.pop("config", None)
+    for name in ("config", "dry_run"):
+        values.pop(name, None)
     return kind(**nested(kind, values))
 
 

@@ -182,7 +182,7 @@ class TreeStore:
         if not path.exists():
             write_json(path, asdict(metadata))
         store = cls.open(folder)
-        _require_same(store.metadata, metadata, folder)
+        store.require_same(metadata)
         return store
 
     @classmethod
@@ -217,6 +217,22 @@ class TreeStore:
                 f"model given has weights {weights_fingerprint}: give that model, or collect new trees from this one."
             )
         return cls(folder, metadata)
+
+    def require_same(self, metadata: StoreMetadata) -> None:
+        """Refuse to mix trees sampled under different settings.
+
+        Raises:
+            ValueError: this store was begun under others; the message names the field.
+        """
+        for name in (f.name for f in fields(StoreMetadata) if f.name not in _DESCRIPTIVE_FIELDS):
+            # Through JSON, so that tuples and lists compare equal.
+            old, new = json.loads(json.dumps([getattr(self.metadata, name), getattr(metadata, name)]))
+            unknown = name == "weights_fingerprint" and None in (old, new)
+            if old != new and not unknown:
+                raise ValueError(
+                    f"{self.folder} was begun with {name} = {old!r}, this run has {new!r}: "
+                    "use another folder or the same settings."
+                )
 
     def shards(self) -> list[Shard]:
         """The whole shards, in the order of their numbers."""
@@ -276,19 +292,6 @@ class TreeStore:
             columns = [shard.rewards(objective) for objective in objectives]
             for tree, *rewards in zip(shard.trees(), *columns, strict=True):
                 yield tree, np.stack(rewards, axis=1)
-
-
-def _require_same(stored: StoreMetadata, given: StoreMetadata, folder: Path) -> None:
-    """Refuse to mix trees sampled under different settings."""
-    for name in (f.name for f in fields(StoreMetadata) if f.name not in _DESCRIPTIVE_FIELDS):
-        # Through JSON, so that tuples and lists compare equal.
-        old, new = json.loads(json.dumps([getattr(stored, name), getattr(given, name)]))
-        unknown = name == "weights_fingerprint" and None in (old, new)
-        if old != new and not unknown:
-            raise ValueError(
-                f"{folder} was begun with {name} = {old!r}, this run has {new!r}: "
-                "use another folder or the same settings."
-            )
 
 
 def _offsets(lengths: Sequence[int]) -> NDArray[np.int64]:

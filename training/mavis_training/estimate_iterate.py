@@ -1,0 +1,166 @@
+"""The dry run of `mavis iterate`: a miniature of every iteration, each on the value function of the one before."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeVar
+
+from .calibrate import TREES, Calibration, Counts, Sample, spread
+from .collect import PolicyConfig
+from .estimate import Estimate, dry_run, estimate, scale, states_estimate, train_estimate
+from .iterate_config import IterateConfig
+from .label import LabelConfig
+from .prompts import read_prompts
+from .train_head import TrainHeadConfig
+from .tree_store import TreeStore
+from .validation import Validator
+
+__all__ = ["dry_run"]
+
+T = TypeVar("T")
+# Prompts of the validation's short run, at most.
+_PROMPTS = 16
+# What differs from iteration to iteration without any effect on its cost.
+_FREE = {"seed", "iteration", "zeta", "initial", "policy", "store", "output", "states", "prompts", "limit", "beta"}
+
+
+@dataclass(frozen=True)
+class _Trees:
+    """An iteration's trees: how many and how large they will be, and a small labelled store of such trees."""
+
+    counts: Counts
+    small: TreeStore
+
+
+class _Plan:
+    """Estimates of all iterations, in order. Early stopping may end a run sooner."""
+
+    def __init__(self, config: IterateConfig, calibration: Calibration) -> None:
+        self.config, self.calibration = config, calibration
+        self.rewards = {objective: config.rewards[objective] for objective in config.objectives}
+        self.device = str(calibration.base[0].device)
+        self.estimates: list[Estimate] = []
+        self._done: dict[str, Any] = {}
+
+    def run(self) -> list[Estimate]:
+        """Go through the iterations."""
+        self.validate("reference: validate", None, 1)
+        trees: list[_Trees] = []
+        value: str | None = None
+        for i in range(len(self.config.iterations)):
+            trees.append(self.trees(i, None if value is None else self.policy(i - 1, value)))
+            mixed = trees[max(0, i - self.config.iterations[i].mix) :]
+            value = self.train(i, mixed, value)
+            self.validate(f"iteration {i}: validate", self.policy(i, value), self.validations(i))
+        return self.estimates
+
+    def trees(self, i: int, policy: PolicyConfig | None) -> _Trees:
+        """Collect and label."""
+        given = self.config.iterations[i].trees
+        if given is not None:
+            store, labels = (
+                TreeStore.open(given),
+                estimate(LabelConfig(given, self.rewards, device=self.device), self.calibration),
+            )
+            every = list(store)
+            small = self.calibration.copy(store.metadata, [(tree, None) for tree in spread(every, TREES)], [])
+            self.calibration.label(small, self.rewards, None, self.device)
+            self.estimates += [replace(e, what=f"iteration {i}: {e.what}") for e in labels]
+            return _Trees(Counts.of(every), small)
+        config = self.config.collect_config(i, "", policy)
+        skip = self.config.iterations[i].skip_prompts
+        rows = read_prompts(self.config.prompts, None if config.limit is None else skip + config.limit)[skip:]
+        sample, small = self.once(
+            ("collect", policy is None, _costly(asdict(config)), policy and _costly(policy.settings)),
+            lambda: self.calibration.collect(config, rows),
+        )
+        counts = Counts.of(list(small)).for_trees(len(rows))
+        self.estimates.append(scale(f"iteration {i}: collect", "trees", len(rows), sample, counts.tokens))
+        samples = self.once(
+            ("label", small.folder), lambda: self.calibration.label(small, self.rewards, None, self.device)
+        )
+        for objective, labelled in samples.items():
+            self.estimates.append(scale(f"iteration {i}: label {objective}", "completions", counts.leaves, labelled))
+        return _Trees(counts, small)
+
+    def train(self, i: int, mixed: list[_Trees], before: str | None) -> str:
+        """Train, as often as a target-KL schedule may; returns where a value function of that kind lies."""
+        given, small = self.config.iterations[i], mixed[-1].small
+        if given.value_function is not None:
+            return given.value_function
+        config = self.config.train_config(i, [str(small.folder)], None, "", before, self.config.zeta_of(i))
+        key = ("train", before is None, _costly(asdict(config)), small.folder)
+        counts, per_tree = mixed[0].counts, Counts.of(list(small))
+        for other in mixed[1:]:
+            counts += other.counts
+        if isinstance(config, TrainHeadConfig):
+            states, sample, output = self.once(key, lambda: self.calibration.train_head(config, small))
+            if given.states is None:
+                what = f"iteration {i}: hidden states"
+                self.estimates.append(states_estimate(mixed[-1].counts, per_tree, states, what))
+        else:
+            sample, output = self.once(key, lambda: self.calibration.train_model(config, small))
+        trained = train_estimate(config, counts, per_tree, sample, f"iteration {i}: train")
+        self.estimates.append(_times(trained, self.trials(i)))
+        return str(output)
+
+    def validate(self, what: str, policy: PolicyConfig | None, times: int) -> None:
+        """Measure a policy on the validation prompts, so many times."""
+        config = self.config.validation
+        rows = read_prompts(config.prompts, config.limit)
+
+        def work() -> Sample:
+            few = spread(rows, min(config.batch_size, _PROMPTS))
+            prompts = self.calibration.place()
+            prompts.write_text("\n".join(map(json.dumps, few)), encoding="utf-8")
+            validator = Validator(
+                replace(config, prompts=str(prompts), limit=None, seeds=[0]), self.config.rewards,
+                self.config.weights(), lambda: self.calibration.base, self.device, self.config.chat_template,
+            )  # fmt: skip
+            return self.calibration.measure(len(few), lambda folder: validator.measure(folder, policy))
+
+        sample = self.once(("validate", policy and (policy.value_functions, _costly(policy.settings))), work)
+        count = len(rows) * len(config.seeds)
+        self.estimates.append(_times(scale(what, "completions", count, sample), times))
+
+    def policy(self, i: int, value: str) -> PolicyConfig:
+        """The policy that V^i guides, with a stand-in for V^i."""
+        functions = dict.fromkeys(self.config.objectives, value)
+        return PolicyConfig(functions, self.config.policy_settings(i, self.config.beta_of(i)))
+
+    def trials(self, i: int) -> int:
+        """Value functions that are trained in iteration i, at most: a target-KL schedule halves its grid of zetas."""
+        target = self.config.target_kl
+        return 1 if target is None or i == 0 else math.ceil(math.log2(len(target.zetas) + 1)) + 1
+
+    def validations(self, i: int) -> int:
+        """Policies that are measured in iteration i, at most."""
+        target = self.config.target_kl
+        return 1 if target is None else len(target.betas) + (self.trials(i) if i else 0)
+
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """`make()`, once for iterations that cost the same."""
+        if repr(key) not in self._done:
+            self._done[repr(key)] = make()
+        return self._done[repr(key)]  # type: ignore[no-any-return]
+
+
+@estimate.register
+def _(config: IterateConfig, calibration: Calibration) -> list[Estimate]:
+    return _Plan(config, calibration).run()
+
+
+def _times(estimate: Estimate, count: int) -> Estimate:
+    """The same step, done so many times."""
+    return Estimate(
+        estimate.what, estimate.amount * count, estimate.unit, estimate.seconds * count, estimate.bytes * count,
+        estimate.tokens * count,
+    )  # fmt: skip
+
+
+def _costly(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that an iteration's cost depends on."""
+    return {name: value for name, value in settings.items() if name not in _FREE}
