@@ -27,7 +27,7 @@ from mavis_logits.strategies import MavisSampling, MavisStrategy
 
 from .collect import eos_token_ids
 from .files import read_json, write_json
-from .rewards import Reward, compute_rewards
+from .rewards import Reward, RewardSpec, compute_rewards
 
 STRATEGIES: dict[str, type[MavisStrategy]] = {
     "sampling": MavisSampling,
@@ -260,8 +260,8 @@ def judge(
     path: Path,
     done: Completions,
     rows: Sequence[dict[str, Any]],
-    rewards: Mapping[str, str],
-    load: Callable[[str], Reward],
+    rewards: Mapping[str, RewardSpec],
+    load: Callable[[RewardSpec], Reward],
 ) -> dict[str, NDArray[np.float64]]:
     """Every reward of every text by objective, [S * P * n]; those found in `path` are not computed again.
 

@@ -33,7 +33,7 @@ from .completions import (
 )
 from .files import write_json
 from .prompts import encode_prompts, read_prompts
-from .rewards import load_reward
+from .rewards import Reward, RewardSpec, describe_spec, load_reward, split_spec
 
 COMBINED = "combined"
 _BY_REWARD = ", best by reward"
@@ -50,7 +50,7 @@ class EvaluateConfig:
         completions: folder in which completions and their rewards are kept, a file each for every setting; what is
             found there is not computed again.
         value_functions: Hub id or folder of the value functions: one, or by objective.
-        rewards: the true rewards, by objective: folder, Hub id or `module:function`.
+        rewards: the true rewards, by objective, as for `mavis label`.
         settings: by name, fields of `MavisConfig`, `value_functions` where they are not those above, and to decode by a
             strategy `strategy` with its own arguments; an empty one is the base model left alone. Where
             `num_return_sequences` is above 1, the first one returned is measured and, on a line of its own, the one of
@@ -73,7 +73,7 @@ class EvaluateConfig:
     output: str
     completions: str
     value_functions: str | dict[str, str]
-    rewards: dict[str, str]
+    rewards: dict[str, str | dict[str, Any]]
     settings: dict[str, dict[str, Any]] = field(default_factory=lambda: {"unsteered": {}})
     combined: dict[str, float] | None = None
     contrasts: list[list[str]] = field(default_factory=list)
@@ -96,6 +96,8 @@ class EvaluateConfig:
             raise ValueError("settings need an empty one, the base model left alone, to compare with")
         if not self.seeds or not self.rewards:
             raise ValueError(f"seeds and rewards must not be empty, got {self.seeds} and {self.rewards}")
+        for spec in self.rewards.values():
+            split_spec(spec)
         unknown = set(self.combined or ()) - set(self.rewards)
         if unknown or COMBINED in self.rewards:
             raise ValueError(
@@ -116,7 +118,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         OSError: a file that cannot be read.
     """
     rows = read_prompts(config.prompts, config.limit)
-    load = lru_cache(maxsize=None)(load_reward)
+    loaded: dict[str, Reward] = {}
+
+    def load(spec: RewardSpec) -> Reward:
+        key = describe_spec(spec)
+        if key not in loaded:
+            loaded[key] = load_reward(spec)
+        return loaded[key]
+
     missing = [path for path in _paths(config).values() if not path.exists()]
     for spec in config.rewards.values() if missing else ():  # what is wrong with a reward is found now
         load(spec)
