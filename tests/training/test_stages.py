@@ -3,8 +3,16 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
-from mavis_training.stages import StageLog
+from mavis_training.ranks import Ranks
+from mavis_training.stages import StageLog as Log
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def StageLog(path, reuse=None):
+    return Log(path, ALONE, reuse)
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from .iterate_config import IterateConfig, IterationConfig
 from .iterate_report import write_report
 from .label import LabelConfig, label
 from .prompts import read_prompts
+from .ranks import join
 from .schedule import Measurement, TargetKl, find_zeta, gain, improves, raise_beta
 from .stages import Stage, StageLog
 from .train_head import TrainHeadConfig, train_head
@@ -71,7 +72,8 @@ def iterate(
 ) -> dict[str, Any]:
     """Run Algorithm 1, write the report and return what `iterations.json` holds.
 
-    Killed at any instant, a rerun goes on where it stood. More iterations may be added to a finished run.
+    Killed at any instant, a rerun goes on where it stood. More iterations may be added to a finished run. Several
+    processes (`mavis_training.ranks`) share the collecting, labelling and training of each iteration.
 
     Args:
         config: all settings.
@@ -91,7 +93,7 @@ def iterate(
     for i in range(len(config.iterations)):
         done.append(run.iteration(i, done, reference))
         stopped = why_stop([iterated.measured for iterated in done], config) if i + 1 < len(config.iterations) else None
-        results = write_report(config, reference, done, stopped)
+        results = write_report(config, reference, done, stopped, run.ranks)
         if stopped:
             break
     return results
@@ -121,22 +123,27 @@ class _Run:
         self, config: IterateConfig, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None
     ) -> None:
         self.config, self.folder = config, Path(config.output)
-        self.log = StageLog(self.folder / STATE_FILE, config.reuse)
+        self.ranks = join(config.device)
+        self.device = str(self.ranks.device)
+        self.log = StageLog(self.folder / STATE_FILE, self.ranks, config.reuse)
         if model is not None and tokenizer is not None:
             self.base = model.to(self.device).eval(), tokenizer  # type: ignore[arg-type]
         self.validator = Validator(
             config.validation, config.rewards, config.weights(), lambda: self.base, self.device, config.chat_template
         )
 
-    @property
-    def device(self) -> str:
-        return self.config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
     @cached_property
     def base(self) -> Base:
         """The base model and its tokenizer, loaded once."""
         model, tokenizer = load_chat_model(self.config.model, getattr(torch, self.config.dtype))
         return model.to(self.device).eval(), tokenizer  # type: ignore[arg-type]
+
+    def alone(self, work: Callable[[], object]) -> dict[str, Any]:
+        """Minutes of work that rank 0 does while the others wait."""
+        if self.ranks.is_main:
+            work()
+        self.ranks.wait()
+        return {}
 
     def require_held_out(self) -> None:
         """Refuse validation prompts that are sampled from."""
@@ -184,11 +191,12 @@ class _Run:
         config = self.config.collect_config(i, str(folder), policy, str(path))
 
         def sample() -> dict[str, Any]:
-            if given.skip_prompts:
+            if given.skip_prompts and self.ranks.is_main:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with replace_when_whole(path) as temporary:
                     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in self.prompts(i)]
                     temporary.write_text("".join(lines), encoding="utf-8")
+            self.ranks.wait()
             return _count(collect(config, *self.base))
 
         settings = {k: v for k, v in asdict(config).items() if k not in ("store", "device", "prompts", "policy")}
@@ -214,7 +222,7 @@ class _Run:
 
         def work() -> dict[str, Any]:
             loaded = {objective: self.validator.load(spec) for objective, spec in rewards.items()}
-            label(LabelConfig(str(collected.path), rewards, device=self.device), loaded, self.base[1])
+            label(LabelConfig(str(collected.path), rewards), loaded, self.base[1])
             return {"existing": str(collected.path)}
 
         return self.log.run(f"iteration-{i}/rewards", {"rewards": rewards}, [collected], work)
@@ -260,10 +268,10 @@ class _Run:
         """A policy on the validation prompts; its files lie in the folder `place` of the run."""
         settings = self.validator.settings() | {"policy": policy and policy.settings}
 
-        def work() -> dict[str, Any]:
-            return self.validator.measure(self.folder / place, policy, reference).summary
+        def work() -> None:
+            self.validator.measure(self.folder / place, policy, reference)
 
-        stage = self.log.run(str(Path(place, RESULT_FILE)), settings, after, work)
+        stage = self.log.run(str(Path(place, RESULT_FILE)), settings, after, lambda: self.alone(work))
         return stage, self.validator.read(stage.path.parent)
 
 
@@ -293,17 +301,16 @@ class _Search:
         else:
             best = self.train(zeta)
             place = run.folder / f"iteration-{i}" / "value"
-            trained = log.run(f"iteration-{i}/value", {"zeta": zeta}, [best], lambda: _copy(best.path, place))
+            copy = partial(_copy, best.path, place)
+            trained = log.run(f"iteration-{i}/value", {"zeta": zeta}, [best], lambda: run.alone(copy))
         last = i + 1 == len(run.config.iterations)
         lowest = self.before.beta if self.before else self.target.betas[0]
         betas = [lowest, *(beta for beta in self.target.betas if beta > lowest)]
         beta = raise_beta(lambda b: self.with_beta(trained, b)[1], betas, self.target, may_exceed=not last)
         policy = run.policy(i, beta, trained)
         chosen, measured = self.with_beta(trained, beta)
-        place = run.folder / f"iteration-{i}"
-        validated = log.run(
-            f"iteration-{i}/{RESULT_FILE}", {"beta": beta}, [chosen], lambda: _copy_files(chosen.path.parent, place)
-        )
+        keep = partial(_copy_files, chosen.path.parent, run.folder / f"iteration-{i}")
+        validated = log.run(f"iteration-{i}/{RESULT_FILE}", {"beta": beta}, [chosen], lambda: run.alone(keep))
         stages = self.mixed[-1] | {"train": trained, "validate": validated}
         return Iterated(zeta, beta, policy, stages, measured, self.tried)
 
@@ -343,18 +350,17 @@ def _count(store: TreeStore) -> dict[str, Any]:
     return {"trees": len(lengths), "tokens": sum(lengths)}
 
 
-def _copy(source: Path, target: Path) -> dict[str, Any]:
+def _copy(source: Path, target: Path) -> None:
     """Copy a folder, whole or not at all."""
     unfinished = target.with_name(target.name + ".tmp")
     for leftover in (unfinished, target):
         shutil.rmtree(leftover, ignore_errors=True)
     shutil.copytree(source, unfinished)
     unfinished.rename(target)
-    return {}
 
 
-def _copy_files(source: Path, target: Path) -> dict[str, Any]:
+def _copy_files(source: Path, target: Path) -> None:
+    """Copy the JSON files of a folder, each whole or not at all."""
     for path in source.glob("*.json"):
         with replace_when_whole(target / path.name) as temporary:
             shutil.copy(path, temporary)
-    return {}

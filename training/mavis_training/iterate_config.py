@@ -156,7 +156,8 @@ class IterateConfig:
         if self.target_kl is not None and searched:
             raise ValueError(f"target_kl finds beta and zeta, but iterations {searched} give their own: leave them out")
         for i in range(len(self.iterations)):
-            self.collect_config(i, "", None)
+            policy = PolicyConfig("", self.policy_settings(i - 1, self.beta_of(i - 1))) if i else None
+            self.collect_config(i, "", policy)
             self.train_config(i, [""], None, "", None, self.zeta_of(i))
             settings = MavisConfig.from_dict(self.policy_settings(i, self.beta_of(i)))
             if self.kind == "model" and settings.top_k is None:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .files import replace_when_whole, write_json
+from .ranks import Ranks
 from .schedule import Measurement, gain
 
 if TYPE_CHECKING:
@@ -25,9 +26,9 @@ REPORT_FILE = "report.md"
 
 
 def write_report(
-    config: IterateConfig, reference: Measurement, done: Sequence[Iterated], stopped: str | None
+    config: IterateConfig, reference: Measurement, done: Sequence[Iterated], stopped: str | None, ranks: Ranks
 ) -> dict[str, Any]:
-    """Write both files, show the table, and return what `iterations.json` holds."""
+    """Write both files and show the table, on rank 0; return what `iterations.json` holds."""
     results = {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
@@ -39,6 +40,8 @@ def write_report(
         "best": max(range(len(done)), key=lambda i: float(done[i].measured.score(config.kl_weight).mean())),
         "stopped": stopped,
     }
+    if not ranks.is_main:
+        return results
     folder = Path(config.output)
     write_json(folder / RESULTS_FILE, results)
     with replace_when_whole(folder / REPORT_FILE) as temporary:

@@ -1,4 +1,7 @@
-"""A long run as named stages, recorded on disk: killed at any instant, a rerun goes on with the stage it was in."""
+"""A long run as named stages, recorded on disk: killed at any instant, a rerun goes on with the stage it was in.
+
+Of several processes (`mavis_training.ranks`) all do a stage's work together, and rank 0 keeps the record.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import read_json, write_json
+from .ranks import Ranks
 
 FORMAT_VERSION = 1
 
@@ -44,6 +48,7 @@ class StageLog:
 
     Args:
         path: the file; its folder is the run's.
+        ranks: the processes of this job.
         reuse: folder of another run, with a file of the same name. A stage that was finished there under the same
             settings, resting on the same stages, is taken from there.
 
@@ -52,15 +57,16 @@ class StageLog:
         OSError: `reuse` has no such file.
     """
 
-    def __init__(self, path: Path, reuse: str | Path | None = None) -> None:
-        self.path = path
-        self._stages = _read(path) if path.exists() else {}
+    def __init__(self, path: Path, ranks: Ranks, reuse: str | Path | None = None) -> None:
+        self.path, self.ranks = path, ranks
+        self._stages = ranks.agree(lambda: _read(path) if path.exists() else {})
         self._others: dict[str, Any] = {}
         if reuse is not None:
             other = Path(reuse) / path.name
             if not other.exists():
                 raise FileNotFoundError(f"reuse: {reuse} is not the folder of a run (it has no {path.name}).")
-            self._others = {name: {"run": str(reuse)} | record for name, record in _read(other).items()}
+            found = ranks.agree(lambda: _read(other))
+            self._others = {name: {"run": str(reuse)} | record for name, record in found.items()}
 
     def run(
         self,
@@ -75,7 +81,8 @@ class StageLog:
             name: of the stage.
             settings: all that shapes its result, as JSON; places of files and devices do not belong here.
             after: the stages that it rests on.
-            work: does it, in a way that goes on where an interrupted attempt stood; returns its result, as JSON.
+            work: does it, in a way that goes on where an interrupted attempt stood; returns its result, as JSON. Every
+                rank calls it; the result of rank 0 counts.
 
         Raises:
             ValueError: the stage was begun under other settings; the message names the first that differs.
@@ -94,8 +101,9 @@ class StageLog:
             self._write()
         if "seconds" not in record:
             started = time.monotonic()
-            record["result"] = json.loads(json.dumps(work()))
-            record["seconds"] = round(time.monotonic() - started, 3)
+            result = json.loads(json.dumps(work()))
+            seconds = round(time.monotonic() - started, 3)
+            record |= self.ranks.agree(lambda: {"result": result, "seconds": seconds})
             self._write()
         return Stage(name, Path(record.get("run", self.path.parent)), key, record["seconds"], record["result"])
 
@@ -110,6 +118,8 @@ class StageLog:
                 )
 
     def _write(self) -> None:
+        if not self.ranks.is_main:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, {"format_version": FORMAT_VERSION, "stages": self._stages})
 
