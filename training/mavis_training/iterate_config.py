@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
+
 from mavis_logits import MavisConfig
 from mavis_logits.demo.chat import ChatTemplate
 
@@ -201,7 +203,8 @@ class IterateConfig:
         """How iteration i trains its value function."""
         given = LATER_TRAINING[self.kind] | self.train if i else self.train
         run = {"store": stores, "objectives": self.objectives, "output": output, "zeta": zeta, "iteration": i}
-        run |= {"device": self.device, "seed": self.seed}
+        # Said outright: without a GPU, Trainer computes in bfloat16 only where it is told to use the CPU.
+        run |= {"device": self.device or ("cuda" if torch.cuda.is_available() else "cpu"), "seed": self.seed}
         if self.kind == "head":
             run |= {"model": self.model, "states": states, "dtype": self.dtype}
         defaults = {"initial": initial} | ({"backbone": self.model} if self.kind == "model" else {})
