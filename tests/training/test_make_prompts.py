@@ -76,6 +76,9 @@ def test_order_skip_and_limit(tmp_path):
     assert [row["prompt"] for row in first] != [f"w{i}" for i in range(12)]
     assert rest[0]["kind"] == "k"
     assert all(row["id"] == row["prompt"][1:] for row in first)
+    counts, others = make(source, tmp_path, exclude=[lines(tmp_path / "first.jsonl", first)])
+    assert {row["id"] for row in others} == {row["id"] for row in rest}
+    assert counts.dropped == {"in exclude": 12}
 
 
 def test_ids_are_unique_and_do_not_depend_on_what_else_is_there(tmp_path):

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from .files import read_json_lines, replace_when_whole, write_json
 from .formats import FORMATS, Columns, Dropped, Example, Limits, Row, Style
 from .label import load_tokenizer
+from .prompts import read_prompts
 
 _BUILDERS = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -40,6 +41,7 @@ class PromptsConfig:
             chat models.
         completions: write pairs for `mavis sft`, with the final answer as `completion`; bounds on tokens are then None
             unless given.
+        exclude: prompt files whose prompts are left out, such as those to test on.
         keep: further columns of the data set to keep.
         tokenizer: counts tokens, by Hub id or folder, or "smollm2"; needed where there are bounds on tokens.
         min_characters: of the text before the template. 0 for no bound, here and below.
@@ -61,6 +63,7 @@ class PromptsConfig:
     template: str | None = None
     style: Style = "raw"
     completions: bool = False
+    exclude: list[str] = field(default_factory=list)
     keep: list[str] = field(default_factory=list)
     tokenizer: str | None = None
     min_characters: int | None = None
@@ -127,6 +130,7 @@ def make_prompts(config: PromptsConfig, tokenizer: PreTrainedTokenizerBase | Non
     """
     if tokenizer is None and config.tokenizer is not None:
         tokenizer = load_tokenizer(config.tokenizer)
+    excluded = {_key(line) for file in config.exclude for line in read_prompts(file)}
     rows = load_rows(config.source, config.split, config.load)
     if config.shuffle is not None:
         rows = list(rows)
@@ -144,9 +148,10 @@ def make_prompts(config: PromptsConfig, tokenizer: PreTrainedTokenizerBase | Non
     unique: dict[str, dict[str, Any]] = {}
     for line in written:
         unique.setdefault(_key(line), line)
-    lines = list(unique.values())
+    lines = [line for key, line in unique.items() if key not in excluded]
     chosen = lines[config.skip :][: config.limit]
-    dropped["duplicate"] = len(written) - len(lines)
+    dropped["duplicate"] = len(written) - len(unique)
+    dropped["in exclude"] = len(unique) - len(lines)
     dropped["before skip or beyond limit"] = len(lines) - len(chosen)
     counts = PromptCounts(read, len(chosen), {reason: count for reason, count in sorted(dropped.items()) if count})
     if not chosen:
