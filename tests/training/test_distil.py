@@ -13,6 +13,7 @@ from mavis_logits.fingerprint import tokenizer_fingerprint
 from mavis_logits.value_head import ValueHead
 from mavis_logits.value_model import ValueModel
 from mavis_training import distil as distilling
+from mavis_training.cards import CardConfig, write_card
 from mavis_training.distil import DistilConfig, agreement, distil, open_stores, sibling_pairs, taught_trees
 from mavis_training.teachers import VALUES_FOLDER, load_teachers
 from mavis_training.train_model import LoraSettings
@@ -96,11 +97,11 @@ def test_a_student_of_its_teachers_architecture_reaches_them(config, folders, mo
     assert found[-1] < found[0] / 10
     assert found[-1] < 0.02
     assert student.config.reward_mean == [3.0]
-    metrics = json.loads(Path(one.output, "metrics.json").read_text())
-    assert metrics["low"]["teacher"]["r2"] > 0.9
-    assert metrics["low"]["teacher"]["ranking"] > 0.9
-    assert metrics["low"]["teacher"]["pairs"] > 10
-    assert metrics["trees"] + metrics["training_trees"] == TREES
+    agreed = json.loads(Path(one.output, "agreement.json").read_text())
+    assert agreed["low"]["r2"] > 0.9
+    assert agreed["low"]["ranking"] > 0.9
+    assert agreed["low"]["pairs"] > 10
+    assert agreed["trees"] + agreed["training_trees"] == TREES
 
 
 def test_teachers_of_different_kinds_sizes_and_iterations(config, folders, tmp_path):
@@ -120,10 +121,10 @@ def test_teachers_of_different_kinds_sizes_and_iterations(config, folders, tmp_p
     tokens = torch.arange(3, 12)[None]
     with torch.inference_mode():
         torch.testing.assert_close(loaded(tokens).values, student(tokens).values, rtol=1e-4, atol=1e-4)
-    metrics = json.loads(Path(three.output, "metrics.json").read_text())
-    assert metrics["trees"] + metrics["training_trees"] == TREES + 10
-    assert all(metrics[name]["teacher"]["correlation"] > 0.1 for name in teachers)
-    assert "by_fraction" not in metrics["low"]  # the trees have no rewards
+    agreed = json.loads(Path(three.output, "agreement.json").read_text())
+    assert agreed["trees"] + agreed["training_trees"] == TREES + 10
+    assert all(agreed[name]["correlation"] > 0.1 for name in teachers)
+    assert not Path(three.output, "metrics.json").exists()  # the trees have no rewards
 
 
 def test_taught_trees_hold_each_teachers_column(config, folders):
@@ -147,8 +148,11 @@ def test_with_rewards_the_student_is_measured_against_them_too(config, tmp_path)
         shard.write_rewards("high", rewards, "test")
     distil(dataclasses.replace(config, store=str(store.folder), epochs=1), backbone=tiny_llama())
     metrics = json.loads(Path(config.output, "metrics.json").read_text())
-    assert set(metrics["low"]) >= {"teacher", "by_fraction", "ranking", "r2"}
-    assert metrics["low"]["correlation"] != metrics["low"]["teacher"]["correlation"]
+    agreed = json.loads(Path(config.output, "agreement.json").read_text())
+    assert set(metrics["low"]) >= {"by_fraction", "ranking", "r2"}
+    assert metrics["low"]["correlation"] != agreed["low"]["correlation"]
+    write_card(CardConfig(config.output, plots=False))  # a student is published as any value function
+    assert "low" in Path(config.output, "README.md").read_text()
 
 
 def test_a_killed_distillation_goes_on(config, monkeypatch):

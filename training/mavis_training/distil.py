@@ -45,7 +45,7 @@ class DistilConfig:
         store: folder of a tree store, or several; trees need no rewards, but with them the student is measured against
             these too.
         teachers: by objective, folder or Hub id of a value model or value head; of any size and iteration.
-        output: folder for the student, its metrics and its checkpoints.
+        output: folder for the student, its measurements and its checkpoints.
         model: base model that value heads read and that adapters sit on; null if no teacher needs one.
         keep_values: keep what the teachers say in the stores' folders, for the next run; False computes it again.
         initial: folder or Hub id of a value model of the same objectives to go on from; null for a new one.
@@ -118,7 +118,10 @@ class TaughtTree(LabelledTree):
 def distil(
     config: DistilConfig, model: PreTrainedModel | None = None, backbone: PreTrainedModel | None = None
 ) -> ValueModel:
-    """Train the student, save it with `metrics.json` and `train_config.json`, and return it.
+    """Train the student, save it, and return it.
+
+    Beside it lie `train_config.json`, `agreement.json` (with its teachers, on held-out trees) and, if the trees have
+    the rewards, `metrics.json` (against these, as of every value function).
 
     Killed at any instant, a rerun goes on: the teachers' values from the last shard, the training from the last epoch.
     Of the epochs, the one with the smallest validation loss is kept.
@@ -139,9 +142,9 @@ def distil(
     nothing = np.empty((0, 0))
     bare = [LabelledTree(tree, nothing, nothing) for store in stores for tree in store]
     split_by_prompt(bare, config.validation_share)  # an empty side is told before the teachers are asked
-    teachers, student = _teachers_and_student(config, stores, model, backbone)
-    recipe = recipe_of(asdict(config), stores) | {"teacher_iterations": _iterations(config, teachers)}
     arguments = training_arguments(config.training())
+    teachers, student = _teachers_and_student(config, stores, arguments.device, model, backbone)
+    recipe = recipe_of(asdict(config), stores) | {"teacher_iterations": _iterations(config, teachers)}
     with arguments.main_process_first():  # the others read what it kept
         trees = taught_trees(stores, teachers, objectives, config.keep_values)
     del teachers  # their memory is the student's now
@@ -158,9 +161,8 @@ def distil(
     if trainer.is_world_process_zero():
         output = Path(config.output)
         trained.config.save_pretrained(output)
-        metrics = student_metrics(trained, stores, validation, config)
         write_json(output / "train_config.json", recipe)
-        write_json(output / "metrics.json", metrics | {"training_trees": len(training)})
+        _measure(trained, stores, validation, config, {"training_trees": len(training)})
         if (checkpoints / "runs").is_dir():  # what loggers wrote
             shutil.copytree(checkpoints / "runs", output / "runs", dirs_exist_ok=True)
         shutil.rmtree(checkpoints)  # done: the folder is ready to be published
@@ -228,22 +230,23 @@ class TaughtValidation(Validation):
         return float(np.concatenate([((said[-len(t.values) :] - t.values) / scale) ** 2 for t, said in pairs]).mean())
 
 
-def student_metrics(
-    student: ValueModel, stores: Sequence[TreeStore], validation: Sequence[TaughtTree], config: DistilConfig
-) -> dict[str, Any]:
-    """Metrics on held-out trees: `agreement` with the teachers, under "teacher" by objective, and, if the trees have
-    the rewards, `validation_metrics` against these."""
-    objectives = list(config.teachers)
+def _measure(
+    student: ValueModel,
+    stores: Sequence[TreeStore],
+    validation: Sequence[TaughtTree],
+    config: DistilConfig,
+    counts: dict[str, int],
+) -> None:
+    """Write `agreement.json` and, where every tree has the rewards, `metrics.json`; both record `counts`."""
+    objectives, output = list(config.teachers), Path(config.output)
     asked = Teacher("the student", student, {name: i for i, name in enumerate(objectives)})
     said = [asked.values(item.tree).astype(np.float64) for item in validation]
-    metrics: dict[str, Any] = {"trees": len(validation)}
     agreed = agreement(said, validation, objectives)
-    if not all(set(objectives) <= set(store.objectives()) for store in stores):
-        return metrics | {name: {"teacher": agreed[name]} for name in objectives}
-    true = _split(load_trees(config.store, objectives, 0.0)[1], config.validation_share)[1]
-    judged = [Prediction(t.tree, t.targets, t.rewards, v, None) for t, v in zip(true, said, strict=True)]
-    metrics |= validation_metrics(judged, objectives)
-    return metrics | {name: metrics[name] | {"teacher": agreed[name]} for name in objectives}
+    write_json(output / "agreement.json", {"trees": len(validation)} | counts | agreed)
+    if all(set(objectives) <= set(store.objectives()) for store in stores):
+        true = _split(load_trees(config.store, objectives, 0.0)[1], config.validation_share)[1]
+        judged = [Prediction(t.tree, t.targets, t.rewards, v, None) for t, v in zip(true, said, strict=True)]
+        write_json(output / "metrics.json", validation_metrics(judged, objectives) | counts)
 
 
 def agreement(
@@ -290,11 +293,11 @@ def sibling_pairs(tree: Tree) -> NDArray[np.int64]:
 def _teachers_and_student(
     config: DistilConfig,
     stores: Sequence[TreeStore],
+    device: torch.device,
     base: PreTrainedModel | None,
     backbone: PreTrainedModel | None,
 ) -> tuple[list[Teacher], ValueModel]:
     """Load the teachers and make the student, in the teachers' reward units, all of the stores' tokenizer."""
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if base is None and config.model is not None:
         base = _load(config.model, config.dtype, stores[0])
     if base is not None:
