@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from chat_model import chat_model
 from mavis_training.collect import CollectConfig
+from mavis_training.tree import Tree
 from mavis_training.tree_store import TreeStore
 
 SHAPE: dict[str, Any] = {"max_new_tokens": 8, "layers": 3, "root_children": 3, "children": 2, "prompts_per_shard": 2}
@@ -31,3 +34,19 @@ def config(folder: Path, store: str, **changes: Any) -> CollectConfig:
 def content(store: str | Path) -> dict[str, list[Any]]:
     """Trees by shard."""
     return {shard.path.name: shard.trees() for shard in TreeStore.open(store).shards()}
+
+
+def assert_alike(store: str | Path, other: str | Path) -> None:
+    """The same trees in the same shards; log-probabilities may differ by rounding, as between any two processes."""
+    ours, theirs = content(store), content(other)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert [_plain(tree) for tree in ours[name]] == [_plain(tree) for tree in theirs[name]]
+        for tree, its in zip(ours[name], theirs[name], strict=True):
+            np.testing.assert_allclose(tree.logp_gen, its.logp_gen, rtol=0, atol=1e-4)
+            np.testing.assert_allclose(tree.logp_ref, its.logp_ref, rtol=0, atol=1e-4)
+
+
+def _plain(tree: Tree) -> list[Any]:
+    arrays = (tree.prompt_tokens, tree.tokens, tree.parent, tree.start, tree.length, tree.terminal)
+    return [tree.prompt_id, tree.prompt, *(array.tolist() for array in arrays)]

@@ -1,9 +1,10 @@
 """Several processes on one job: each takes its share of the work, writes its own files, and waits for the others.
 
-    accelerate launch --num_processes 4 -m mavis_logits.cli collect --config recipe.yaml
+    accelerate launch --multi_gpu --num_processes 4 -m mavis_logits.cli collect --config recipe.yaml
 
-Nothing is locked and nothing is merged: rank 0 alone looks at what is done and draws up the plan, the others are told.
-Processes may run on several machines if these share the file system of the store.
+(`--multi_gpu` means several processes, on the CPU too; `torchrun --nproc-per-node 4` does the same.) Nothing is locked
+and nothing is merged: rank 0 alone looks at what is done and draws up the plan, the others are told. Processes may run
+on several machines if these share the file system of the store.
 """
 
 from __future__ import annotations

@@ -1,0 +1,119 @@
+"""Stages of training as processes of their own that can be killed.
+
+They are forked from a server that has imported everything, so that a kill lands in a stage's work, not in its imports.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import collecting
+from mavis_training.collect import collect
+from mavis_training.iterate import IterateConfig, IterationConfig, ValidationConfig, iterate
+from mavis_training.label import LabelConfig, label
+from mavis_training.train_head import TrainHeadConfig, train_head
+from mavis_training.train_model import LoraSettings, TrainModelConfig, train_model
+
+REWARDS = {"low": "text_rewards:low", "high": "text_rewards:high"}
+HEAD = {"width": 16, "dropout": 0.0, "batch_size": 32, "learning_rate": 0.01, "warmup_steps": 0, "epochs": 6}
+
+
+def write_inputs(folder: Path) -> None:
+    """A model, prompts to sample from and prompts to validate on."""
+    collecting.write_inputs(folder, prompts=16)
+    rows = [{"id": f"v{i}", "prompt": f"w{i + 20} w{i}"} for i in range(8)]
+    (folder / "validation.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def run_collect(inputs: Path, run: Path) -> None:
+    settings = {"model": str(inputs / "model"), "device": "cpu"} | collecting.SHAPE
+    collect(collecting.CollectConfig(str(inputs / "prompts.jsonl"), str(run / "trees"), **settings))
+
+
+def run_label(inputs: Path, run: Path) -> None:
+    label(LabelConfig(str(run / "trees"), REWARDS, str(inputs / "model")))
+
+
+def run_train_model(inputs: Path, run: Path) -> None:
+    train_model(
+        TrainModelConfig(
+            str(run / "trees"),
+            ["low"],
+            str(run / "value-model"),
+            backbone=str(inputs / "model"),
+            num_layers=1,
+            lora=LoraSettings(0),
+            targets="tokens",
+            epochs=4,
+            batch_size=4,
+            learning_rate=0.01,
+            warmup_steps=0,
+            validation_share=0.25,
+            device="cpu",
+        )
+    )
+
+
+def run_train_head(inputs: Path, run: Path) -> None:
+    train_head(
+        TrainHeadConfig(
+            str(run / "trees"),
+            ["low"],
+            str(run / "value-head"),
+            model=str(inputs / "model"),
+            validation_share=0.25,
+            device="cpu",
+            **HEAD,
+        )
+    )
+
+
+def run_iterate(inputs: Path, run: Path) -> None:
+    iterate(
+        IterateConfig(
+            prompts=str(inputs / "prompts.jsonl"),
+            output=str(run / "iterate"),
+            objectives=["low"],
+            rewards={"low": "text_rewards:low"},
+            iterations=[IterationConfig(), IterationConfig(zeta=0.02)],
+            validation=ValidationConfig(str(inputs / "validation.jsonl"), max_new_tokens=8, batch_size=8),
+            kind="head",
+            model=str(inputs / "model"),
+            policy={"top_k": 12},
+            collect=collecting.SHAPE,
+            train=HEAD | {"validation_share": 0.25},
+            early_stop=False,
+            device="cpu",
+        )
+    )
+
+
+# Each stage goes on in the folder where the one before it ended.
+STAGES: dict[str, Callable[[Path, Path], None]] = {
+    "collect": run_collect,
+    "label": run_label,
+    "train-model": run_train_model,
+    "train-head": run_train_head,
+    "iterate": run_iterate,
+}
+
+
+def run_stage(stage: str, inputs: Path, run: Path, log: Path) -> None:
+    """Run a stage; what it prints goes to `log`."""
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    STAGES[stage](inputs, run)
+
+
+def server() -> multiprocessing.context.ForkServerContext:
+    """What starts processes: forks of one that has imported this module and computed nothing yet."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["killing", "mavis_logits.value_model", "mavis_logits.value_head"])
+    return context

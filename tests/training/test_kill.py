@@ -1,0 +1,114 @@
+"""`kill -9` at random instants of every stage: a rerun completes, and nothing is lost, repeated or changed."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+
+import pytest
+
+import killing
+from collecting import assert_alike
+from mavis_training.tree_store import TreeStore
+
+KILLS = 20
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def server():
+    return killing.server()
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kill")
+    killing.write_inputs(folder)
+    return folder
+
+
+def start(server, work, stage, run):
+    process = server.Process(target=killing.run_stage, args=(stage, work, run, work / "log.txt"))
+    process.start()
+    return process
+
+
+@pytest.fixture(scope="module")
+def whole(server, work):
+    """Of every stage, the folder where it ran undisturbed and the seconds that it took."""
+    before, runs = None, {}
+    for stage in killing.STAGES:
+        run = work / f"whole-{stage}"
+        begin(run, before)
+        started = time.monotonic()
+        process = start(server, work, stage, run)
+        process.join()
+        assert process.exitcode == 0, (work / "log.txt").read_text()
+        runs[stage] = run, time.monotonic() - started
+        before = run
+    return runs
+
+
+def begin(run, before):
+    """A folder in which the stage before has run."""
+    if before is None:
+        run.mkdir()
+    else:
+        shutil.copytree(before, run)
+
+
+def test_every_stage_survives_kills_at_random_instants(server, work, whole):
+    rng, stages = random.Random(20), list(killing.STAGES)
+    killed = 0
+    for attempt in range(2 * KILLS):
+        stage = stages[attempt % len(stages)]
+        run = work / f"run-{attempt}"
+        position = stages.index(stage)
+        begin(run, whole[stages[position - 1]][0] if position else None)
+        process = start(server, work, stage, run)
+        process.join(rng.uniform(0.02, 0.95) * whole[stage][1])
+        process.kill()
+        process.join()
+        killed += process.exitcode == -9
+        rerun = start(server, work, stage, run)
+        rerun.join()
+        assert rerun.exitcode == 0, f"{stage}, attempt {attempt}\n" + (work / "log.txt").read_text()[-5000:]
+        assert_same(run, whole[stage][0])
+        shutil.rmtree(run)
+        if killed == KILLS:
+            break
+    assert killed == KILLS
+
+
+def assert_same(run, other):
+    """What a stage and those before it left in two folders."""
+    stores = sorted(path.parent.relative_to(other) for path in other.rglob("metadata.json"))
+    assert stores == sorted(path.parent.relative_to(run) for path in run.rglob("metadata.json"))
+    for store in stores:
+        assert_alike(run / store, other / store)
+        ours, theirs = TreeStore.open(run / store), TreeStore.open(other / store)
+        prompts = [tree.prompt_id for tree in ours]
+        assert len(prompts) == len(set(prompts)) == 16
+        assert ours.objectives() == theirs.objectives()
+        for objective in ours.objectives():
+            rewards, its = ([r.tolist() for r in s.rewards(objective)] for s in (ours, theirs))
+            assert rewards == its
+    for name in ("metrics.json", "validation.json", "iterations.json"):
+        paths = sorted(path.relative_to(other) for path in other.rglob(name))
+        assert paths == sorted(path.relative_to(run) for path in run.rglob(name))
+        for path in paths:
+            found, expected = (numbers(json.loads((folder / path).read_text())) for folder in (run, other))
+            assert found == pytest.approx(expected, rel=1e-3, abs=1e-3), path
+    left = {path.relative_to(run) for path in run.rglob("*.safetensors")}
+    assert left == {path.relative_to(other) for path in other.rglob("*.safetensors")}
+
+
+def numbers(content, place=""):
+    """Every number in a JSON value by its place, but how long things took."""
+    if isinstance(content, dict | list):
+        items = content.items() if isinstance(content, dict) else enumerate(content)
+        inner = [numbers(value, f"{place}/{key}") for key, value in items if "seconds" not in str(key)]
+        return {key: value for part in inner for key, value in part.items()}
+    return {place: content} if isinstance(content, int | float) and not isinstance(content, bool) else {}
