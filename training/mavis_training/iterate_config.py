@@ -26,7 +26,7 @@ LATER_TREES = {"layers": 4, "root_children": 2, "children": 3}
 LATER_TRAINING: dict[str, dict[str, Any]] = {"model": {"learning_rate": 4e-5, "warmup_steps": 0}, "head": {}}
 # Fields of the nested configs that are set elsewhere, and where.
 _OWN = {
-    "collect": {"prompts", "model", "dtype", "device", "seed", "chat_template", "store", "policy"},
+    "collect": {"prompts", "model", "dtype", "device", "chat_template", "store", "policy"},
     "train": {"objectives", "model", "device", "seed", "zeta", "store", "states", "output", "iteration"},
     "policy": {"beta"},
 }
@@ -101,7 +101,7 @@ class IterateConfig:
         reuse: folder of another run; its stages with the same settings, resting on the same ones, are taken from there.
         dtype: of the base model's weights.
         device: where to run; None for a GPU if there is one.
-        seed: of the whole run.
+        seed: of the whole run; iteration i samples with this plus i, unless `collect` has a seed.
     """
 
     prompts: str
@@ -191,9 +191,9 @@ class IterateConfig:
         self, i: int, store: str, policy: PolicyConfig | None, prompts: str | None = None
     ) -> CollectConfig:
         """How iteration i samples its trees."""
-        given = (LATER_TREES if i else {}) | self.collect | self.iterations[i].collect
+        given = {"seed": self.seed + i} | (LATER_TREES if i else {}) | self.collect | self.iterations[i].collect
         shared = {name: getattr(self, name) for name in ("model", "chat_template", "dtype", "device")}
-        places = {"prompts": prompts or self.prompts, "store": store, "seed": self.seed + i}
+        places = {"prompts": prompts or self.prompts, "store": store}
         config = from_mapping(CollectConfig, given | shared | places, f"iterations[{i}].collect")
         return config if policy is None else replace(config, policy=policy)
 

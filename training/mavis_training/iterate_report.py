@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 RESULTS_FILE = "iterations.json"
 REPORT_FILE = "report.md"
+STAGES = ("collect", "label", "train", "validate")
+SECONDS = f"seconds: {'/'.join(STAGES)}"
 
 
 def write_report(
@@ -96,11 +98,11 @@ def markdown(results: dict[str, Any]) -> str:
 def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table: the reference, then the iterations."""
     names = [*results["config"]["rewards"], *(["combined"] if len(results["config"]["objectives"]) > 1 else [])]
-    head = ["iteration", "zeta", "beta", "trees", "tokens", *names, "KL (nats)", "over previous", "seconds"]
+    head = ["iteration", "zeta", "beta", "trees", "tokens", *names, "KL (nats)", "distinct-2", "over previous", SECONDS]
     rows = [["reference", "", "", "", "", *_measured(results["reference"], names), "", ""]]
     for row in results["iterations"]:
         over = row.get("gain_over_previous")
-        seconds = ", ".join(f"{name} {taken:.0f}" for name, taken in row["seconds"].items())
+        seconds = "/".join(f"{row['seconds'][name]:.0f}" for name in STAGES)
         rows.append(
             [
                 str(row["iteration"]), f"{row['zeta']:g}", f"{row['beta']:g}", str(row["trees"]), str(row["tokens"]),
@@ -113,7 +115,7 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def _measured(summary: dict[str, Any], names: Sequence[str]) -> list[str]:
     rewards = [f"{summary[n]['reward']:.2f} ± {summary[n]['error']:.2f} ({summary[n]['gain_sd']:+.2f})" for n in names]
-    return [*rewards, f"{summary['kl']:.1f} ± {summary['kl_error']:.1f}"]
+    return [*rewards, f"{summary['kl']:.1f} ± {summary['kl_error']:.1f}", f"{summary['distinct_2']:.2f}"]
 
 
 def _tried(row: dict[str, Any]) -> str:
