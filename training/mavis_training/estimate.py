@@ -6,8 +6,10 @@ out, as a rerun would leave it out.
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import singledispatch
 from pathlib import Path
@@ -89,7 +91,8 @@ def dry_run(config: Any, console: Console | None = None) -> list[Estimate]:
     with TemporaryDirectory() as folder:
         names = ("model", "dtype", "device")
         settings = {name: getattr(config, name) for name in names if isinstance(getattr(config, name, None), str)}
-        estimates = estimate(config, Calibration(Path(folder), **settings))
+        with redirect_stdout(io.StringIO()):  # what the short runs report of themselves means nothing
+            estimates = estimate(config, Calibration(Path(folder), **settings))
     (console or Console()).print(table(estimates, output, free_space(Path(output))))
     return estimates
 
