@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mavis_training.metrics import Prediction, correlation, r_squared, validation_metrics
+from mavis_training.metrics import Prediction, correlation, flatten, r_squared, validation_metrics
 from mavis_training.packing import pack
 from mavis_training.targets import node_targets, root_target
 from random_trees import random_tree
@@ -52,3 +52,22 @@ def test_nothing_varies():
     flat, line = np.ones(3), np.arange(3.0)
     assert correlation(flat, line) == 0
     assert r_squared(line, flat) == 0
+
+
+def test_by_depth_every_layer_is_judged_alone():
+    predictions = [prediction(seed) for seed in range(5)]
+    for p in predictions:  # wrong at the ends of nodes of the first layer alone
+        ends = np.cumsum(p.tree.length)[p.tree.parent == -1] - 1
+        p.values[ends] *= -1
+    layers = validation_metrics(predictions, ["a", "b"])["a"]["by_depth"]
+    assert list(layers) == ["0", "1", "2", "3"]
+    assert layers["1"]["correlation"] == pytest.approx(-1)
+    assert [layers[d]["r2"] for d in "023"] == [pytest.approx(1)] * 3
+    assert layers["0"]["nodes"] == 5
+    assert sum(layers[d]["nodes"] for d in "123") == sum(len(p.tree) for p in predictions)
+    headless = validation_metrics([prediction(1, prompt=False)], ["a", "b"])["a"]["by_depth"]
+    assert list(headless) == ["1", "2", "3"]
+
+
+def test_flat_names_tell_where_a_number_stood():
+    assert flatten({"loss": 1.0, "a": {"by_depth": {"1": {"r2": 0.5}}}}) == {"loss": 1.0, "a/by_depth/1/r2": 0.5}
