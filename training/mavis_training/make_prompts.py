@@ -36,7 +36,7 @@ class PromptsConfig:
         split: of the data set; of files and folders that have no splits, "train" is everything.
         prompt_column: for "column": holds texts, or conversations as TRL has them.
         completion_column: for "column" with completions: holds texts or messages.
-        template: text of the prompt, with {text} where the row's own goes; None for the format's.
+        template: text of the prompt, with {text} where the row's own goes; empty for the format's.
         style: for "hh": "raw" is the text up to and with "Assistant: " (the paper); "turn" the human's words alone, for
             chat models.
         completions: write pairs for `mavis sft`, with the final answer as `completion`; bounds on tokens are then None
@@ -60,7 +60,7 @@ class PromptsConfig:
     split: str = "train"
     prompt_column: str = "prompt"
     completion_column: str | None = None
-    template: str | None = None
+    template: str = ""  # not None: the command line would read text that begins with "#" as that
     style: Style = "raw"
     completions: bool = False
     exclude: list[str] = field(default_factory=list)
@@ -79,7 +79,7 @@ class PromptsConfig:
             raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {self.format!r}")
         if self.style not in ("raw", "turn"):
             raise ValueError(f"style must be 'raw' or 'turn', got {self.style!r}")
-        if self.template is not None and "{text}" not in self.template:
+        if self.template and "{text}" not in self.template:
             raise ValueError(f"template must have {{text}} where the row's text goes, got {self.template!r}")
         if self.skip < 0 or (self.limit is not None and self.limit < 1):
             raise ValueError(f"skip must be at least 0 and limit at least 1, got {self.skip} and {self.limit}")
@@ -198,7 +198,7 @@ def load_rows(source: str, split: str = "train", load: dict[str, Any] | None = N
 def _passing(row: Row, config: PromptsConfig, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
     """The line for a row; raises `Dropped` if there is to be none."""
     format, limits = FORMATS[config.format], config.limits()
-    columns = Columns(config.prompt_column, config.completion_column, config.template, config.style)
+    columns = Columns(config.prompt_column, config.completion_column, config.template or None, config.style)
     example: Example = (format.pair if config.completions else format.prompt)(row, columns, limits)
     if tokenizer is not None:
         limits.check_tokens(sum(len(tokenizer(text)["input_ids"]) for text in _texts(example)))  # type: ignore[arg-type]
