@@ -28,8 +28,9 @@ from .tree_store import StoreMetadata, TreeStore
 
 T = TypeVar("T")
 Base = tuple[PreTrainedModel, PreTrainedTokenizerBase]
-# Prompts that are sampled, and trees that are labelled and trained on.
-PROMPTS, TREES = 8, 8
+# Prompts that are sampled, and trees that are labelled and trained on. Heads read trees fast, but an epoch has a cost
+# of its own (validation projects the embeddings of the whole vocabulary): more trees, so that it weighs less.
+PROMPTS, TREES, HEAD_TREES = 8, 8, 32
 # Arguments of `TrainingArguments` that would make a short run long, or tell others about it.
 _NOT_NOW = {"max_steps", "num_train_epochs", "report_to", "run_name", "push_to_hub", "output_dir"}
 

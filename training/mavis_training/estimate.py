@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .calibrate import TREES, Calibration, Counts, Sample, spread
+from .calibrate import HEAD_TREES, TREES, Calibration, Counts, Sample, spread
 from .collect import CollectConfig
 from .data import load_trees
 from .label import LabelConfig, unlabelled
@@ -216,5 +216,6 @@ def _training_trees(config: TrainModelConfig | TrainHeadConfig, calibration: Cal
     """How many there are to train and validate on, and a small store of some."""
     stores, trees = load_trees(config.store, config.objectives, config.zeta)
     once = list({item.tree.prompt_id: item for item in trees}.values())
-    labelled = [(item.tree, item.rewards) for item in spread(once, TREES)]
+    count = HEAD_TREES if isinstance(config, TrainHeadConfig) else TREES
+    labelled = [(item.tree, item.rewards) for item in spread(once, count)]
     return Counts.of([item.tree for item in trees]), calibration.copy(stores[-1].metadata, labelled, config.objectives)
