@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from mavis_training.prompts import read_prompts
@@ -29,6 +31,12 @@ def test_bad_lines_are_named(tmp_path, line, message):
     path.write_text('{"id": "a", "prompt": "w1"}\n' + line + "\n")
     with pytest.raises(ValueError, match=message):
         read_prompts(str(path))
+
+
+def test_any_character_may_stand_in_a_prompt(tmp_path):
+    prompt = "a\u2028b\x85c\x0cd\u00e9"
+    (tmp_path / "p.jsonl").write_text(json.dumps({"id": "a", "prompt": prompt}, ensure_ascii=False) + "\n", "utf-8")
+    assert read_prompts(str(tmp_path / "p.jsonl"))[0]["prompt"] == prompt
 
 
 def test_no_prompts(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ def read_prompts(source: str, limit: int | None = None) -> list[dict[str, Any]]:
         ValueError: a line is no JSON object, lacks a field, is empty or repeats an id; the message names the line.
     """
     rows: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(Path(source).read_text(encoding="utf-8").splitlines(), start=1):
+    # Not splitlines(), which also splits at characters that stand unescaped within JSON, such as U+2028.
+    for number, line in enumerate(StringIO(Path(source).read_text(encoding="utf-8")), start=1):
         if limit is not None and len(rows) >= limit:
             break
         try:
