@@ -189,9 +189,9 @@ def test_two_processes_train_one_model(config, tmp_path):
         own = recipe | {"output": str(folder), "gradient_accumulation": accumulation}
         path = tmp_path / f"by-{processes}.json"
         path.write_text(json.dumps(own))
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+        several = ["--multi_gpu" if processes > 1 else "--cpu"]  # accelerate's word for several processes, CPU or not
+        launch = [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(processes)]
         launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        launch += ["--multi_gpu"] if processes > 1 else []
         root = Path(__file__).parents[2]
         environment = os.environ | {"PYTHONPATH": f"{root / 'src'}:{root / 'training'}", "OMP_NUM_THREADS": "1"}
         arguments = [str(script), "--config", str(path), config.backbone]
