@@ -11,14 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from chat_model import chat_model
+from collecting import assert_alike
 from mavis_logits import ValueHead, ValueModel
 from mavis_training import iterate as module
 from mavis_training.collect import CollectConfig, collect
 from mavis_training.iterate import IterateConfig, IterationConfig, TargetKl, ValidationConfig, iterate, why_stop
 from mavis_training.schedule import Measurement
 from mavis_training.tree_store import TreeStore
+from test_ranks import finish, launch
 
 TREES = {"limit": 24, "max_new_tokens": 8, "layers": 2, "root_children": 2, "children": 2}
 TRAINING: dict[str, dict[str, Any]] = {
@@ -442,3 +445,19 @@ def test_trees_of_another_tokenizer_are_refused(files, tmp_path):
     collect(sampling, base, tokenizer)
     with pytest.raises(ValueError, match="use the same tokenizer"):
         iterate(make(files, tmp_path / "run", iterations=[IterationConfig(trees=str(tmp_path / "trees"))]))
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_run(files, tmp_path):
+    """What two ranks find is what one does; the files are written once."""
+    config = make(files, tmp_path / "one", iterations=[IterationConfig(), IterationConfig(zeta=0.02)])
+    results = iterate(config)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(dataclasses.asdict(replace(config, output=str(tmp_path / "two")))))
+    finish(launch(2, "iterate", config=recipe))
+    found = json.loads((tmp_path / "two" / "iterations.json").read_text())
+    for i, (ours, theirs) in enumerate(zip(found["iterations"], results["iterations"], strict=True)):
+        assert ours["trees"] == theirs["trees"]
+        assert ours["measured"]["kl"] == pytest.approx(theirs["measured"]["kl"], rel=0.05)
+        assert_alike(tmp_path / "two" / f"iteration-{i}" / "trees", tmp_path / "one" / f"iteration-{i}" / "trees")
+    assert not list(tmp_path.rglob("*.tmp"))
