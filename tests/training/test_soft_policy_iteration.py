@@ -270,6 +270,8 @@ def test_targets_are_the_theorems_values_less_the_penalty_of_the_prefix(language
     leaf_rewards = np.array([[reward_of[origin[leaf]]] for leaf in tree.leaves()])
     targets = node_targets(tree, leaf_rewards, zeta=eta)[:, 0]
     np.testing.assert_allclose(targets + eta * log_ratios(tree), q[origin], atol=1e-9)
+    continuation = node_targets(tree, leaf_rewards, zeta=eta, penalty="continuation")[:, 0]
+    np.testing.assert_allclose(continuation, q[origin], atol=1e-9)
     # Per prefix of the language (a node's samples all have the same target): the two forms of the same improvement.
     by_node = np.zeros(len(language_tree))
     by_node[origin] = targets

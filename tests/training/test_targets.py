@@ -84,6 +84,8 @@ def test_the_validation_share_is_about_right():
 
 
 def test_bad_input():
+    with pytest.raises(ValueError, match="penalty must be one of completion, continuation, got 'prefix'"):
+        node_targets(random_tree(0), np.zeros((1, 1)), 0.1, "prefix")
     tree = random_tree(0)
     with pytest.raises(ValueError, match=r"expected rewards \[leaves, M\]"):
         node_targets(tree, np.zeros((len(tree.leaves()) + 1, 2)))

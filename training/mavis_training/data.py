@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .targets import is_validation, node_targets
+from .targets import Penalty, is_validation, node_targets
 from .tree import Tree
 from .tree_store import TreeStore
 
@@ -29,7 +29,7 @@ class LabelledTree:
 
 
 def load_trees(
-    store: str | Sequence[str], objectives: Sequence[str], zeta: float
+    store: str | Sequence[str], objectives: Sequence[str], zeta: float, penalty: Penalty = "completion"
 ) -> tuple[list[TreeStore], list[LabelledTree]]:
     """All trees of one or several stores with their targets.
 
@@ -37,6 +37,7 @@ def load_trees(
         store: folder of a store, or several, which are trained on together (a prompt may have a tree in each).
         objectives: names of the M rewards.
         zeta: KL penalty multiplier of equation 6.
+        penalty: what it penalises (`node_targets`).
 
     Returns:
         The opened stores, in the order given, and their trees, store by store and shard by shard.
@@ -61,7 +62,7 @@ def load_trees(
                 "run `mavis label` for them."
             )
     rows = (row for opened in stores for row in opened.labelled(objectives))
-    return stores, [LabelledTree(tree, r, node_targets(tree, r, zeta)) for tree, r in rows]
+    return stores, [LabelledTree(tree, r, node_targets(tree, r, zeta, penalty)) for tree, r in rows]
 
 
 def _require_one_language(first: TreeStore, other: TreeStore) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .tree import Tree
+
+Penalty = Literal["completion", "continuation"]
 
 
 def log_ratios(tree: Tree) -> NDArray[np.float64]:
@@ -19,7 +22,9 @@ def log_ratios(tree: Tree) -> NDArray[np.float64]:
     return ratios
 
 
-def node_targets(tree: Tree, rewards: NDArray[np.float64], zeta: float = 0.0) -> NDArray[np.float64]:
+def node_targets(
+    tree: Tree, rewards: NDArray[np.float64], zeta: float = 0.0, penalty: Penalty = "completion"
+) -> NDArray[np.float64]:
     """Value target of every node (Algorithm 3, equation 6): leaves get R - zeta log pi_gen/pi_ref, others their
     children's mean.
 
@@ -27,13 +32,18 @@ def node_targets(tree: Tree, rewards: NDArray[np.float64], zeta: float = 0.0) ->
         tree: n nodes.
         rewards: `[leaves, M]`, in the order of `tree.leaves()`.
         zeta: KL penalty multiplier; 0 ignores the log probabilities.
+        penalty: "completion" penalises the log-ratio of the whole completion, as equation 6 and Algorithm 3 have it. It
+            counts that of the node's own tokens too: with zeta = 1/beta it undoes the tilt of an optimal policy.
+            "continuation" penalises what follows the node only: the regularised value of Theorem 1 (equation 9).
 
     Returns:
         `[n, M]`, in reward units.
 
     Raises:
-        ValueError: rewards of another shape.
+        ValueError: rewards of another shape, or an unknown penalty.
     """
+    if penalty not in get_args(Penalty):
+        raise ValueError(f"penalty must be one of {', '.join(get_args(Penalty))}, got {penalty!r}.")
     leaves = tree.leaves()
     if rewards.ndim != 2 or len(rewards) != len(leaves):
         raise ValueError(
@@ -49,11 +59,16 @@ def node_targets(tree: Tree, rewards: NDArray[np.float64], zeta: float = 0.0) ->
             targets[node] /= counts[node]
         if tree.parent[node] >= 0:
             targets[tree.parent[node]] += targets[node]
+    if zeta and penalty == "continuation":
+        targets += zeta * log_ratios(tree)[:, None]
     return targets
 
 
 def root_target(tree: Tree, targets: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Value target of the prompt itself, `[M]`: the mean of its children's `targets` `[n, M]`."""
+    """Value target of the prompt itself, `[M]`: the mean of its children's `targets` `[n, M]`.
+
+    Of the penalty "continuation", that of the children's own tokens is left out: nothing is chosen by a prompt's value.
+    """
     return targets[tree.parent == -1].mean(axis=0)
 
 

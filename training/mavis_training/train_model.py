@@ -22,7 +22,7 @@ from .batches import TrainingSet
 from .data import LabelledTree, load_trees, recipe_of, reward_units, split_by_prompt
 from .files import write_json
 from .packing import require_packable
-from .targets import kept_nodes
+from .targets import Penalty, kept_nodes
 from .tree_store import StoreMetadata, TreeStore
 from .value_trainer import (
     Validation,
@@ -64,6 +64,8 @@ class TrainModelConfig:
         num_layers: keep only the first layers of the backbone.
         lora: adapter settings.
         zeta: KL penalty multiplier of equation 6.
+        penalty: "completion": zeta penalises all of a completion, as in equation 6; "continuation": what follows the
+            sequence only, as in Theorem 1.
         drop_leaves: share of the leaves left out (balancing).
         targets: "nodes": the last token of each node regresses its value, as in the paper; "tokens": every token of a
             node does.
@@ -98,6 +100,7 @@ class TrainModelConfig:
     num_layers: int | None = None
     lora: LoraSettings = field(default_factory=LoraSettings)
     zeta: float = 0.0
+    penalty: Penalty = "completion"
     drop_leaves: float = 0.5
     targets: Literal["nodes", "tokens"] = "nodes"
     packing: Literal["trees", "nodes"] = "trees"
@@ -147,7 +150,7 @@ def train_model(config: TrainModelConfig, backbone: PreTrainedModel | None = Non
         OSError: no store there, or a corrupt shard.
     """
     set_seed(config.seed)
-    stores, trees = load_trees(config.store, config.objectives, config.zeta)
+    stores, trees = load_trees(config.store, config.objectives, config.zeta, config.penalty)
     training, validation = split_by_prompt(trees, config.validation_share)
     mean, scale = reward_units(training)
     model = starting_model(config, stores, backbone)
