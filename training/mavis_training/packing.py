@@ -132,8 +132,7 @@ def tree_example(tree: Tree, targets: NDArray[np.float64], kept: NDArray[np.bool
     read = np.append(nodes_read(tree, kept), True)[layout.node]  # node -1, the last, is the prompt
     places = np.cumsum(read) - 1
     visible = layout.visible()[np.ix_(read, read)]
-    values = values.astype(np.float32)
-    return Example(layout.input_ids[read], layout.position_ids[read], visible, places[terms], values)
+    return Example(layout.input_ids[read], layout.position_ids[read], visible, places[terms], values.astype(np.float32))
 
 
 def nodes_read(tree: Tree, kept: NDArray[np.bool_]) -> NDArray[np.bool_]:
