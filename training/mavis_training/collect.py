@@ -250,9 +250,9 @@ def vllm_sampler(
         )
     folder = str(converted_folder()) if config.model in ("smollm2", MODEL_ID) else config.model
     tokenizer = tokenizer or load_tokenizer(folder)
-    engine = rollout_vllm.load_engine(
-        folder, config.dtype, config.max_prompt_tokens + config.max_new_tokens, config.vllm
-    )
+    longest = config.max_prompt_tokens + config.max_new_tokens
+    context = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", longest)
+    engine = rollout_vllm.load_engine(folder, config.dtype, min(longest, context), config.vllm)
     metadata = StoreMetadata(
         model=MODEL_ID if config.model == "smollm2" else config.model,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
