@@ -257,3 +257,10 @@ def test_only_adapter_and_head_are_trained() -> None:
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == ("lora_" in name or name.startswith("head."))
         assert (parameter.grad is not None) == parameter.requires_grad
+
+
+def test_under_autocast_the_head_still_computes_in_float32():
+    model, hidden = make_value_model("a", "b"), torch.randn(3, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        values = model.values_of(hidden)
+    assert torch.equal(values, model.values_of(hidden))

@@ -216,7 +216,8 @@ class ValueModel(PushMixin, PreTrainedModel):
 
     def values_of(self, hidden: Tensor) -> Tensor:
         """Values [..., M] in float32 and reward units, from the backbone's last hidden states [..., d]."""
-        standardised = nn.functional.linear(hidden.float(), self.head.weight.float(), self.head.bias.float())
+        with torch.autocast(hidden.device.type, enabled=False):  # training may be in bfloat16, values are not
+            standardised = nn.functional.linear(hidden.float(), self.head.weight.float(), self.head.bias.float())
         mean, scale = self.config.reward_units(hidden.device)
         return mean + scale * standardised
 

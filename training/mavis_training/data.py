@@ -56,6 +56,8 @@ def load_trees(
     for opened in stores:
         labelled = opened.objectives()
         missing = [name for name in objectives if name not in labelled]
+        if missing and not opened.shards():
+            raise ValueError(f"{opened.folder} has no trees yet: run `mavis collect` to its end, then `mavis label`.")
         if missing:
             raise ValueError(
                 f"{opened.folder} has no complete rewards for {missing} (it has {labelled}): "
