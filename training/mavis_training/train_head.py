@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,19 +10,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel, get_cosine_schedule_with_warmup, set_seed
+from transformers import PreTrainedModel, set_seed
 
 from mavis_logits.demo.smollm2 import load_chat_model
-from mavis_logits.value_head import ValueHead
+from mavis_logits.value_head import ValueHead, output_embedding
 
 from .data import LabelledTree, load_trees, recipe_of, reward_units, split_by_prompt
+from .efficiency import sample_actions, steering_efficiency, steering_parts
 from .files import write_json
+from .head_fitting import bootstrapped, fit, gather, sample_loss
 from .metrics import Prediction, validation_metrics
 from .packing import pack
 from .ranks import join
 from .states import compute_states, read_states
-from .targets import kept_nodes
+from .targets import Penalty, kept_nodes
+from .tree_store import TreeStore
+
+_STEERING_TREES = 64  # of the validation trees, on which steering is foreseen
+_ACTIONS = 8  # drawn from the reference at each of their states
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,11 @@ class TrainHeadConfig:
         width: of a new head.
         num_layers: residual layers of a new head.
         dropout: while training.
+        bootstrap: share of a position's target that is the value of the state after its token, said by a small network
+            of states alone which is trained first, in place of the completions' rewards; 0 is equation 6 alone.
         zeta: KL penalty multiplier of equation 6.
+        penalty: "completion": zeta penalises all of a completion, as in equation 6; "continuation": what follows the
+            sequence only, as in Theorem 1.
         drop_leaves: share of the leaves left out (balancing).
         epochs: passes over the training positions, at most.
         patience: epochs without a smaller validation loss after which training stops; the best epoch is kept.
@@ -66,7 +73,9 @@ class TrainHeadConfig:
     width: int = 512
     num_layers: int = 1
     dropout: float = 0.1
+    bootstrap: float = 0.0
     zeta: float = 0.0
+    penalty: Penalty = "completion"
     drop_leaves: float = 0.5
     epochs: int = 6
     patience: int = 2
@@ -86,6 +95,8 @@ class TrainHeadConfig:
         for name in ("width", "num_layers", "epochs", "patience", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not 0 <= self.bootstrap <= 1:
+            raise ValueError(f"bootstrap must be from 0 to 1, got {self.bootstrap}.")
         if self.states is not None and len(_listed(self.states)) != len(_listed(self.store)):
             raise ValueError(
                 f"states names {len(_listed(self.states))} folders for {len(_listed(self.store))} stores: give one "
@@ -98,26 +109,6 @@ class TrainHeadConfig:
             return [Path(folder) for folder in _listed(self.states)]
         folder, count = Path(self.output) / "states", len(_listed(self.store))
         return [folder] if count == 1 else [folder / str(i) for i in range(count)]
-
-
-@dataclass
-class Samples:
-    """S positions: the state before a token was chosen, the token, and its value.
-
-    Attributes:
-        states: bfloat16 `[S', d]`, of all tokens of all trees.
-        before: `[S]`, which state each sample starts from.
-        tokens: `[S]`, token chosen there.
-        targets: float32 `[S, M]`, in reward units.
-    """
-
-    states: Tensor
-    before: Tensor
-    tokens: Tensor
-    targets: Tensor
-
-    def __len__(self) -> int:
-        return len(self.before)
 
 
 def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) -> ValueHead:
@@ -136,7 +127,7 @@ def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) ->
         OSError: no store there, or a corrupt file.
     """
     set_seed(config.seed)
-    stores, trees = load_trees(config.store, config.objectives, config.zeta)
+    stores, trees = load_trees(config.store, config.objectives, config.zeta, config.penalty)
     training, validation = split_by_prompt(trees, config.validation_share)
     if model is None:
         model = load_chat_model(config.model, getattr(torch, config.dtype))[0]
@@ -159,14 +150,15 @@ def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) ->
 
     everything = [np.ones(len(item.tree), dtype=bool) for item in validation]
     kept = [kept_nodes(item.tree, config.drop_leaves, config.seed) for item in training]
-    history = fit(
-        head,
-        gather([(item, k, of_tree[id(item)]) for item, k in zip(training, kept, strict=True)]),
-        gather([(item, k, of_tree[id(item)]) for item, k in zip(validation, everything, strict=True)]),
-        config,
-    )
+    to_train = gather([(item, k, of_tree[id(item)]) for item, k in zip(training, kept, strict=True)])
+    held_out = gather([(item, k, of_tree[id(item)]) for item, k in zip(validation, everything, strict=True)])
+    if config.bootstrap:
+        to_train = bootstrapped(head, to_train, held_out, config)
+    history = fit(head, to_train, held_out, config, sample_loss, "head")
     metrics = validation_metrics([predict(head, item, of_tree[id(item)]) for item in validation], config.objectives)
     metrics |= {"training_trees": len(training), "validation_loss_by_epoch": history}
+    if all(_is_reference(store) for store in stores):
+        metrics["steering"] = steering(head, model, [(item, of_tree[id(item)]) for item in validation], config.seed)
     output = Path(config.output)
     head.save_pretrained(output)
     write_json(output / "train_config.json", recipe)
@@ -214,81 +206,6 @@ def set_reward_units(head: ValueHead, mean: NDArray[np.float64], scale: NDArray[
     head.out.bias.copy_((old_mean + old_scale * head.out.bias - new_mean) / new_scale)
 
 
-def gather(parts: Sequence[tuple[LabelledTree, NDArray[np.bool_], Tensor]]) -> Samples:
-    """All samples of some trees: each new token of a kept node, with that node's target.
-
-    The node was sampled from that token on, so its target is an unbiased estimate of Q(state before, token).
-
-    Args:
-        parts: per tree, its targets, the kept nodes `[n]` and the states `[P + N, d]`.
-    """
-    states, before, tokens, targets, offset = [], [], [], [], 0
-    for item, kept, tensor in parts:
-        layout = pack(item.tree)
-        node = layout.node[layout.new]
-        chosen = kept[node]
-        states.append(tensor)
-        before.append(torch.from_numpy(layout.previous[chosen] + offset))
-        tokens.append(torch.from_numpy(layout.input_ids[layout.new][chosen]))
-        targets.append(torch.from_numpy(item.targets[node[chosen]]).float())
-        offset += len(tensor)
-    return Samples(torch.cat(states), torch.cat(before), torch.cat(tokens), torch.cat(targets))
-
-
-def fit(head: ValueHead, training: Samples, validation: Samples, config: TrainHeadConfig) -> list[float]:
-    """Minimise equation 6 by AdamW in minibatches, and leave `head` at its best epoch.
-
-    Returns:
-        Validation loss after each epoch, in standardised units (1 is the variance of the rewards).
-    """
-    steps_per_epoch = -(-len(training) // config.batch_size)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.epochs * steps_per_epoch)
-    order = torch.Generator().manual_seed(config.seed)
-    history: list[float] = []
-    best = copy.deepcopy(head.state_dict())
-    for epoch in range(config.epochs):
-        head.train()
-        started = time.monotonic()
-        batches = torch.randperm(len(training), generator=order).split(config.batch_size)
-        with tqdm(batches, desc=f"epoch {epoch + 1}/{config.epochs}", unit="step") as progress:
-            for step, rows in enumerate(progress, start=1):
-                loss = sample_loss(head, training, rows)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                if step % 20 == 0:
-                    rate = step * config.batch_size / (time.monotonic() - started)
-                    progress.set_postfix_str(f"loss {loss.item():.3f}, {rate:.0f} tokens/s")
-        history.append(validation_loss(head, validation, config.batch_size))
-        tqdm.write(f"epoch {epoch + 1}: validation loss {history[-1]:.4f}")
-        if history[-1] == min(history):
-            best = copy.deepcopy(head.state_dict())
-        elif len(history) - 1 - int(np.argmin(history)) >= config.patience:
-            break
-    head.load_state_dict(best)
-    head.eval()
-    return history
-
-
-def sample_loss(head: ValueHead, samples: Samples, rows: Tensor) -> Tensor:
-    """Equation 6 in standardised units, averaged over the samples `rows` and the objectives."""
-    device = head.device
-    hidden, tokens = samples.states[samples.before[rows]], samples.tokens[rows]
-    values = head(hidden.to(device).float(), tokens.to(device)[:, None])[:, 0]
-    _, scale = head.config.reward_units(device)
-    return ((values - samples.targets[rows].to(device)) / scale).square().mean()
-
-
-@torch.inference_mode()
-def validation_loss(head: ValueHead, samples: Samples, batch_size: int) -> float:
-    """`sample_loss` over all samples, without dropout."""
-    head.eval()
-    batches = torch.arange(len(samples)).split(batch_size)
-    return sum(sample_loss(head, samples, rows).item() * len(rows) for rows in batches) / len(samples)
-
-
 @torch.inference_mode()
 def predict(head: ValueHead, item: LabelledTree, states: Tensor) -> Prediction:
     """What the head says of every token of a held-out tree, given the state before it."""
@@ -297,6 +214,26 @@ def predict(head: ValueHead, item: LabelledTree, states: Tensor) -> Prediction:
     tokens = torch.from_numpy(layout.input_ids[layout.new]).to(head.device)
     values = head(hidden, tokens[:, None])[:, 0].double().cpu().numpy()
     return Prediction(item.tree, item.targets, item.rewards, values, prompt_value=None)
+
+
+def steering(
+    head: ValueHead, model: PreTrainedModel, trees: Sequence[tuple[LabelledTree, Tensor]], seed: int
+) -> dict[str, dict[str, float]]:
+    """`steering_efficiency` of a head on up to 64 trees, each with its states `[P + N, d]`; empty if none has the two
+    branches at its prompt which that takes."""
+    branching = [(item, states) for item, states in trees if (item.tree.parent == -1).sum() > 1][:_STEERING_TREES]
+    embedding = output_embedding(model)
+    generator = torch.Generator(embedding.device).manual_seed(seed)
+    parts = [
+        steering_parts(head, item, states, sample_actions(embedding, states, _ACTIONS, generator))
+        for item, states in branching
+    ]
+    return steering_efficiency(parts, [item.rewards for item, _ in branching], head.config.objectives) if parts else {}
+
+
+def _is_reference(store: TreeStore) -> bool:
+    """Whether its trees were sampled from the reference policy itself."""
+    return not store.metadata.policy and store.metadata.sampling.get("temperature", 1.0) == 1.0
 
 
 def _listed(folders: str | list[str]) -> list[str]:
