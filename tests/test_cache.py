@@ -193,3 +193,19 @@ def test_an_empty_cache_can_be_selected_cropped_and_grown() -> None:
     cache.crop(torch.zeros(2, dtype=torch.long), 0)
     assert cache.lengths.tolist() == [0, 0]
     assert cache.get_seq_length() == 0
+
+
+@given(rows=st.lists(st.integers(0, 5), min_size=1, max_size=9), still=st.booleans(), copies=st.integers(1, 3))
+def test_selecting_rows_is_indexing_however_few_of_them_move(rows: list[int], still: bool, copies: int) -> None:
+    if still:  # all but the first stay where they are
+        rows = [rows[0], *range(1, min(len(rows), 6))]
+    cache = RaggedCache(1, 6, copies=copies, capacity=4)
+    cache.prepare(torch.zeros(6, 1, dtype=torch.long), torch.ones(6, dtype=torch.long))
+    given = torch.randn(6 * copies, 2, 1, 3)
+    cache.update(given, -given, 0)
+    layer = cache.layers[0]
+    before = layer.keys.unflatten(0, (copies, 6)).clone()
+    cache.select(torch.tensor(rows))
+    assert torch.equal(layer.keys.unflatten(0, (copies, len(rows))), before[:, rows])
+    assert torch.equal(layer.values, -layer.keys)
+    assert len(cache.lengths) == len(rows)

@@ -181,10 +181,21 @@ class RaggedLayer(CacheLayerMixin):
             torch._dynamo.mark_static_address(self.keys)
             torch._dynamo.mark_static_address(self.values)
 
-    def select(self, rows: Tensor) -> None:
-        """Keep `rows` (repeats allowed), in that order."""
+    def select(self, rows: Tensor, moved: Tensor | None = None) -> None:
+        """Keep `rows` (repeats allowed), in that order.
+
+        Args:
+            rows: [n].
+            moved: which of the n come from elsewhere; only these are copied, and no memory is allocated for the others.
+                None: all, which is needed where rows are added.
+        """
         if self.is_initialized:
-            self.keys, self.values = self.keys[rows], self.values[rows]
+            if moved is None:
+                self.keys, self.values = self.keys[rows], self.values[rows]
+            else:
+                for buffer in (self.keys, self.values):
+                    buffer[moved] = buffer[rows[moved]]
+                self.keys, self.values = self.keys[: len(rows)], self.values[: len(rows)]
             self._settle()
 
     def move(self, source: Tensor, target: Tensor) -> None:
@@ -335,9 +346,13 @@ class RaggedCache(Cache):
     def select(self, rows: Tensor) -> None:
         """Keep `rows` [R'], in that order; a row named twice is copied."""
         every = self._every_copy(rows)
+        moved = None
+        if len(rows) <= len(self.lengths):
+            elsewhere = torch.nonzero(every != torch.arange(len(every), device=every.device))[:, 0]
+            moved = elsewhere if 2 * len(elsewhere) <= len(every) else None
         self.lengths = self.lengths[rows]
         for layer in self.layers:
-            layer.select(every)
+            layer.select(every, moved)
 
     def nbytes(self) -> int:
         """Memory of all buffers."""
