@@ -1,0 +1,220 @@
+"""A study of value heads: variants trained on one tree store and compared, on held-out trees, at equal KL divergence.
+
+    python benchmarks/heads.py --store runs/smollm2/trees --states runs/smollm2/states --folds 0 1 2
+
+Every run (a variant on a fold) is kept in `docs/results/heads.json`, and a table in `heads.md`, as soon as it is done; a
+rerun makes only those that are missing there. Fold f holds out the quarter of the prompts whose hash is f modulo 4. Variants that did not earn
+a place in the package are the small subclasses below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mavis_logits.demo.smollm2 import load_chat_model
+from mavis_logits.value_head import ValueHead, ValueHeadConfig, output_embedding
+from mavis_training.data import LabelledTree, load_trees, reward_units
+from mavis_training.efficiency import sample_actions, steering_efficiency, steering_parts
+from mavis_training.files import read_json, write_json
+from mavis_training.head_fitting import Samples, StateValue, bootstrapped, fit, gather, sample_loss
+from mavis_training.metrics import validation_metrics
+from mavis_training.states import compute_states, read_states
+from mavis_training.targets import stable_hash
+from mavis_training.train_head import TrainHeadConfig, predict
+
+ACTIONS = 8  # of the reference per state, in `steering_efficiency`
+
+
+class Dueling(ValueHead):
+    """V(s) + A(s, a), two networks; each is fitted to what is left of the reward."""
+
+    def __init__(self, config: ValueHeadConfig) -> None:
+        super().__init__(config)
+        self.value = StateValue(config)
+
+    def forward(self, hidden: Tensor, candidates: Tensor | None = None) -> Tensor:
+        value = self.value(hidden)[:, None]
+        if self.training:  # the advantage learns beside a value that learns from the reward alone
+            value = value.detach()
+        return value + super().forward(hidden, candidates) - self.config.reward_units(hidden.device)[0]
+
+    def loss(self, samples: Samples, rows: Tensor) -> Tensor:
+        hidden = samples.states[samples.before[rows]].float()
+        _, scale = self.config.reward_units(hidden.device)
+        error = (self.value(hidden) - samples.targets[rows]) / scale
+        return sample_loss(self, samples, rows) + (error.square().mean() if self.training else 0.0)
+
+
+class Factorised(ValueHead):
+    """V(s) + u(h) . g(e_a): one matrix product scores the whole vocabulary."""
+
+    rank = 64
+
+    def __init__(self, config: ValueHeadConfig) -> None:
+        super().__init__(config)
+        self.value = StateValue(config)
+        self.state = nn.Linear(config.hidden_size, self.rank * len(config.objectives))
+        self.action = nn.Linear(config.embedding_size, self.rank, bias=False)
+        nn.init.zeros_(self.state.weight)
+
+    def forward(self, hidden: Tensor, candidates: Tensor | None = None) -> Tensor:
+        normal = [nn.functional.layer_norm(x, x.shape[-1:]) for x in (hidden, self._embedding[0][candidates].float())]
+        state = self.state(self.dropout(normal[0])).view(len(hidden), -1, self.rank)
+        product = torch.einsum("smr,skr->skm", state, self.action(normal[1])) / self.rank**0.5
+        return self.value(hidden)[:, None] + self.config.reward_units(hidden.device)[1] * product
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What differs from the base line: settings of `TrainHeadConfig`, the kind of head, the share of the prompts."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    kind: type[ValueHead] = ValueHead
+    prompts: float = 1.0
+
+
+REGULARISED = {"dropout": 0.5, "weight_decay": 1.0}
+VARIANTS = {
+    "base line": Variant(),
+    "six passes": Variant({"epochs": 6}),
+    "regularised": Variant(REGULARISED),
+    "bootstrap 0.5": Variant({"bootstrap": 0.5}),
+    "bootstrap 1": Variant({"bootstrap": 1.0}),
+    "bootstrap 0.5, regularised": Variant(REGULARISED | {"bootstrap": 0.5}),
+    "width 128": Variant({"width": 128}),
+    "two layers": Variant({"num_layers": 2}),
+    "value and advantage apart": Variant(kind=Dueling),
+    "factorised": Variant(kind=Factorised),
+    "half of the prompts": Variant(prompts=0.5),
+    "a quarter of the prompts": Variant(prompts=0.25),
+}
+
+
+@dataclass
+class Data:
+    """All trees, with the states and the drawn actions of each."""
+
+    model: Any
+    trees: list[LabelledTree]
+    states: list[Tensor]
+    actions: list[Tensor]
+
+
+def read_data(arguments: argparse.Namespace) -> Data:
+    """Trees and states; actions of the reference for those trees that are held out in one of the folds."""
+    stores, trees = load_trees(arguments.store, arguments.objectives, 0.0)
+    model = load_chat_model(arguments.model, torch.bfloat16)[0]
+    compute_states(stores[0], model, arguments.states)
+    states = read_states(stores[0], arguments.states)
+    held_out = [any(fold_of(item) == fold for fold in arguments.folds) for item in trees]
+    embedding, generator = output_embedding(model), torch.Generator()
+    actions = [
+        sample_actions(embedding, tensor, ACTIONS, generator.manual_seed(i)) if needed else torch.empty(0)
+        for i, (tensor, needed) in enumerate(zip(states, held_out, strict=True))
+    ]
+    return Data(model, trees, states, actions)
+
+
+def fold_of(item: LabelledTree) -> int:
+    """The fold in which a tree is held out; 3 is never asked for by default."""
+    return stable_hash(f"fold/{item.tree.prompt_id}") % 4
+
+
+def run(data: Data, variant: Variant, fold: int, objectives: list[str]) -> dict[str, Any]:
+    """Train one variant on all folds but one, and measure it on that one."""
+    torch.manual_seed(fold)
+    started = time.process_time()
+    config = TrainHeadConfig("store", objectives, "output", epochs=2, drop_leaves=0.0, seed=fold, device="cpu")
+    config = TrainHeadConfig(**{**asdict(config), **variant.settings})
+    index = range(len(data.trees))
+    held_out = [i for i in index if fold_of(data.trees[i]) == fold]
+    training = [i for i in index if fold_of(data.trees[i]) != fold and _share(data.trees[i]) < variant.prompts]
+    samples, validation = (
+        gather([(data.trees[i], np.ones(len(data.trees[i].tree), dtype=bool), data.states[i]) for i in part])
+        for part in (training, held_out)
+    )
+    head = variant.kind.for_model(data.model, objectives, config.width, config.num_layers, config.dropout).float()
+    mean, scale = reward_units([data.trees[i] for i in training])
+    head.config.reward_mean, head.config.reward_scale = mean.tolist(), scale.tolist()
+    if config.bootstrap:
+        samples = bootstrapped(head, samples, validation, config)
+    history = fit(head, samples, validation, config, getattr(variant.kind, "loss", sample_loss), "head")
+    seconds = time.process_time() - started
+    parts = [steering_parts(head, data.trees[i], data.states[i], data.actions[i]) for i in held_out]
+    efficiency = steering_efficiency(parts, [data.trees[i].rewards for i in held_out], objectives)
+    metrics = validation_metrics([predict(head, data.trees[i], data.states[i]) for i in held_out], objectives)
+    return {
+        "objectives": {name: efficiency[name] | metrics[name] for name in objectives},
+        "validation_loss_by_epoch": history,
+        "cpu_seconds": round(seconds, 1),
+        "parameters": sum(p.numel() for p in head.parameters()),
+        "trees": [len(training), len(held_out)],
+        "settings": variant.settings | {"prompts": variant.prompts, "kind": variant.kind.__name__},
+        "made": f"{platform.machine()}, torch {version('torch')}, {datetime.now(UTC):%Y-%m-%d}",
+    }
+
+
+def _share(item: LabelledTree) -> float:
+    return stable_hash(f"share/{item.tree.prompt_id}") / 2**32
+
+
+def table(runs: dict[str, dict[str, Any]], objectives: list[str]) -> str:
+    """Markdown: per variant, means over the folds and, of the mean gain, the spread between them."""
+    rows = [
+        f"| variant | folds | {' | '.join(objectives)} | mean gain | CPU s | parameters |",
+        f"|---|---|{'---|' * (len(objectives) + 3)}",
+    ]
+    for name, by_fold in runs.items():
+        of = [[r["objectives"][o] for r in by_fold.values()] for o in objectives]
+        cells = [
+            ", ".join(f"{np.mean([x[key] for x in xs]):.2f}" for key in ("gain", "calibration", "r2")) for xs in of
+        ]
+        means = [np.mean([r["objectives"][o]["gain"] for o in objectives]) for r in by_fold.values()]
+        spread = f" ± {np.std(means, ddof=1):.3f}" if len(means) > 1 else ""
+        seconds = np.mean([r["cpu_seconds"] for r in by_fold.values()])
+        size = next(iter(by_fold.values()))["parameters"]
+        folds = " ".join(by_fold)
+        rows.append(
+            f"| {name} | {folds} | {' | '.join(cells)} | {np.mean(means):.3f}{spread} | {seconds:.0f} | {size:,} |"
+        )
+    made = sorted({r["made"] for by_fold in runs.values() for r in by_fold.values()})
+    rows += ["", f"Gain, calibration and R2 per objective (`mavis_training.efficiency`). {'; '.join(made)}."]
+    return "\n".join(rows) + "\n"
+
+
+def main() -> None:
+    """Make the runs that are missing, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", default="runs/smollm2/trees", help="labelled trees of the reference policy")
+    parser.add_argument("--states", default="runs/smollm2/states", help="their hidden states, computed if missing")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--objectives", nargs="+", default=["helpful", "harmless", "humour"])
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--folds", nargs="+", type=int, choices=range(4), default=[0, 1, 2])
+    parser.add_argument("--output", type=Path, default=Path("docs/results/heads.json"))
+    arguments = parser.parse_args()
+    runs = read_json(arguments.output) if arguments.output.exists() else {}
+    data: Data | None = None
+    for fold in arguments.folds:
+        for name in arguments.variants:
+            if str(fold) in runs.get(name, {}):
+                continue
+            data = data or read_data(arguments)
+            runs.setdefault(name, {})[str(fold)] = run(data, VARIANTS[name], fold, arguments.objectives)
+            write_json(arguments.output, runs)
+            arguments.output.with_suffix(".md").write_text(table(runs, arguments.objectives), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
