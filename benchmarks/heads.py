@@ -2,9 +2,9 @@
 
     python benchmarks/heads.py --store runs/smollm2/trees --states runs/smollm2/states --folds 0 1 2
 
-Every run (a variant on a fold) is kept in `docs/results/heads.json`, and a table in `heads.md`, as soon as it is done; a
-rerun makes only those that are missing there. Fold f holds out the quarter of the prompts whose hash is f modulo 4. Variants that did not earn
-a place in the package are the small subclasses below.
+Every run (a variant on a fold) is kept in `docs/results/heads.json`, and a table in `heads.md`, as soon as it is done;
+a rerun makes only those that are missing there. Fold f holds out the quarter of the prompts whose hash is f modulo 4.
+Variants that did not earn a place in the package are the small subclasses below.
 """
 
 from __future__ import annotations
