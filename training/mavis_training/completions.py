@@ -224,12 +224,11 @@ def perplexity(
             p for _ in range(len(done.prompt_ids) // len(prompts)) for p in prompts for _ in range(done.returned)
         ]
         ends = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in done.texts]
-        sums = [
-            value
-            for start in range(0, len(ends), batch_size)
-            for value in _log_likelihoods(model, repeated[start : start + batch_size], ends[start : start + batch_size])
-        ]
-        kept = {"texts": texts, "log_likelihood": sums, "tokens": [len(ids) for ids in ends]}
+        order = np.argsort([len(p) + len(c) for p, c in zip(repeated, ends, strict=True)], kind="stable")
+        sums = np.zeros(len(ends))
+        for batch in np.split(order, range(batch_size, len(order), batch_size)):
+            sums[batch] = _log_likelihoods(model, [repeated[i] for i in batch], [ends[i] for i in batch])
+        kept = {"texts": texts, "log_likelihood": sums.tolist(), "tokens": [len(ids) for ids in ends]}
         write_json(path, kept)
     return float(np.exp(-np.sum(kept["log_likelihood"]) / max(1, np.sum(kept["tokens"]))))
 
@@ -239,16 +238,19 @@ def _log_likelihoods(
     model: PreTrainedModel, prompts: Sequence[list[int]], completions: Sequence[list[int]]
 ) -> list[float]:
     """log pi_ref of every completion after its prompt, in nats."""
-    width = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
     rows = [p + c for p, c in zip(prompts, completions, strict=True)]
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
-    logits = model(input_ids=ids, attention_mask=mask).logits
+    width, most = max(map(len, rows)), max(map(len, completions))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    known = {"position_ids": positions, "logits_to_keep": most + 1}
+    taken = {name: value for name, value in known.items() if name in inspect.signature(model.forward).parameters}
+    logits = model(input_ids=ids, attention_mask=mask, **taken).logits[:, -most - 1 : -1]
     sums = []
-    for row, prompt, completion in zip(range(len(rows)), prompts, completions, strict=True):
-        span = slice(len(prompt) - 1, len(prompt) + len(completion) - 1)
-        own = torch.log_softmax(logits[row, span].float(), dim=-1)
-        sums.append(float(own.gather(1, ids[row, len(prompt) : len(rows[row])][:, None]).sum()))
+    for row, completion in enumerate(completions):
+        count = len(completion)
+        own = torch.log_softmax(logits[row, most - count :].float(), dim=-1)
+        sums.append(float(own.gather(1, ids[row, width - count :][:, None]).sum()))
     return sums
 
 
