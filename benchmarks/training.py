@@ -297,7 +297,7 @@ def page(result: dict[str, Any]) -> str:
             ratios["tokens_per_epoch"],
         ),
         (
-            "the same, padding included",
+            "the same, padding included (mean of the steps taken)",
             nodes["padded_tokens_per_epoch"],
             trees["padded_tokens_per_epoch"],
             ratios["padded_tokens_per_epoch"],
