@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 import platform
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -21,11 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from mavis_logits.demo.smollm2 import load_chat_model
 from mavis_logits.value_head import ValueHead, ValueHeadConfig, output_embedding
 from mavis_training.data import LabelledTree, load_trees, reward_units
-from mavis_training.efficiency import sample_actions, steering_efficiency, steering_parts
+from mavis_training.efficiency import baselines, sample_actions, steering_efficiency, steering_parts
 from mavis_training.files import read_json, write_json
 from mavis_training.head_fitting import Samples, StateValue, bootstrapped, fit, gather, sample_loss
 from mavis_training.metrics import validation_metrics
@@ -75,6 +77,90 @@ class Factorised(ValueHead):
         return self.value(hidden)[:, None] + self.config.reward_units(hidden.device)[1] * product
 
 
+class Ensemble(ValueHead):
+    """Three heads that learn apart, from different beginnings and dropout, and are averaged."""
+
+    def __init__(self, config: ValueHeadConfig) -> None:
+        super().__init__(config)
+        self.others = nn.ModuleList(ValueHead(config) for _ in range(2))
+
+    def bind(self, model: Any, check: bool = True) -> ValueHead:
+        for other in self.others:
+            other.bind(model, check=False)
+        return super().bind(model, check)
+
+    def each(self, hidden: Tensor, candidates: Tensor | None) -> Tensor:
+        """What every head says, `[3, R, k, M]`."""
+        return torch.stack([super().forward(hidden, candidates), *(other(hidden, candidates) for other in self.others)])
+
+    def forward(self, hidden: Tensor, candidates: Tensor | None = None) -> Tensor:
+        return self.each(hidden, candidates).mean(dim=0)
+
+    def loss(self, samples: Samples, rows: Tensor) -> Tensor:
+        if not self.training:
+            return sample_loss(self, samples, rows)
+        said = self.each(samples.states[samples.before[rows]].float(), samples.tokens[rows][:, None])[:, :, 0]
+        _, scale = self.config.reward_units(self.device)
+        return ((said - samples.targets[rows]) / scale).square().mean(dim=(1, 2)).sum()
+
+
+class Ranking(ValueHead):
+    """Beside regression, which of two siblings has the higher value: Bradley-Terry at the states where trees branch."""
+
+    pairs_per_step = 256
+
+    def loss(self, samples: Samples, rows: Tensor) -> Tensor:
+        regression = sample_loss(self, samples, rows)
+        if not self.training:
+            return regression
+        first, second = self._pairs(samples)
+        drawn = torch.randint(len(first), (self.pairs_per_step,))
+        first, second = first[drawn], second[drawn]
+        _, scale = self.config.reward_units(self.device)
+        tokens = torch.stack([samples.tokens[first], samples.tokens[second]], dim=1)
+        said = self(samples.states[samples.before[first]].float(), tokens) / scale
+        higher = torch.sign(samples.targets[first] - samples.targets[second])
+        return regression + 0.1 * nn.functional.softplus(-higher * (said[:, 0] - said[:, 1])).mean()
+
+    def _pairs(self, samples: Samples) -> tuple[Tensor, Tensor]:
+        """Samples of the same state but different tokens, each with the next one of that state."""
+        if not hasattr(self, "_found"):
+            order = torch.argsort(samples.before, stable=True)
+            first, second = order[:-1], order[1:]
+            same = samples.before[first] == samples.before[second]
+            same &= samples.tokens[first] != samples.tokens[second]
+            self._found = first[same], second[same]
+        return self._found
+
+
+class Advantage(ValueHead):
+    """Learns how values differ within a step and nothing else.
+
+    With A = Q(s, a) - E Q(s, .), the expectation over actions of the reference, E (R - b) A is the covariance of A
+    with the true advantage for every baseline b that does not depend on the action. So E (A^2 - 2 (R - b) A) is least
+    where A is the true advantage, and what depends on the prompt alone, most of a reward's variance, is not learnt.
+    """
+
+    centred = True
+    actions: Tensor  # [S', J] of the reference at every state of the samples in use
+
+    def loss(self, samples: Samples, rows: Tensor) -> Tensor:
+        before = samples.before[rows]
+        drawn = samples.actions[before].long()  # type: ignore[attr-defined]
+        tokens = torch.cat([samples.tokens[rows][:, None], drawn], dim=1)
+        _, scale = self.config.reward_units(self.device)
+        said = self(samples.states[before].float(), tokens) / scale
+        advantage, variance = said[:, 0] - said[:, 1:].mean(dim=1), said[:, 1:].var(dim=1)
+        return (variance - 2 * samples.targets[rows] / scale * advantage).mean()
+
+
+@dataclass(frozen=True)
+class ActionSamples(Samples):
+    """Samples with actions of the reference, `[S', J]`, at every state."""
+
+    actions: Tensor
+
+
 @dataclass(frozen=True)
 class Variant:
     """What differs from the base line: settings of `TrainHeadConfig`, the kind of head, the share of the prompts."""
@@ -96,6 +182,12 @@ VARIANTS = {
     "two layers": Variant({"num_layers": 2}),
     "value and advantage apart": Variant(kind=Dueling),
     "factorised": Variant(kind=Factorised),
+    "three heads averaged": Variant(kind=Ensemble),
+    "three heads averaged, regularised": Variant(REGULARISED, kind=Ensemble),
+    "ranking of siblings": Variant(kind=Ranking),
+    "advantage": Variant(kind=Advantage),
+    "advantage, regularised": Variant(REGULARISED, kind=Advantage),
+    "advantage, bootstrap 0.5": Variant({"bootstrap": 0.5}, kind=Advantage),
     "half of the prompts": Variant(prompts=0.5),
     "a quarter of the prompts": Variant(prompts=0.25),
 }
@@ -112,16 +204,17 @@ class Data:
 
 
 def read_data(arguments: argparse.Namespace) -> Data:
-    """Trees and states; actions of the reference for those trees that are held out in one of the folds."""
+    """Trees, states, and actions of the reference at each of them."""
     stores, trees = load_trees(arguments.store, arguments.objectives, 0.0)
     model = load_chat_model(arguments.model, torch.bfloat16)[0]
-    compute_states(stores[0], model, arguments.states)
-    states = read_states(stores[0], arguments.states)
-    held_out = [any(fold_of(item) == fold for fold in arguments.folds) for item in trees]
+    states = []
+    for store, folder in zip(stores, arguments.states, strict=True):
+        compute_states(store, model, folder)
+        states += read_states(store, folder)
     embedding, generator = output_embedding(model), torch.Generator()
     actions = [
-        sample_actions(embedding, tensor, ACTIONS, generator.manual_seed(i)) if needed else torch.empty(0)
-        for i, (tensor, needed) in enumerate(zip(states, held_out, strict=True))
+        sample_actions(embedding, tensor, ACTIONS, generator.manual_seed(i))
+        for i, tensor in enumerate(tqdm(states, desc="actions of the reference", unit="tree"))
     ]
     return Data(model, trees, states, actions)
 
@@ -140,10 +233,8 @@ def run(data: Data, variant: Variant, fold: int, objectives: list[str]) -> dict[
     index = range(len(data.trees))
     held_out = [i for i in index if fold_of(data.trees[i]) == fold]
     training = [i for i in index if fold_of(data.trees[i]) != fold and _share(data.trees[i]) < variant.prompts]
-    samples, validation = (
-        gather([(data.trees[i], np.ones(len(data.trees[i].tree), dtype=bool), data.states[i]) for i in part])
-        for part in (training, held_out)
-    )
+    centred = getattr(variant.kind, "centred", False)
+    samples, validation = (_samples(data, part, centred) for part in (training, held_out))
     head = variant.kind.for_model(data.model, objectives, config.width, config.num_layers, config.dropout).float()
     mean, scale = reward_units([data.trees[i] for i in training])
     head.config.reward_mean, head.config.reward_scale = mean.tolist(), scale.tolist()
@@ -163,6 +254,26 @@ def run(data: Data, variant: Variant, fold: int, objectives: list[str]) -> dict[
         "settings": variant.settings | {"prompts": variant.prompts, "kind": variant.kind.__name__},
         "made": f"{platform.machine()}, torch {version('torch')}, {datetime.now(UTC):%Y-%m-%d}",
     }
+
+
+def _samples(data: Data, part: Sequence[int], centred: bool) -> ActionSamples:
+    """Samples of some trees; with `centred`, their targets less the mean reward of the prompt's other branches."""
+    trees = [data.trees[i] for i in part]
+    if centred:
+        trees = [replace(item, targets=item.targets - _baselines(item)) for item in trees]
+    kept = [np.ones(len(item.tree), dtype=bool) for item in trees]
+    samples = gather(list(zip(trees, kept, [data.states[i] for i in part], strict=True)))
+    return ActionSamples(**vars(samples), actions=torch.cat([data.actions[i] for i in part]))
+
+
+def _baselines(item: LabelledTree) -> np.ndarray:
+    """`baselines` of every node: all leaves under one child of the prompt have the same."""
+    by_node = np.zeros_like(item.targets)
+    by_node[item.tree.leaves()] = baselines(item.tree, item.rewards)
+    for node in range(len(item.tree) - 1, -1, -1):  # children come after their parents
+        if item.tree.parent[node] >= 0:
+            by_node[item.tree.parent[node]] = by_node[node]
+    return by_node
 
 
 def _share(item: LabelledTree) -> float:
@@ -196,8 +307,10 @@ def table(runs: dict[str, dict[str, Any]], objectives: list[str]) -> str:
 def main() -> None:
     """Make the runs that are missing, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--store", default="runs/smollm2/trees", help="labelled trees of the reference policy")
-    parser.add_argument("--states", default="runs/smollm2/states", help="their hidden states, computed if missing")
+    parser.add_argument("--store", nargs="+", default=["runs/smollm2/trees"], help="labelled trees of the reference")
+    parser.add_argument(
+        "--states", nargs="+", default=["runs/smollm2/states"], help="a folder for each store's hidden states"
+    )
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--objectives", nargs="+", default=["helpful", "harmless", "humour"])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))

@@ -1,20 +1,22 @@
 """What reading a whole tree as one sequence saves in training, against one sequence per tree node, in one process.
 
-Both forms train the same value model from the same start on the same trees, with the same optimizer, learning rate and
-validation trees, and by the same `ValueTrainer`. What could favour one is made equal:
+Both forms train the same value model from the same start on the same trees, with the same optimizer and validation
+trees, and by the same `ValueTrainer`. What could favour one is made equal:
 
-- Terms per optimizer step. A step of the packed form takes `--trees-per-step` whole trees; a step of the per-node form
-  takes as many nodes, of all trees mixed, as these have on average.
+- Both are run at the same choices of learning rate (`--learning-rates`) and terms per optimizer step: a step of the
+  packed form takes each of `--trees-per-step` whole trees, a step of the per-node form as many nodes, of all trees
+  mixed, as these have on average. Each form then stands with the run that suits it best.
 - Tokens per forward. The per-node form groups its sequences by length and batches them up to about the tokens of a
   tree, so that neither form pays for small matrix products or much padding.
 - The learning rate is constant after its warm-up, so that neither form is helped by when its decay ends.
-- The loss to reach is the smallest that the per-node form has at any of its checks, and its time is that of this
-  check. The packed form must come down to it at one of its own checks. Time spent in validation counts for neither.
+- The loss to reach is the smallest that any per-node run has at any of its checks, and the per-node form's time is
+  that of this check. The packed form must come down to it at one of its own. Validation counts for neither.
 
 Trees come from a labelled store (`mavis collect`, `mavis label`; recipes/smollm2). Run it on a machine that does
-nothing else. Results go to docs/results/training.json and training.md:
+nothing else. Results go to docs/results/training.json and training.md after every run; a rerun with the same settings
+makes only the runs that are missing:
 
-    python benchmarks/training.py                                            # about 20 minutes on two cores
+    python benchmarks/training.py                                            # about an hour on one core
     python benchmarks/training.py --trees 16 --num-layers 1 --out runs/quick # a quick look
 """
 
@@ -48,6 +50,7 @@ from mavis_training.value_trainer import Validation, ValueTrainer, training_argu
 
 ROOT = Path(__file__).parents[1]
 FORMS = ("nodes", "trees")
+GRID = ("trees_per_step", "learning_rates")
 
 
 @dataclass
@@ -62,9 +65,11 @@ class Check:
 
 @dataclass
 class Run:
-    """One form's training.
+    """One training.
 
     Attributes:
+        form: `nodes` or `trees`.
+        trees_per_step, learning_rate: its settings.
         sequences: of an epoch.
         tokens_per_epoch: forwarded, without padding.
         padded_tokens_per_epoch: the same with padding.
@@ -73,6 +78,9 @@ class Run:
         checks: in order.
     """
 
+    form: str
+    trees_per_step: int
+    learning_rate: float
     sequences: int
     tokens_per_epoch: int
     terms_per_step: float
@@ -133,19 +141,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     rng = np.random.default_rng(options.seed)
     training = [training[i] for i in rng.permutation(len(training))[: options.trees]]
     validation = [validation[i] for i in rng.permutation(len(validation))[: options.validation_trees]]
-    runs: dict[str, Run] = {}
-    goal = -np.inf
-    for form in FORMS:
-        print(f"{form}: {len(training)} trees", flush=True)
-        runs[form] = train(form, training, validation, goal, options)
-        goal = min(check.loss for check in runs[form].checks[1:])
-    result = summary(runs, options, len(training), len(validation))
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "training.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (out / "training.md").write_text(page(result), encoding="utf-8")
-    print(page(result))
+    settings = {name: value for name, value in vars(options).items() if name not in ("store", "out", *GRID)}
+    settings |= {"training_trees": len(training), "validation_trees": len(validation)}
+    runs = read_runs(out / "training.json", settings)
+    for form in FORMS:
+        goal = -np.inf if form == "nodes" else best(runs, "nodes")
+        for trees_per_step in options.trees_per_step:
+            for learning_rate in options.learning_rates:
+                if any(
+                    (r.form, r.trees_per_step, r.learning_rate) == (form, trees_per_step, learning_rate) for r in runs
+                ):
+                    continue
+                print(f"{form}: {len(training)} trees, {trees_per_step} a step, {learning_rate:g}", flush=True)
+                arguments = argparse.Namespace(
+                    **vars(options) | {"trees_per_step": trees_per_step, "learning_rate": learning_rate}
+                )
+                runs.append(train(form, training, validation, goal, arguments))
+                result = summary(runs, settings)
+                (out / "training.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+                (out / "training.md").write_text(page(result), encoding="utf-8")
+    print((out / "training.md").read_text(encoding="utf-8"))
     return 0
+
+
+def read_runs(path: Path, settings: dict[str, Any]) -> list[Run]:
+    """The runs that `path` has, if they were made with these settings."""
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found["settings"] != settings:
+        return []
+    return [Run(**run | {"checks": [Check(**check) for check in run["checks"]]}) for run in found["runs"]]
+
+
+def best(runs: Sequence[Run], form: str) -> float:
+    """The smallest loss that a form has at any check after its first step."""
+    return min(check.loss for run in runs if run.form == form for check in run.checks[1:])
 
 
 def parser() -> argparse.ArgumentParser:
@@ -153,7 +186,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="training.py", description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
     add("--store", default=str(ROOT / "runs/smollm2/trees"), help="labelled tree store")
-    add("--objective", default="helpful", help="reward to predict (default: %(default)s)")
+    add("--objective", default="humour", help="reward to predict (default: %(default)s)")
     add("--backbone", default="smollm2", help="decoder to train (default: %(default)s)")
     add("--num-layers", type=int, default=4, help="of its layers (default: %(default)s)")
     add("--lora-rank", type=int, default=16, help="0 trains all weights (default: %(default)s)")
@@ -164,10 +197,10 @@ def parser() -> argparse.ArgumentParser:
     add("--zeta", type=float, default=0.0, help="of equation 6 (default: %(default)s)")
     add("--trees", type=int, default=160, help="to train on (default: %(default)s)")
     add("--validation-trees", type=int, default=40, help="to validate on (default: %(default)s)")
-    add("--trees-per-step", type=int, default=4, help="of the packed form (default: %(default)s)")
+    add("--trees-per-step", type=int, nargs="+", default=[1, 4], help="of the packed form (default: %(default)s)")
     add("--epochs", type=int, default=1, help="of the per-node form (default: %(default)s)")
     add("--checks", type=int, default=8, help="validations per epoch (default: %(default)s)")
-    add("--learning-rate", type=float, default=1e-3, help="of both (default: %(default)s)")
+    add("--learning-rates", type=float, nargs="+", default=[3e-4, 1e-3], help="of both (default: %(default)s)")
     add("--warmup-steps", type=int, default=4, help="of both (default: %(default)s)")
     add("--seed", type=int, default=0, help="of everything (default: %(default)s)")
     add("--out", default=str(ROOT / "docs/results"), help="folder for training.json and training.md")
@@ -197,7 +230,8 @@ def train(
         batch_size = max(1, round(np.mean(packed.lengths) / np.mean(sequences.lengths)))
         accumulation = max(1, round(per_step / batch_size))
     steps = -(-len(sequences) // (batch_size * accumulation))
-    run = Run(len(sequences), int(sum(sequences.lengths)), terms / steps)
+    settings = form, options.trees_per_step, options.learning_rate
+    run = Run(*settings, len(sequences), int(sum(sequences.lengths)), terms / steps)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(form, sequences, validation, steps, (batch_size, accumulation), folder, options)
         trainer.run, trainer.goal = run, goal
@@ -258,67 +292,56 @@ def make_trainer(
     return trainer
 
 
-def summary(runs: dict[str, Run], options: argparse.Namespace, training: int, validation: int) -> dict[str, Any]:
-    """The figures of both forms, and their ratios (packed to per-node)."""
-    nodes, trees = runs["nodes"], runs["trees"]
-    goal = min(check.loss for check in nodes.checks[1:])
-    slow, quick = nodes.first_at(goal), trees.first_at(goal)
-    assert slow is not None
-    ratios = {
-        "tokens_per_epoch": trees.tokens_per_epoch / nodes.tokens_per_epoch,
-        "padded_tokens_per_epoch": trees.padded_tokens_per_epoch / nodes.padded_tokens_per_epoch,
-        "seconds_per_epoch": trees.seconds_per_epoch / nodes.seconds_per_epoch,
-        "seconds_to_loss": quick.seconds / slow.seconds if quick else None,
-        "tokens_to_loss": quick.tokens / slow.tokens if quick else None,
+def summary(runs: Sequence[Run], settings: dict[str, Any]) -> dict[str, Any]:
+    """The figures of both forms and their ratios (packed to per-node), each form by its quickest run to the goal."""
+    goal = best(runs, "nodes")
+    reached = {
+        form: [(run, check) for run in runs if run.form == form and (check := run.first_at(goal))] for form in FORMS
     }
-    settings = {name: value for name, value in vars(options).items() if name not in ("store", "out")}
+    quickest = {form: min(found, key=lambda x: x[1].seconds) for form, found in reached.items() if found}
+    per_epoch = {}
+    if any(run.form == "trees" for run in runs):
+        for name in ("sequences", "tokens_per_epoch", "padded_tokens_per_epoch", "seconds_per_epoch"):
+            values = {form: float(np.mean([getattr(r, name) for r in runs if r.form == form])) for form in FORMS}
+            per_epoch[name] = values | {"ratio": values["trees"] / values["nodes"]}
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": {"cpu": _cpu(), "threads": torch.get_num_threads(), "system": platform.system()},
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "mavis-logits")},
-        "settings": settings | {"training_trees": training, "validation_trees": validation},
+        "settings": settings,
         "loss": goal,
-        "ratios": ratios,
-        "runs": {form: asdict(run) for form, run in runs.items()},
-        "at_loss": {"nodes": asdict(slow), "trees": asdict(quick) if quick else None},
+        "per_epoch": per_epoch,
+        "to_loss": {
+            form: {"trees_per_step": run.trees_per_step, "learning_rate": run.learning_rate} | asdict(check)
+            for form, (run, check) in quickest.items()
+        },
+        "runs": [asdict(run) for run in runs],
     }
 
 
 def page(result: dict[str, Any]) -> str:
     """The result as Markdown."""
-    settings, ratios, runs, at = (result[name] for name in ("settings", "ratios", "runs", "at_loss"))
-    nodes, trees = runs["nodes"], runs["trees"]
-    rows = [
-        ("sequences per epoch", nodes["sequences"], trees["sequences"], trees["sequences"] / nodes["sequences"]),
-        (
-            "tokens forwarded per epoch",
-            nodes["tokens_per_epoch"],
-            trees["tokens_per_epoch"],
-            ratios["tokens_per_epoch"],
-        ),
-        (
-            "the same, padding included (mean of the steps taken)",
-            nodes["padded_tokens_per_epoch"],
-            trees["padded_tokens_per_epoch"],
-            ratios["padded_tokens_per_epoch"],
-        ),
-        ("terms per optimizer step", nodes["terms_per_step"], trees["terms_per_step"], None),
-        (
-            "seconds per epoch",
-            nodes["seconds_per_epoch"],
-            trees["seconds_per_epoch"],
-            ratios["seconds_per_epoch"],
-        ),
-    ]
-    if at["trees"]:
-        loss = f"to validation loss {result['loss']:.4f}"
+    settings, at = result["settings"], result["to_loss"]
+    names = {
+        "sequences": "sequences per epoch",
+        "tokens_per_epoch": "tokens forwarded per epoch",
+        "padded_tokens_per_epoch": "the same, padding included",
+        "seconds_per_epoch": "seconds per epoch (mean of the runs)",
+    }
+    rows = [(names[name], found["nodes"], found["trees"]) for name, found in result["per_epoch"].items()]
+    if "trees" in at:
         rows += [
-            (f"optimizer steps {loss}", at["nodes"]["step"], at["trees"]["step"], None),
-            (f"tokens {loss}", at["nodes"]["tokens"], at["trees"]["tokens"], ratios["tokens_to_loss"]),
-            (f"seconds {loss}", at["nodes"]["seconds"], at["trees"]["seconds"], ratios["seconds_to_loss"]),
+            (f"{name} to validation loss {result['loss']:.4f}", at["nodes"][key], at["trees"][key])
+            for name, key in (("tokens", "tokens"), ("seconds", "seconds"))
         ]
-    table = "\n".join(f"| {name} | {_number(a)} | {_number(b)} | {_ratio(r)} |" for name, a, b, r in rows)
-    missed = "" if at["trees"] else f"\nThe packed form did not come down to {result['loss']:.4f} in its epochs.\n"
+    table = "\n".join(f"| {name} | {a:,.0f} | {b:,.0f} | {b / a:.2f} |" for name, a, b in rows)
+    missed = "" if "trees" in at else f"\nThe packed form did not come down to {result['loss']:.4f} in its epochs.\n"
+    every = "\n".join(
+        f"| {run['form']} | {run['trees_per_step']} ({run['terms_per_step']:.0f} terms) | {run['learning_rate']:g} "
+        f"| {min(check['loss'] for check in run['checks'][1:]):.4f} | {run['checks'][-1]['seconds']:,.0f} "
+        f"| {_first_at(run, result['loss'])} |"
+        for run in result["runs"]
+    )
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     return f"""# Training: a tree as one sequence against a sequence per node
 
@@ -331,9 +354,15 @@ Terms: "{settings["targets"]}", {settings["drop_leaves"]:.0%} of the leaves left
 |---|---|---|---|
 {table}
 {missed}
-Both forms take as many terms per optimizer step, have the same constant learning rate and start from the same weights.
-The loss to reach is the smallest that the per-node form had at any of its checks ({settings["checks"]} per epoch); the
-time is each form's own at the first check at which it had it, without the time spent in validation.
+The loss to reach is the smallest that any per-node run had at any of its checks ({settings["checks"]} per epoch,
+{settings["epochs"]} epochs). Each form stands with its quickest run to it; time spent in validation is not counted.
+
+| form | trees a step | learning rate | smallest loss | seconds in all | seconds to {result["loss"]:.4f} |
+|---|---|---|---|---|---|
+{every}
+
+Per-node runs take as many nodes a step as the trees of a packed step have, of all trees mixed; all start from the same
+weights, and the learning rate is constant. A packed run ends when it has come down to the loss and an epoch is over.
 `benchmarks/training.py` says more.
 
 Measured {result["date"]} on {result["machine"]["cpu"]}, {result["machine"]["threads"]} threads, seed
@@ -341,12 +370,8 @@ Measured {result["date"]} on {result["machine"]["cpu"]}, {result["machine"]["thr
 """
 
 
-def _number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
-
-
-def _ratio(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
+def _first_at(run: dict[str, Any], loss: float) -> str:
+    return next((f"{check['seconds']:,.0f}" for check in run["checks"][1:] if check["loss"] <= loss), "not reached")
 
 
 def _cpu() -> str:

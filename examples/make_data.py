@@ -2,7 +2,7 @@
 
     python examples/make_data.py --data FOLDER --out examples/data
 
-FOLDER holds `helpful_prompts.jsonl`, `helpful_pairs_test.jsonl`, `hh_harmless_{train,test}.jsonl` and
+FOLDER holds `helpful_prompts.jsonl`, `helpful_pairs_{train,test}.jsonl`, `hh_harmless_{train,test}.jsonl` and
 `hh_harmful_prompts.jsonl`; `examples/data/README.md` names where each comes from. The result is the same on every run.
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 
 Row = dict[str, str]
 MAX_TOKENS = 80  # of the SmolLM2 tokenizer; the sources carry the count
+MAX_CHARACTERS = 300  # where a source carries no count of tokens
 SEED = 0
 
 
@@ -90,6 +91,12 @@ def extra_helpful_rows(data: Path) -> list[Row]:
     return [prompt_row(records[name], "helpful") for name in EXTRA_TEST_IDS]
 
 
+def paired_helpful_rows(data: Path) -> list[Row]:
+    """Short prompts of the training preference pairs."""
+    records = read_jsonl(data / "helpful_pairs_train.jsonl")
+    return [prompt_row(record, "helpful") for record in records if len(record["prompt"]) <= MAX_CHARACTERS]
+
+
 def harmful_rows(data: Path, split: str) -> list[Row]:
     """First human turns of HH red-team dialogues of a split, from both collections."""
     dialogues = read_jsonl(data / f"hh_harmless_{split}.jsonl")
@@ -129,7 +136,7 @@ def balanced(helpful: list[Row], harmful: list[Row], count: int, rng: random.Ran
 
 
 def make_prompts(data: Path) -> dict[str, list[Row]]:
-    """The three prompt files, by file name; no prompt is in two of them."""
+    """The prompt files, by file name; no prompt is in two of them."""
     rng = random.Random(SEED)
     taken: set[str] = set()
     held_out = {row["id"]: row for row in helpful_rows(data, "test")}
@@ -138,10 +145,17 @@ def make_prompts(data: Path) -> dict[str, list[Row]]:
     test_harmful = list(unique(harmful_rows(data, "test"), taken))
     train_helpful = list(unique(helpful_rows(data, "train"), taken))
     train_harmful = list(unique(harmful_rows(data, "train"), taken))
+    test = balanced(test_helpful, test_harmful, 140, rng)
+    train = balanced(train_helpful, train_harmful, 700, rng)
+    used = {row["id"] for row in train}
+    rest_helpful = [row for row in train_helpful if row["id"] not in used]
+    rest_helpful += unique(paired_helpful_rows(data), taken)
+    rest_harmful = [row for row in train_harmful if row["id"] not in used]
     return {
         "demo_prompts.jsonl": demo,
-        "prompts_test.jsonl": balanced(test_helpful, test_harmful, 140, rng),
-        "prompts_train.jsonl": balanced(train_helpful, train_harmful, 700, rng),
+        "prompts_test.jsonl": test,
+        "prompts_train.jsonl": train,
+        "prompts_more.jsonl": balanced(rest_helpful, rest_harmful, 600, rng),
     }
 
 

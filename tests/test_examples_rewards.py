@@ -245,7 +245,9 @@ def shipped(name: str) -> list[dict[str, str]]:
     return make_data.read_jsonl(ROOT / "examples" / "data" / name)
 
 
-@pytest.mark.parametrize(("name", "count"), [("prompts_train.jsonl", 700), ("prompts_test.jsonl", 140)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("prompts_train.jsonl", 700), ("prompts_more.jsonl", 600), ("prompts_test.jsonl", 140)]
+)
 def test_every_even_prefix_of_the_prompts_is_balanced(name: str, count: int) -> None:
     rows = shipped(name)
     assert len(rows) == count
@@ -254,7 +256,11 @@ def test_every_even_prefix_of_the_prompts_is_balanced(name: str, count: int) -> 
 
 
 def test_shipped_prompts_are_distinct_complete_and_licensed() -> None:
-    rows = [row for name in ("prompts_train", "prompts_test", "demo_prompts") for row in shipped(f"{name}.jsonl")]
+    rows = [
+        row
+        for name in ("prompts_train", "prompts_more", "prompts_test", "demo_prompts")
+        for row in shipped(f"{name}.jsonl")
+    ]
     assert len({make_data.normalise(row["prompt"]) for row in rows}) == len(rows)
     assert {tuple(row) for row in rows} == {("id", "prompt", "source", "kind", "license")}
     assert {row["license"] for row in rows} <= {"MIT", "Apache-2.0", "Apache-2.0 (over MIT)"}
