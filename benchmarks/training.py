@@ -42,9 +42,9 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from mavis_logits.demo.smollm2 import load_chat_model
 from mavis_training.batches import TrainingSet
-from mavis_training.data import LabelledTree, load_trees, reward_units, split_by_prompt
+from mavis_training.data import LabelledTree, load_trees, reward_units, set_reward_units, split_by_prompt
 from mavis_training.targets import kept_nodes
-from mavis_training.train_model import LoraSettings, TrainModelConfig, set_reward_units, starting_model
+from mavis_training.train_model import LoraSettings, TrainModelConfig, starting_model
 from mavis_training.tree_store import TreeStore
 from mavis_training.value_trainer import Validation, ValueTrainer, training_arguments
 

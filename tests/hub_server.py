@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -29,54 +28,9 @@ import yaml
 from huggingface_hub import constants
 from transformers import dynamic_module_utils
 
+from hub_repositories import Fault, File, Repository
+
 LFS_SUFFIXES = (".safetensors", ".bin", ".png")
-
-
-@dataclass(frozen=True)
-class File:
-    """A file of a commit; `oid` is the sha256 of LFS files and the git hash of others."""
-
-    content: bytes
-    lfs: bool
-
-    @property
-    def oid(self) -> str:
-        if self.lfs:
-            return hashlib.sha256(self.content).hexdigest()
-        return hashlib.sha1(b"blob %d\0" % len(self.content) + self.content).hexdigest()
-
-
-@dataclass
-class Repository:
-    """Commits, by their ids, and the branches and tags that name them."""
-
-    private: bool = False
-    commits: dict[str, dict[str, File]] = field(default_factory=dict)
-    refs: dict[str, str] = field(default_factory=dict)
-
-    def commit(self, branch: str, files: dict[str, File]) -> str:
-        parent = self.refs.get(branch, "")
-        digest = hashlib.sha1(f"{parent}{len(self.commits)}{sorted((p, f.oid) for p, f in files.items())}".encode())
-        self.refs[branch] = digest.hexdigest()
-        self.commits[self.refs[branch]] = files
-        return self.refs[branch]
-
-    def resolve(self, revision: str) -> str | None:
-        return self.refs.get(revision, revision if revision in self.commits else None)
-
-
-@dataclass
-class Fault:
-    """What goes wrong with the next `times` requests of `method` whose path matches `path`.
-
-    Kinds: a status such as "503"; "cut" (the connection ends in the middle of the answer, or before an upload's
-    answer); "short" (a whole answer, of half the file); "flipped" (one byte is another one).
-    """
-
-    method: str
-    path: str
-    kind: str
-    times: int
 
 
 class HubServer:
@@ -249,8 +203,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._writer(namespace)
         return repository
 
-    def _at(self, name: str, revision: str) -> tuple[Repository, str]:
-        repository = self._repository(name)
+    def _at(self, name: str, revision: str, write: bool = False) -> tuple[Repository, str]:
+        repository = self._repository(name, write)
         commit = repository.resolve(revision)
         if commit is None:
             raise _Answer(404, f"Invalid rev id: {revision}", X_Error_Code="RevisionNotFound")
@@ -291,22 +245,17 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"type": "user", "name": self.server_hub.tokens[self.token or ""], "orgs": []})
 
     def _preupload(self, name: str, revision: str, body: bytes) -> None:
-        repository = self._repository(name, write=True)
-        commit = repository.resolve(revision)
-        if commit is None:
-            raise _Answer(404, f"Invalid rev id: {revision}", X_Error_Code="RevisionNotFound")
+        repository, commit = self._at(name, revision, write=True)
         files = repository.commits[commit]
-        answers = []
-        for file in json.loads(body)["files"]:
-            path = file["path"]
-            answers.append(
-                {
-                    "path": path,
-                    "uploadMode": "lfs" if path.endswith(LFS_SUFFIXES) else "regular",
-                    "shouldIgnore": False,
-                    "oid": files[path].oid if path in files else None,
-                }
-            )
+        answers = [
+            {
+                "path": path,
+                "uploadMode": "lfs" if path.endswith(LFS_SUFFIXES) else "regular",
+                "shouldIgnore": False,
+                "oid": files[path].oid if path in files else None,
+            }
+            for path in (file["path"] for file in json.loads(body)["files"])
+        ]
         self._json({"files": answers})
 
     def _lfs_batch(self, name: str, body: bytes) -> None:

@@ -5,34 +5,32 @@ They are forked from a server that has imported everything, so that a kill lands
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import collecting
+import iterating
 from mavis_training.collect import collect
-from mavis_training.iterate import IterateConfig, IterationConfig, ValidationConfig, iterate
+from mavis_training.iterate import IterationConfig, iterate
 from mavis_training.label import LabelConfig, label
 from mavis_training.train_head import TrainHeadConfig, train_head
 from mavis_training.train_model import LoraSettings, TrainModelConfig, train_model
 
 REWARDS = {"low": "text_rewards:low", "high": "text_rewards:high"}
-HEAD = {"width": 16, "dropout": 0.0, "batch_size": 32, "learning_rate": 0.01, "warmup_steps": 0, "epochs": 6}
+TRAINING: dict[str, Any] = {"validation_share": 0.25, "learning_rate": 0.01, "warmup_steps": 0, "device": "cpu"}
 
 
 def write_inputs(folder: Path) -> None:
     """A model, prompts to sample from and prompts to validate on."""
-    collecting.write_inputs(folder, prompts=16)
-    rows = [{"id": f"v{i}", "prompt": f"w{i + 20} w{i}"} for i in range(8)]
-    (folder / "validation.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    iterating.write_inputs(folder, prompts=16, held_out=8)
 
 
 def run_collect(inputs: Path, run: Path) -> None:
-    settings = {"model": str(inputs / "model"), "device": "cpu"} | collecting.SHAPE
-    collect(collecting.CollectConfig(str(inputs / "prompts.jsonl"), str(run / "trees"), **settings))
+    collect(collecting.config(inputs, str(run / "trees")))
 
 
 def run_label(inputs: Path, run: Path) -> None:
@@ -40,57 +38,20 @@ def run_label(inputs: Path, run: Path) -> None:
 
 
 def run_train_model(inputs: Path, run: Path) -> None:
-    train_model(
-        TrainModelConfig(
-            str(run / "trees"),
-            ["low"],
-            str(run / "value-model"),
-            backbone=str(inputs / "model"),
-            num_layers=1,
-            lora=LoraSettings(0),
-            targets="tokens",
-            epochs=4,
-            batch_size=4,
-            learning_rate=0.01,
-            warmup_steps=0,
-            validation_share=0.25,
-            device="cpu",
-        )
-    )
+    own = {"num_layers": 1, "lora": LoraSettings(0), "targets": "tokens", "epochs": 4, "batch_size": 4}
+    backbone, places = str(inputs / "model"), (str(run / "trees"), ["low"], str(run / "value-model"))
+    train_model(TrainModelConfig(*places, backbone=backbone, **own, **TRAINING))
 
 
 def run_train_head(inputs: Path, run: Path) -> None:
-    train_head(
-        TrainHeadConfig(
-            str(run / "trees"),
-            ["low"],
-            str(run / "value-head"),
-            model=str(inputs / "model"),
-            validation_share=0.25,
-            device="cpu",
-            **HEAD,
-        )
-    )
+    own = {"width": 16, "dropout": 0.0, "batch_size": 32}
+    model, places = str(inputs / "model"), (str(run / "trees"), ["low"], str(run / "value-head"))
+    train_head(TrainHeadConfig(*places, model, **own, **TRAINING))
 
 
 def run_iterate(inputs: Path, run: Path) -> None:
-    iterate(
-        IterateConfig(
-            prompts=str(inputs / "prompts.jsonl"),
-            output=str(run / "iterate"),
-            objectives=["low"],
-            rewards={"low": "text_rewards:low"},
-            iterations=[IterationConfig(), IterationConfig(zeta=0.02)],
-            validation=ValidationConfig(str(inputs / "validation.jsonl"), max_new_tokens=8, batch_size=8),
-            kind="head",
-            model=str(inputs / "model"),
-            policy={"top_k": 12},
-            collect=collecting.SHAPE,
-            train=HEAD | {"validation_share": 0.25},
-            early_stop=False,
-            device="cpu",
-        )
-    )
+    iterations = [IterationConfig(), IterationConfig(zeta=0.02)]
+    iterate(iterating.make(inputs, run / "iterate", iterations=iterations, collect=collecting.SHAPE))
 
 
 # Each stage goes on in the folder where the one before it ended.

@@ -1,10 +1,16 @@
-"""Small random trees for the tests of `mavis_training`."""
+"""Small random trees, and stores of them, for the tests of `mavis_training`."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mavis_training.tree import Tree
+from mavis_training.tree_store import StoreMetadata, TreeStore
+from tiny_models import TOKENIZER
 
 
 def random_tree(
@@ -40,3 +46,27 @@ def random_tree(
         terminal=np.array(terminal),
         columns={"source": "test", "rank": seed},
     )
+
+
+def make_store(
+    folder: Path, trees: Sequence[Tree], rewards: Mapping[str, Callable[[Tree], Any]] | None = None, **metadata: Any
+) -> TreeStore:
+    """A store of these trees in one shard, with rewards by objective: functions of a tree that give its leaves'."""
+    given = {"model": "tiny", "tokenizer_fingerprint": TOKENIZER, "sampling": {"max_new_tokens": 12}} | metadata
+    store = TreeStore.create(folder, StoreMetadata(**given))
+    add_shard(store, trees, rewards)
+    return store
+
+
+def add_shard(
+    store: TreeStore, trees: Sequence[Tree], rewards: Mapping[str, Callable[[Tree], Any]] | None = None
+) -> None:
+    """One more shard, likewise."""
+    shard = store.write(trees)
+    for objective, reward in (rewards or {}).items():
+        shard.write_rewards(objective, [np.array(reward(tree), dtype=float) for tree in trees], "test")
+
+
+def share_of_low(tree: Tree) -> np.ndarray:
+    """Of every leaf's tokens, how many have low ids: a reward that can be learned."""
+    return np.array([(tree.completion(leaf) < 25).mean() for leaf in tree.leaves()])

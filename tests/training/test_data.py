@@ -1,29 +1,21 @@
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 
 from mavis_training.data import load_trees, recipe_of, split_by_prompt
-from mavis_training.tree_store import StoreMetadata, TreeStore
-from random_trees import random_tree
-
-METADATA = StoreMetadata("tiny", "f" * 16, {"max_new_tokens": 12})
+from random_trees import make_store, random_tree
 
 
-def make_store(folder, seeds, **changes):
+def of_seeds(folder, seeds, **metadata):
     """A store of random trees, each leaf's reward its tree's seed."""
-    store = TreeStore.create(folder, dataclasses.replace(METADATA, **changes))
-    trees = [random_tree(seed) for seed in seeds]
-    shard = store.write(trees)
-    shard.write_rewards("a", [np.full(len(t.leaves()), float(s)) for s, t in zip(seeds, trees, strict=True)], "test")
-    return store
+    rewards = {"a": lambda tree: [tree.columns["rank"]] * len(tree.leaves())}
+    return make_store(folder, [random_tree(seed) for seed in seeds], rewards, **metadata)
 
 
 def test_several_stores_are_one_set_in_which_a_prompt_may_occur_twice(tmp_path):
-    make_store(tmp_path / "first", range(20))
-    make_store(tmp_path / "second", range(10, 30), policy={"beta": 5.0})
+    of_seeds(tmp_path / "first", range(20))
+    of_seeds(tmp_path / "second", range(10, 30), policy={"beta": 5.0})
     folders = [str(tmp_path / "first"), str(tmp_path / "second")]
     stores, trees = load_trees(folders, ["a"], zeta=0.0)
     assert [str(store.folder) for store in stores] == folders
@@ -34,13 +26,13 @@ def test_several_stores_are_one_set_in_which_a_prompt_may_occur_twice(tmp_path):
 
 
 def test_one_store_is_read_by_its_name_alone(tmp_path):
-    make_store(tmp_path / "only", range(3))
+    of_seeds(tmp_path / "only", range(3))
     one, several = (load_trees(name, ["a"], 0.0) for name in (str(tmp_path / "only"), [str(tmp_path / "only")]))
     assert [item.tree for item in one[1]] == [item.tree for item in several[1]]
 
 
 def test_the_recipe_tells_data_but_no_places(tmp_path):
-    stores = [make_store(tmp_path / "first", [0]), make_store(tmp_path / "second", [1], policy={"beta": 5.0})]
+    stores = [of_seeds(tmp_path / "first", [0]), of_seeds(tmp_path / "second", [1], policy={"beta": 5.0})]
     settings = {
         "store": ["x"], "output": "y", "model": str(tmp_path), "initial": str(tmp_path / "iteration-0"),
         "trainer": {"deepspeed": str(tmp_path / "zero2.json"), "bf16": True}, "zeta": 0.1,
@@ -55,20 +47,28 @@ def test_the_recipe_tells_data_but_no_places(tmp_path):
     assert "earlier_data" not in recipe_of(settings, stores[:1])
 
 
+def test_the_prompts_target_penalises_all_that_follows_it(tmp_path):
+    of_seeds(tmp_path / "only", range(5))
+    whole, onward = (load_trees(str(tmp_path / "only"), ["a"], 0.3, p)[1] for p in ("completion", "continuation"))
+    for one, other in zip(whole, onward, strict=True):
+        assert np.abs(one.targets - other.targets).max() > 0.01
+        np.testing.assert_allclose(one.root_target, other.root_target, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"tokenizer_fingerprint": "0" * 16}, "tokenizer_fingerprint differ, 'ffff"), ({"model": "huge"}, "model differ")],
+    [({"tokenizer_fingerprint": "0" * 16}, "tokenizer_fingerprint differ, "), ({"model": "huge"}, "model differ")],
 )
 def test_stores_of_another_language_are_refused_by_name(tmp_path, changes, message):
-    make_store(tmp_path / "first", [0])
-    make_store(tmp_path / "second", [1], **changes)
+    of_seeds(tmp_path / "first", [0])
+    of_seeds(tmp_path / "second", [1], **changes)
     with pytest.raises(ValueError, match=rf"first and .*second cannot be trained on together: their {message}"):
         load_trees([str(tmp_path / "first"), str(tmp_path / "second")], ["a"], 0.0)
 
 
 def test_bad_input(tmp_path):
-    folder = str(make_store(tmp_path / "first", [0]).folder)
-    make_store(tmp_path / "second", [1])
+    folder = str(of_seeds(tmp_path / "first", [0]).folder)
+    of_seeds(tmp_path / "second", [1])
     with pytest.raises(ValueError, match="one or several different folders"):
         load_trees([folder, folder + "/"], ["a"], 0.0)
     with pytest.raises(ValueError, match="one or several different folders"):

@@ -7,36 +7,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import MambaConfig, MambaForCausalLM
 
-from mavis_logits.fingerprint import tokenizer_fingerprint
 from mavis_logits.value_head import ValueHead
 from mavis_logits.value_model import ValueModel
 from mavis_training import distil as distilling
 from mavis_training.cards import CardConfig, write_card
-from mavis_training.distil import DistilConfig, agreement, distil, open_stores, sibling_pairs, taught_trees
+from mavis_training.data import open_stores
+from mavis_training.distil import DistilConfig, agreement, distil, taught_trees
 from mavis_training.teachers import VALUES_FOLDER, load_teachers
 from mavis_training.train_model import LoraSettings
-from mavis_training.tree_store import StoreMetadata, TreeStore
-from mavis_training.value_trainer import ValueTrainer
-from random_trees import random_tree
-from tiny_models import tiny_llama, tiny_tokenizer
+from random_trees import make_store, random_tree
+from tiny_models import TOKENIZER, tiny_llama, tiny_mamba, tiny_tokenizer
+from trainings import assert_same_values, killed_after, watched
 
-TREES = 40
-TOKENIZER = tokenizer_fingerprint(tiny_tokenizer())
-
-
-def make_store(folder, first=0, trees=TREES, tokenizer=TOKENIZER):
-    store = TreeStore.create(folder, StoreMetadata("tiny", tokenizer, {"max_new_tokens": 12}))
-    store.write([random_tree(i) for i in range(first, first + trees)])
-    return store
+TREES = [random_tree(i) for i in range(40)]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A store without rewards, two value models of different sizes and iterations, and a value head."""
     folder = tmp_path_factory.mktemp("distil")
-    make_store(folder / "trees")
+    make_store(folder / "trees", TREES)
     common = {"tokenizer_fingerprint": TOKENIZER, "reward_mean": [3.0], "reward_scale": [2.0]}
     small = ValueModel.from_backbone(tiny_llama(), ["low"], iteration=1, num_layers=1, **common)
     large = ValueModel.from_backbone(tiny_llama(seed=3), ["high"], iteration=2, **common)
@@ -67,23 +58,8 @@ def config(folders, tmp_path):
     )
 
 
-def losses(monkeypatch):
-    """The validation losses of the trainings to come."""
-    found = []
-    evaluate = ValueTrainer.evaluate
-
-    def noted(self, *arguments, **options):
-        result = evaluate(self, *arguments, **options)
-        found.append(result["eval_loss"])
-        return result
-
-    monkeypatch.setattr(ValueTrainer, "evaluate", noted)
-    return found
-
-
-def test_a_student_of_its_teachers_architecture_reaches_them(config, folders, monkeypatch):
+def test_a_student_of_its_teachers_architecture_reaches_them(config, folders):
     """The teacher's own backbone under a new head: the head is to be found again, and the backbone to be left alone."""
-    found = losses(monkeypatch)
     one = dataclasses.replace(
         config,
         teachers={"low": str(folders / "low")},
@@ -93,21 +69,21 @@ def test_a_student_of_its_teachers_architecture_reaches_them(config, folders, mo
         learning_rate=0.05,
         batch_size=4,
     )
-    student = distil(one, backbone=tiny_llama())
-    assert found[-1] < found[0] / 10
-    assert found[-1] < 0.02
+    with watched("evaluate") as found:
+        student = distil(one, backbone=tiny_llama())
+    assert found[-1]["eval_loss"] < min(0.02, found[0]["eval_loss"] / 10)
     assert student.config.reward_mean == [3.0]
     agreed = json.loads(Path(one.output, "agreement.json").read_text())
     assert agreed["low"]["r2"] > 0.9
     assert agreed["low"]["ranking"] > 0.9
     assert agreed["low"]["pairs"] > 10
-    assert agreed["trees"] + agreed["training_trees"] == TREES
+    assert agreed["trees"] + agreed["training_trees"] == len(TREES)
 
 
 def test_teachers_of_different_kinds_sizes_and_iterations(config, folders, tmp_path):
     base = tiny_llama()
     teachers = {**config.teachers, "mid": str(folders / "mid")}
-    make_store(tmp_path / "more", first=TREES, trees=10)
+    make_store(tmp_path / "more", [random_tree(i) for i in range(40, 50)], model="other")
     stores = [config.store, str(tmp_path / "more")]
     lora = LoraSettings(rank=4, alpha=8, dropout=0.0)
     three = dataclasses.replace(config, teachers=teachers, store=stores, lora=lora, num_layers=1)
@@ -116,13 +92,14 @@ def test_teachers_of_different_kinds_sizes_and_iterations(config, folders, tmp_p
     assert loaded.config.objectives == ["low", "high", "mid"]
     assert loaded.config.iteration == 2
     assert loaded.config.recipe["teacher_iterations"] == {"low": 1, "high": 2, "mid": 0}
-    assert (loaded.config.tokenizer_fingerprint, loaded.config.base_model) == (TOKENIZER, "tiny")
+    assert (loaded.config.tokenizer_fingerprint, loaded.config.base_model) == (
+        TOKENIZER,
+        "other",
+    )
     assert str(tmp_path) not in json.dumps(loaded.config.to_dict())
-    tokens = torch.arange(3, 12)[None]
-    with torch.inference_mode():
-        torch.testing.assert_close(loaded(tokens).values, student(tokens).values, rtol=1e-4, atol=1e-4)
+    assert_same_values(loaded, student)
     agreed = json.loads(Path(three.output, "agreement.json").read_text())
-    assert agreed["trees"] + agreed["training_trees"] == TREES + 10
+    assert agreed["trees"] + agreed["training_trees"] == 50
     assert all(agreed[name]["correlation"] > 0.1 for name in teachers)
     assert not Path(three.output, "metrics.json").exists()  # the trees have no rewards
 
@@ -141,12 +118,11 @@ def test_taught_trees_hold_each_teachers_column(config, folders):
 
 
 def test_with_rewards_the_student_is_measured_against_them_too(config, tmp_path):
-    store = make_store(tmp_path / "labelled")
-    for shard in store.shards():
-        rewards = [np.arange(len(tree.leaves()), dtype=float) for tree in shard.trees()]
-        shard.write_rewards("low", rewards, "test")
-        shard.write_rewards("high", rewards, "test")
-    distil(dataclasses.replace(config, store=str(store.folder), epochs=1), backbone=tiny_llama())
+    rewards = dict.fromkeys(("low", "high"), lambda tree: np.arange(len(tree.leaves())))
+    stores = [tmp_path / "labelled", tmp_path / "others"]
+    for folder, part, model in zip(stores, (TREES[:20], TREES[20:]), ("tiny", "other"), strict=True):
+        make_store(folder, part, rewards, model=model)
+    distil(dataclasses.replace(config, store=list(map(str, stores)), epochs=1), backbone=tiny_llama())
     metrics = json.loads(Path(config.output, "metrics.json").read_text())
     agreed = json.loads(Path(config.output, "agreement.json").read_text())
     assert set(metrics["low"]) >= {"by_fraction", "ranking", "r2"}
@@ -155,37 +131,24 @@ def test_with_rewards_the_student_is_measured_against_them_too(config, tmp_path)
     assert "low" in Path(config.output, "README.md").read_text()
 
 
-def test_a_killed_distillation_goes_on(config, monkeypatch):
+def test_a_killed_distillation_goes_on(config):
     whole = distil(dataclasses.replace(config, output=config.output + "-whole"), backbone=tiny_llama())
     assert list(Path(config.store, VALUES_FOLDER).rglob("*.safetensors"))
-    save = ValueTrainer._save_checkpoint
-
-    def die_after_saving(self, *arguments, **options):
-        save(self, *arguments, **options)
-        if self.state.epoch == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(ValueTrainer, "_save_checkpoint", die_after_saving)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_after(epoch=2):
         distil(config, backbone=tiny_llama())
-    monkeypatch.setattr(ValueTrainer, "_save_checkpoint", save)
-    steps = []
-    step = ValueTrainer.training_step
-    monkeypatch.setattr(ValueTrainer, "training_step", lambda self, *a, **k: steps.append(1) or step(self, *a, **k))
-    resumed = distil(config, backbone=tiny_llama())
+    with watched("training_step") as steps:
+        resumed = distil(config, backbone=tiny_llama())
     assert 0 < len(steps) <= 5  # one epoch of three remained
     assert not Path(config.output, "checkpoints").exists()
-    tokens = torch.arange(3, 12)[None]
-    with torch.inference_mode():
-        torch.testing.assert_close(resumed(tokens).values, whole(tokens).values, rtol=1e-3, atol=1e-3)
+    assert_same_values(resumed, whole, 1e-3)
 
 
-def test_going_on_from_a_student(config, folders, monkeypatch):
-    found = losses(monkeypatch)
-    distil(config, backbone=tiny_llama())
+def test_going_on_from_a_student(config):
     again = dataclasses.replace(config, initial=config.output, output=config.output + "-2", learning_rate=1e-4)
-    distil(again)
-    assert found[3] < found[0]  # the second training starts where the first one ended
+    with watched("evaluate") as found:
+        distil(config, backbone=tiny_llama())
+        distil(again)
+    assert found[3]["eval_loss"] < found[0]["eval_loss"]  # the second training starts where the first one ended
 
 
 def test_agreement_is_perfect_only_for_the_teachers_own_values(folders, config):
@@ -202,19 +165,6 @@ def test_agreement_is_perfect_only_for_the_teachers_own_values(folders, config):
     assert worse["high"]["step_correlation"] == pytest.approx(-1)
 
 
-def test_pairs_are_first_tokens_of_siblings():
-    tree = random_tree(4)
-    owner = np.repeat(np.arange(len(tree)), tree.length)
-    packed = np.concatenate([tree.own_tokens(i) for i in range(len(tree))])
-    pairs = sibling_pairs(tree)
-    assert len(pairs) > 3
-    for one, other in pairs:
-        a, b = owner[one], owner[other]
-        assert a != b
-        assert tree.parent[a] == tree.parent[b]
-        assert packed[one] == tree.own_tokens(a)[0] != packed[other] == tree.own_tokens(b)[0]
-
-
 def test_bad_input(config, folders, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="teachers is empty"):
         dataclasses.replace(config, teachers={})
@@ -222,21 +172,20 @@ def test_bad_input(config, folders, tmp_path, monkeypatch):
         dataclasses.replace(config, store=[])
     with pytest.raises(OSError, match="not a tree store"):
         distil(dataclasses.replace(config, store=str(tmp_path / "none")), backbone=tiny_llama())
-    with pytest.raises(ValueError, match="names a folder twice"):
+    with pytest.raises(ValueError, match="one or several different folders"):
         distil(dataclasses.replace(config, store=[config.store] * 2), backbone=tiny_llama())
-    fresh = make_store(tmp_path / "fresh", trees=3)
+    fresh = make_store(tmp_path / "fresh", TREES[:3])
     with pytest.raises(ValueError, match=r"validation_share 0\.0"):
         distil(dataclasses.replace(config, store=str(fresh.folder), validation_share=0.0), backbone=tiny_llama())
     assert not (fresh.folder / VALUES_FOLDER).exists()  # told before the teachers were asked
     with pytest.raises(ValueError, match="did you mean 'report_to'"):
         dataclasses.replace(config, trainer={"report": "none"})
-    mamba = MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=16, state_size=4, num_hidden_layers=1))
-    with pytest.raises(ValueError, match=r"mamba student cannot read a packed tree \(recurrent state\)"):
-        distil(config, backbone=mamba)
+    with pytest.raises(ValueError, match=r"mamba backbone cannot read a packed tree \(recurrent state\): choose one"):
+        distil(config, backbone=tiny_mamba())
     with pytest.raises(ValueError, match="its objectives is"):
         distil(dataclasses.replace(config, initial=str(folders / "low")))
-    make_store(tmp_path / "other", tokenizer="0" * 16)
-    with pytest.raises(ValueError, match=r"the store .*other has another tokenizer .* must share one tokenizer"):
+    make_store(tmp_path / "other", TREES, tokenizer_fingerprint="0" * 16)
+    with pytest.raises(ValueError, match=r"trees and .*other cannot .*: their tokenizer_fingerprint differ"):
         distil(dataclasses.replace(config, store=[config.store, str(tmp_path / "other")]), backbone=tiny_llama())
     with pytest.raises(ValueError, match="low reads tokens of another tokenizer"):
         distil(dataclasses.replace(config, store=str(tmp_path / "other")), backbone=tiny_llama())

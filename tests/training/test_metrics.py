@@ -3,19 +3,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mavis_training.metrics import Prediction, correlation, flatten, r_squared, validation_metrics
+from mavis_training.data import LabelledTree
+from mavis_training.metrics import Prediction, correlation, flatten, r_squared, sibling_pairs, validation_metrics
 from mavis_training.packing import pack
-from mavis_training.targets import node_targets, root_target
+from mavis_training.targets import node_targets
 from random_trees import random_tree
 
 
 def prediction(seed, transform=lambda x: x, prompt=True):
     tree = random_tree(seed)
     rewards = np.random.default_rng(seed).normal(size=(len(tree.leaves()), 2))
-    targets = node_targets(tree, rewards)
-    layout = pack(tree)
-    values = transform(targets[layout.node[layout.new]])
-    return Prediction(tree, targets, rewards, values, transform(root_target(tree, targets)) if prompt else None)
+    item, layout = LabelledTree(tree, rewards, node_targets(tree, rewards)), pack(tree)
+    values = transform(item.targets[layout.node[layout.new]])
+    return Prediction(item, values, transform(item.root_target) if prompt else None)
 
 
 def test_a_perfect_value_function():
@@ -57,17 +57,28 @@ def test_nothing_varies():
 def test_by_depth_every_layer_is_judged_alone():
     predictions = [prediction(seed) for seed in range(5)]
     for p in predictions:  # wrong at the ends of nodes of the first layer alone
-        ends = np.cumsum(p.tree.length)[p.tree.parent == -1] - 1
+        tree = p.item.tree
+        ends = np.cumsum(tree.length)[tree.parent == -1] - 1
         p.values[ends] *= -1
     layers = validation_metrics(predictions, ["a", "b"])["a"]["by_depth"]
     assert list(layers) == ["0", "1", "2", "3"]
     assert layers["1"]["correlation"] == pytest.approx(-1)
     assert [layers[d]["r2"] for d in "023"] == [pytest.approx(1)] * 3
     assert layers["0"]["nodes"] == 5
-    assert sum(layers[d]["nodes"] for d in "123") == sum(len(p.tree) for p in predictions)
+    assert sum(layers[d]["nodes"] for d in "123") == sum(len(p.item.tree) for p in predictions)
     headless = validation_metrics([prediction(1, prompt=False)], ["a", "b"])["a"]["by_depth"]
     assert list(headless) == ["1", "2", "3"]
 
 
 def test_flat_names_tell_where_a_number_stood():
     assert flatten({"loss": 1.0, "a": {"by_depth": {"1": {"r2": 0.5}}}}) == {"loss": 1.0, "a/by_depth/1/r2": 0.5}
+
+
+def test_pairs_are_siblings_that_part_at_their_first_tokens():
+    tree = random_tree(4)
+    found = {(int(a), int(b)) for a, b in sibling_pairs(tree)}
+    assert len(found) > 3
+    for a in range(len(tree)):
+        for b in range(a + 1, len(tree)):
+            parted = tree.own_tokens(a)[0] != tree.own_tokens(b)[0]
+            assert ((a, b) in found) == (tree.parent[a] == tree.parent[b] and parted)

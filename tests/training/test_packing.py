@@ -9,6 +9,7 @@ from peft import LoraConfig
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, Qwen2Config, Qwen2ForCausalLM
 
 from mavis_logits.value_model import ValueModel
+from mavis_training.data import LabelledTree
 from mavis_training.packing import (
     node_examples,
     pack,
@@ -45,8 +46,10 @@ def backbones():
     return {"llama": tiny_llama(), "gpt2": gpt2.eval(), "sliding": Qwen2ForCausalLM(sliding).eval()}
 
 
-def targets_of(tree):
-    return node_targets(tree, np.random.default_rng(1).normal(size=(len(tree.leaves()), 2)))
+def labelled(seed, layers=3):
+    tree = random_tree(seed, layers=layers)
+    rewards = np.random.default_rng(1).normal(size=(len(tree.leaves()), 2))
+    return LabelledTree(tree, rewards, node_targets(tree, rewards))
 
 
 @given(st.integers(0, 10_000))
@@ -70,8 +73,8 @@ def test_the_layout_spells_every_path(seed):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "sliding"])
 def test_packed_loss_and_gradients_equal_one_sequence_per_node(kind, attention, every_token):
-    trees = [random_tree(seed) for seed in range(3)]
-    prepared = [(tree, targets_of(tree), kept_nodes(tree, 0.5, 0), every_token) for tree in trees]
+    items = [labelled(seed) for seed in range(3)]
+    prepared = [(item, kept_nodes(item.tree, 0.5, 0), every_token) for item in items]
     packed = [tree_example(*parts) for parts in prepared]
     plain = [example for parts in prepared for example in node_examples(*parts)]
     assert sum(len(e.terms) for e in packed) == sum(len(e.terms) for e in plain)
@@ -89,8 +92,8 @@ def test_packed_loss_and_gradients_equal_one_sequence_per_node(kind, attention, 
     rank=st.sampled_from([0, 4]),
 )
 def test_packed_loss_and_gradients_equal_for_any_trees_terms_and_weights(seeds, drop_leaves, every_token, rank):
-    trees = [random_tree(seed, layers=1 + seed % 4) for seed in seeds]
-    prepared = [(tree, targets_of(tree), kept_nodes(tree, drop_leaves, 0), every_token) for tree in trees]
+    items = [labelled(seed, layers=1 + seed % 4) for seed in seeds]
+    prepared = [(item, kept_nodes(item.tree, drop_leaves, 0), every_token) for item in items]
     packed = [tree_example(*parts) for parts in prepared]
     plain = [example for parts in prepared for example in node_examples(*parts)]
     assert sum(len(e.input_ids) for e in packed) <= sum(len(e.input_ids) for e in plain)
@@ -139,5 +142,5 @@ def test_refusals():
     tree.prompt_tokens = tree.prompt_tokens[:0]
     with pytest.raises(ValueError, match="empty prompt"):
         pack(tree)
-    with pytest.raises(ValueError, match="set packing to 'nodes'"):
+    with pytest.raises(ValueError, match=r"mamba backbone cannot .* \(recurrent state\): choose one with attention"):
         require_packable(MambaConfig())

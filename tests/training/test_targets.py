@@ -32,6 +32,16 @@ def test_the_root_target_is_the_weighted_mean_of_the_leaves(seed, zeta):
     np.testing.assert_allclose(root_target(tree, node_targets(tree, rewards, zeta)), weights @ penalised, atol=1e-12)
 
 
+@given(seeds, st.floats(0, 2))
+def test_the_prompts_target_is_the_same_under_both_penalties(seed, zeta):
+    """All of a completion follows the prompt: the first nodes' own tokens are penalised too (equation 8)."""
+    tree = random_tree(seed)
+    rewards = random_rewards(tree, seed)
+    whole = root_target(tree, node_targets(tree, rewards, zeta))
+    continuation = node_targets(tree, rewards, zeta, "continuation")
+    np.testing.assert_allclose(root_target(tree, continuation, zeta), whole, atol=1e-12)
+
+
 @given(seeds)
 def test_every_inner_target_is_its_childrens_mean(seed):
     tree = random_tree(seed)

@@ -3,17 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import MambaConfig, MambaForCausalLM
 
-from mavis_logits.fingerprint import tokenizer_fingerprint
 from mavis_logits.value_head import ValueHead
 from mavis_logits.value_model import ValueModel
 from mavis_training.teachers import VALUES_FOLDER, Teacher, check_tokenizer, load_teachers, teacher_values
-from mavis_training.tree_store import StoreMetadata, TreeStore
-from random_trees import random_tree
-from tiny_models import tiny_llama, tiny_tokenizer
-
-TOKENIZER = tokenizer_fingerprint(tiny_tokenizer())
+from random_trees import add_shard, make_store, random_tree
+from tiny_models import TOKENIZER, tiny_llama, tiny_mamba
 
 
 def value_model(*objectives, base=None, seed=0, **config):
@@ -31,9 +26,8 @@ def value_head(base, *objectives):
 
 @pytest.fixture
 def store(tmp_path):
-    store = TreeStore.create(tmp_path / "trees", StoreMetadata("tiny", TOKENIZER, {}))
-    store.write([random_tree(i) for i in range(3)])
-    store.write([random_tree(3), random_tree(4)])
+    store = make_store(tmp_path / "trees", [random_tree(i) for i in range(3)])
+    add_shard(store, [random_tree(3), random_tree(4)])
     return store
 
 
@@ -52,8 +46,8 @@ def read_path_by_path(tree, read):
 
 @pytest.mark.parametrize("backbone", ["llama", "mamba"])
 def test_a_value_models_values_are_those_of_reading_each_completion(backbone):
-    mamba = MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=16, state_size=4, num_hidden_layers=1))
-    model = value_model("a", "b", base=mamba if backbone == "mamba" else None, reward_mean=[1, 2], reward_scale=[3, 4])
+    base = tiny_mamba() if backbone == "mamba" else None
+    model = value_model("a", "b", base=base, reward_mean=[1, 2], reward_scale=[3, 4])
     tree = random_tree(1)
     values = Teacher("t", model, {"a": 0, "b": 1}).values(tree)
     np.testing.assert_allclose(values, read_path_by_path(tree, lambda t: model(t).values[0]), atol=2e-4)

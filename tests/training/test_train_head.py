@@ -10,28 +10,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mavis_logits.fingerprint import tokenizer_fingerprint
 from mavis_logits.value_head import ValueHead
 from mavis_training import states as states_module
+from mavis_training.data import set_reward_units
 from mavis_training.packing import pack
 from mavis_training.states import compute_states, read_states, states_path, tree_states
-from mavis_training.train_head import TrainHeadConfig, set_reward_units, starting_head, train_head
-from mavis_training.tree_store import StoreMetadata, TreeStore
-from random_trees import random_tree
-from tiny_models import tiny_llama, tiny_tokenizer
+from mavis_training.train_head import TrainHeadConfig, starting_head, train_head
+from random_trees import add_shard, make_store, random_tree, share_of_low
+from tiny_models import TOKENIZER, tiny_llama
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     """Trees whose reward is the share of low token ids."""
-    metadata = StoreMetadata("tiny", tokenizer_fingerprint(tiny_tokenizer()), {"max_new_tokens": 12})
-    store = TreeStore.create(tmp_path_factory.mktemp("trees"), metadata)
-    for start in (0, 40):
-        trees = [random_tree(i) for i in range(start, start + 40)]
-        shard = store.write(trees)
-        low = [np.array([(t.completion(leaf) < 25).mean() for leaf in t.leaves()]) for t in trees]
-        shard.write_rewards("low", [10 * r for r in low], "test")
-        shard.write_rewards("high", [1 - r for r in low], "test")
+    trees = [random_tree(i) for i in range(80)]
+    rewards = {"low": lambda t: 10 * share_of_low(t), "high": lambda t: 1 - share_of_low(t)}
+    store = make_store(tmp_path_factory.mktemp("trees"), trees[:40], rewards)
+    add_shard(store, trees[40:], rewards)
     return store
 
 
@@ -64,7 +59,7 @@ def test_training_learns_and_saves(config):
     with torch.inference_mode():
         torch.testing.assert_close(loaded(hidden), head(hidden))
     assert loaded.config.objectives == ["low", "high"]
-    assert loaded.config.tokenizer_fingerprint == tokenizer_fingerprint(tiny_tokenizer())
+    assert loaded.config.tokenizer_fingerprint == TOKENIZER
     assert config.store not in json.dumps(loaded.config.to_dict())
 
 
@@ -158,11 +153,9 @@ def test_reward_units_do_not_change_values(mean, scale):
 
 
 def test_several_stores_are_trained_on_together(config, store, tmp_path):
-    other = TreeStore.create(tmp_path / "other", store.metadata)  # the same prompts, and a shard of the same name
     trees = [random_tree(i, layers=2) for i in range(40)]
-    shard = other.write(trees)
-    for objective, reward in (("low", 1.0), ("high", 0.0)):
-        shard.write_rewards(objective, [np.full(len(t.leaves()), reward) for t in trees], "test")
+    rewards = {"low": lambda tree: np.ones(len(tree.leaves())), "high": lambda tree: np.zeros(len(tree.leaves()))}
+    other = make_store(tmp_path / "other", trees, rewards)  # the same prompts, and a shard of the same name
     both = [str(store.folder), str(other.folder)]
     model = tiny_llama()
     train_head(dataclasses.replace(config, store=both, epochs=1), model)

@@ -6,17 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from transformers import MambaConfig, MambaForCausalLM
 
-from mavis_logits.fingerprint import tokenizer_fingerprint
 from mavis_logits.value_model import ValueModel
 from mavis_training.data import load_trees, reward_units, split_by_prompt
 from mavis_training.train_model import LoraSettings, TrainModelConfig, train_model
-from mavis_training.tree_store import StoreMetadata, TreeStore
-from mavis_training.value_trainer import ValueTrainer
-from random_trees import random_tree
-from tiny_models import tiny_llama, tiny_tokenizer
+from random_trees import make_store, random_tree, share_of_low
+from tiny_models import TOKENIZER, tiny_llama, tiny_mamba
+from trainings import assert_same_values, killed_after, watched
 
 TREES = 80
 
@@ -24,16 +20,15 @@ TREES = 80
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     """Trees that speak in low or in high token ids, and rewards for the one and the other."""
-    metadata = StoreMetadata("tiny", tokenizer_fingerprint(tiny_tokenizer()), {"max_new_tokens": 12})
-    store = TreeStore.create(tmp_path_factory.mktemp("trees"), metadata)
     trees = [random_tree(i) for i in range(TREES)]
     for i, tree in enumerate(trees):
         tree.tokens = 3 + tree.tokens % 20 + 25 * (i % 2)
-    shard = store.write(trees)
-    low = [np.array([(t.completion(leaf) < 25).mean() + 0.01 * leaf for leaf in t.leaves()]) for t in trees]
-    shard.write_rewards("low", [10 * r for r in low], "test")
-    shard.write_rewards("high", [1 - r for r in low], "test")
-    return store
+
+    def low(tree):
+        return share_of_low(tree) + 0.01 * tree.leaves()
+
+    rewards = {"low": lambda tree: 10 * low(tree), "high": lambda tree: 1 - low(tree)}
+    return make_store(tmp_path_factory.mktemp("trees"), trees, rewards)
 
 
 @pytest.fixture
@@ -69,27 +64,20 @@ def test_training_learns_and_saves(config, changes):
     assert metrics["low"]["correlation"] > 0.15
     assert metrics["low"]["ranking"]["pairs"] > 10
     assert metrics["trees"] + metrics["training_trees"] == TREES
-    loaded = (
-        ValueModel.from_pretrained(config.output, backbone=backbone)
-        if config.lora.rank
-        else ValueModel.from_pretrained(config.output)
-    )
-    tokens = torch.arange(3, 12)[None]
-    with torch.inference_mode():
-        torch.testing.assert_close(loaded(tokens).values, model(tokens).values, rtol=1e-4, atol=1e-4)
+    loaded = ValueModel.from_pretrained(config.output, backbone=backbone if config.lora.rank else None)
+    assert_same_values(loaded, model)
     assert loaded.config.objectives == ["low", "high"]
     assert loaded.config.base_model == "tiny"
-    assert loaded.config.tokenizer_fingerprint == tokenizer_fingerprint(tiny_tokenizer())
+    assert loaded.config.tokenizer_fingerprint == TOKENIZER
     assert loaded.config.recipe["zeta"] == 0.0
     assert config.store not in json.dumps(loaded.config.to_dict())
 
 
 def test_a_recurrent_backbone_trains_on_plain_sequences(config):
-    mamba = MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=16, state_size=4, num_hidden_layers=1))
     settings = {"lora": LoraSettings(0), "epochs": 1, "batch_size": 64, "drop_leaves": 1.0}
     with pytest.raises(ValueError, match="set packing to 'nodes'"):
-        train_model(dataclasses.replace(config, **settings), mamba)
-    model = train_model(dataclasses.replace(config, **settings, packing="nodes"), mamba)
+        train_model(dataclasses.replace(config, **settings), tiny_mamba())
+    model = train_model(dataclasses.replace(config, **settings, packing="nodes"), tiny_mamba())
     assert model.config.backbone_config.model_type == "mamba"
 
 
@@ -103,34 +91,17 @@ def test_reward_units_come_from_the_training_trees_alone(store):
     assert {t.tree.prompt_id for t in training}.isdisjoint(t.tree.prompt_id for t in validation)
 
 
-def test_a_killed_training_goes_on(config, monkeypatch):
+def test_a_killed_training_goes_on(config):
     whole = train_model(dataclasses.replace(config, output=config.output + "-whole"), tiny_llama())
-
-    class Killed(Exception):
-        pass
-
-    save = ValueTrainer._save_checkpoint
-
-    def die_after_saving(self, *arguments, **options):
-        save(self, *arguments, **options)
-        if self.state.epoch == 3:
-            raise Killed
-
-    monkeypatch.setattr(ValueTrainer, "_save_checkpoint", die_after_saving)
-    with pytest.raises(Killed):
+    with killed_after(epoch=3):
         train_model(config, tiny_llama())
-    monkeypatch.setattr(ValueTrainer, "_save_checkpoint", save)
     half_written = Path(config.output, "checkpoints", "checkpoint-999")
     half_written.mkdir()
     (half_written / "trainable.safetensors").write_bytes(b"half")
-    steps = []
-    step = ValueTrainer.training_step
-    monkeypatch.setattr(ValueTrainer, "training_step", lambda self, *a, **k: steps.append(1) or step(self, *a, **k))
-    resumed = train_model(config, tiny_llama())
+    with watched("training_step") as steps:
+        resumed = train_model(config, tiny_llama())
     assert 0 < len(steps) < 12  # one epoch of four remained
-    tokens = torch.arange(3, 12)[None]
-    with torch.inference_mode():
-        torch.testing.assert_close(resumed(tokens).values, whole(tokens).values, rtol=1e-3, atol=1e-3)
+    assert_same_values(resumed, whole, 1e-3)
 
 
 def test_bad_input(config, store):
@@ -159,9 +130,7 @@ def test_the_next_iteration_goes_on_from_the_last_in_its_own_reward_units(config
     assert after.config.iteration == 1
     assert after.config.recipe["initial"] == "value"
     assert bool(after.lora) == bool(rank)
-    tokens = torch.arange(3, 12)[None]
-    with torch.inference_mode():
-        torch.testing.assert_close(after(tokens).values, before(tokens).values, rtol=1e-4, atol=1e-4)
+    assert_same_values(after, before)
     trained = {name for name, p in after.named_parameters() if p.requires_grad}
     assert trained == {name for name, p in before.named_parameters() if p.requires_grad}
 
@@ -171,11 +140,8 @@ def test_an_adapter_may_be_merged_and_all_weights_trained_on(config, tmp_path):
     second = steps_of_zero(config, initial=config.output, output=str(tmp_path / "second"), lora=LoraSettings(0))
     after = train_model(second, tiny_llama())
     assert all(p.requires_grad for p in after.parameters())
-    tokens = torch.arange(3, 12)[None]
-    with torch.inference_mode():
-        torch.testing.assert_close(after(tokens).values, before(tokens).values, rtol=1e-4, atol=1e-4)
-        loaded = ValueModel.from_pretrained(second.output)
-        torch.testing.assert_close(loaded(tokens).values, before(tokens).values, rtol=1e-4, atol=1e-4)
+    assert_same_values(after, before)
+    assert_same_values(ValueModel.from_pretrained(second.output), before)
 
 
 def test_training_does_not_go_on_from_something_else(config, tmp_path):
@@ -189,7 +155,7 @@ def test_training_does_not_go_on_from_something_else(config, tmp_path):
     with pytest.raises(ValueError, match="its num_layers is 2, expected 1"):
         train_model(dataclasses.replace(second, num_layers=1), tiny_llama())
     model_config = Path(config.output, "config.json")
-    model_config.write_text(model_config.read_text().replace(tokenizer_fingerprint(tiny_tokenizer()), "f" * 16))
+    model_config.write_text(model_config.read_text().replace(TOKENIZER, "f" * 16))
     with pytest.raises(ValueError, match=r"its tokenizer is 'f{16}'"):
         train_model(second, tiny_llama())
     with pytest.raises(OSError, match="nowhere"):

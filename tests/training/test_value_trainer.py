@@ -17,9 +17,8 @@ from mavis_training.batches import TrainingSet
 from mavis_training.packing import packed_inputs, term_inputs
 from mavis_training.targets import kept_nodes
 from mavis_training.train_model import LoraSettings, TrainModelConfig, lora_config, train_model
-from mavis_training.tree_store import StoreMetadata, TreeStore
 from mavis_training.value_trainer import TRAINABLE_WEIGHTS, Validation, ValueTrainer, training_arguments, value_loss
-from random_trees import random_tree
+from random_trees import make_store, random_tree
 from test_batches import labelled
 from tiny_models import tiny_llama
 
@@ -111,10 +110,7 @@ def test_validation_may_leave_leaves_out(tmp_path):
     scale = np.array([1.0, 1.0])
     without = Validation(TREES, inner, False).loss(values, scale)
     wanted = np.concatenate(
-        [
-            np.vstack([item.targets[item.tree.parent == -1].mean(axis=0), item.targets[kept]])
-            for item, kept in zip(TREES, inner, strict=True)
-        ]
+        [np.vstack([item.root_target, item.targets[kept]]) for item, kept in zip(TREES, inner, strict=True)]
     )
     assert without == pytest.approx((wanted**2).mean())
     assert without != pytest.approx(trainer.validation.loss(values, scale))
@@ -144,10 +140,8 @@ def test_arguments_that_trainer_has_not_are_refused_at_once(arguments, message):
 @pytest.fixture
 def config(tmp_path):
     """A labelled store, and how to train on it."""
-    store = TreeStore.create(tmp_path / "trees", StoreMetadata("tiny", "f" * 16, {"max_new_tokens": 12}))
-    trees = [random_tree(seed) for seed in range(24)]
-    shard = store.write(trees)
-    shard.write_rewards("a", [np.random.default_rng(i).normal(size=len(t.leaves())) for i, t in enumerate(trees)], "")
+    rewards = {"a": lambda tree: np.random.default_rng(tree.columns["rank"]).normal(size=len(tree.leaves()))}
+    store = make_store(tmp_path / "trees", [random_tree(seed) for seed in range(24)], rewards)
     return TrainModelConfig(
         str(store.folder), ["a"], str(tmp_path / "value"), backbone=str(tmp_path / "backbone"),
         lora=LoraSettings(0), learning_rate=0.01, warmup_steps=0, tokens_per_batch=200, device="cpu",

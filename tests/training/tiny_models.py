@@ -6,7 +6,9 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+
+from mavis_logits.fingerprint import tokenizer_fingerprint
 
 WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(47))]
 
@@ -18,6 +20,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
     )
+
+
+TOKENIZER = tokenizer_fingerprint(tiny_tokenizer())
 
 
 def tiny_llama(layers: int = 2, seed: int = 0, **config) -> LlamaForCausalLM:
@@ -39,3 +44,8 @@ def tiny_llama(layers: int = 2, seed: int = 0, **config) -> LlamaForCausalLM:
     model = LlamaForCausalLM(LlamaConfig(**settings)).eval()
     model.generation_config.pad_token_id = 0
     return model
+
+
+def tiny_mamba() -> MambaForCausalLM:
+    """A model with a recurrent state, of one layer, over the same words."""
+    return MambaForCausalLM(MambaConfig(vocab_size=len(WORDS), hidden_size=16, state_size=4, num_hidden_layers=1))

@@ -104,7 +104,7 @@ class TrainingSet(torch.utils.data.Dataset[Example]):
         self.plain: list[Example] | None = None
         if packing == "nodes":
             pairs = zip(self.trees, self.kept, strict=True)
-            self.plain = [e for item, k in pairs for e in node_examples(item.tree, item.targets, k, every_token)]
+            self.plain = [e for item, k in pairs for e in node_examples(item, k, every_token)]
             self.lengths = [len(example.input_ids) for example in self.plain]
         else:
             self.lengths = [
@@ -118,8 +118,7 @@ class TrainingSet(torch.utils.data.Dataset[Example]):
     def __getitem__(self, index: int) -> Example:
         if self.plain is not None:
             return self.plain[index]
-        item = self.trees[index]
-        return tree_example(item.tree, item.targets, self.kept[index], self.every_token)
+        return tree_example(self.trees[index], self.kept[index], self.every_token)
 
 
 class ReadingSet(torch.utils.data.Dataset[tuple[int, Any, NDArray[np.int64]]]):

@@ -19,6 +19,7 @@ from mavis_logits.demo.smollm2 import load_chat_model
 from .collect import CollectConfig, collect
 from .label import LabelConfig, label, load_tokenizer
 from .rewards import Reward, RewardSpec, describe_spec, load_reward
+from .settings import torch_dtype
 from .states import compute_states
 from .targets import is_validation
 from .train_head import TrainHeadConfig, train_head
@@ -105,7 +106,7 @@ class Calibration:
     def base(self) -> Base:
         """The base model and its tokenizer."""
         if self._base is None:
-            model, tokenizer = load_chat_model(self.model, getattr(torch, self.dtype))
+            model, tokenizer = load_chat_model(self.model, torch_dtype(self.dtype))
             where = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
             self._base = model.to(where).eval(), tokenizer  # type: ignore[arg-type]
         return self._base

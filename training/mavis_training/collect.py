@@ -11,7 +11,6 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any, Literal, get_args
 
-import torch
 from tqdm.auto import tqdm
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,6 +25,7 @@ from .label import load_tokenizer
 from .prompts import encode_prompts, read_prompts
 from .ranks import Ranks, join
 from .rollout import sample_trees
+from .settings import torch_dtype
 from .tree import Tree
 from .tree_store import StoreMetadata, TreeStore
 
@@ -102,8 +102,7 @@ class CollectConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
-        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise ValueError(f"dtype must name a torch dtype such as 'float32' or 'bfloat16', got {self.dtype!r}")
+        torch_dtype(self.dtype)
         self._check_backend()
 
     def _check_backend(self) -> None:
@@ -211,7 +210,7 @@ def transformers_sampler(
 ) -> Sampler:
     """Rollouts of the reference or of a steered policy by transformers, on this rank's device. Raises as `collect`."""
     if model is None or tokenizer is None:
-        model, tokenizer = load_chat_model(config.model, getattr(torch, config.dtype))
+        model, tokenizer = load_chat_model(config.model, torch_dtype(config.dtype))
     model.to(ranks.device).eval()  # type: ignore[arg-type]
     steering = load_policy(config.policy, model, tokenizer)
     metadata = StoreMetadata(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from .targets import Penalty, is_validation, node_targets
+from mavis_logits.value_head import ValueHead
+from mavis_logits.value_model import ValueModel
+
+from .targets import Penalty, is_validation, node_targets, root_target
 from .tree import Tree
 from .tree_store import TreeStore
 
@@ -21,11 +25,55 @@ _PLACES = frozenset({"store", "output", "states", "device"})
 
 @dataclass
 class LabelledTree:
-    """A tree with leaf rewards `[leaves, M]` and node targets `[n, M]` (equation 6)."""
+    """A tree with what its nodes are worth.
+
+    Attributes:
+        tree: n nodes.
+        rewards: `[leaves, M]`.
+        targets: `[n, M]`, of equation 6.
+        continuation_zeta: zeta of targets that leave out the penalty of the nodes' own tokens; else 0.
+    """
 
     tree: Tree
     rewards: NDArray[np.float64]
     targets: NDArray[np.float64]
+    continuation_zeta: float = field(default=0.0, kw_only=True)
+
+    @property
+    def root_target(self) -> NDArray[np.float64]:
+        """Value target of the prompt, `[M]`."""
+        return root_target(self.tree, self.targets, self.continuation_zeta)
+
+
+Item = TypeVar("Item", bound=LabelledTree)
+
+
+def open_stores(
+    store: str | Sequence[str], alike: Sequence[str] = ("tokenizer_fingerprint", "model")
+) -> list[TreeStore]:
+    """Open one or several stores whose trees are to be trained on together.
+
+    Args:
+        store: a folder, or several.
+        alike: fields of their metadata that must be the same.
+
+    Raises:
+        ValueError: no store or one store twice, or stores of different tokenizers or base models.
+        OSError: no store there.
+    """
+    folders = [store] if isinstance(store, str) else list(store)
+    if not folders or len({Path(folder).resolve() for folder in folders}) != len(folders):
+        raise ValueError(f"store must name one or several different folders of trees, got {folders}.")
+    first, *others = stores = [TreeStore.open(folder) for folder in folders]
+    for other in others:
+        for name in alike:
+            one, two = getattr(first.metadata, name), getattr(other.metadata, name)
+            if one != two:
+                raise ValueError(
+                    f"{first.folder} and {other.folder} cannot be trained on together: their {name} differ, "
+                    f"{one!r} and {two!r}."
+                )
+    return stores
 
 
 def load_trees(
@@ -43,16 +91,11 @@ def load_trees(
         The opened stores, in the order given, and their trees, store by store and shard by shard.
 
     Raises:
-        ValueError: rewards of an objective are missing (the message names what has been labelled), no store or one
-            store twice, or stores of different tokenizers or base models.
+        ValueError: rewards of an objective are missing (the message names what has been labelled), or as
+            `open_stores`.
         OSError: no store there, or a corrupt shard.
     """
-    folders = [store] if isinstance(store, str) else list(store)
-    if not folders or len({Path(folder).resolve() for folder in folders}) != len(folders):
-        raise ValueError(f"store must name one or several different folders of labelled trees, got {folders}.")
-    stores = [TreeStore.open(folder) for folder in folders]
-    for other in stores[1:]:
-        _require_one_language(stores[0], other)
+    stores = open_stores(store)
     for opened in stores:
         labelled = opened.objectives()
         missing = [name for name in objectives if name not in labelled]
@@ -64,21 +107,13 @@ def load_trees(
                 "run `mavis label` for them."
             )
     rows = (row for opened in stores for row in opened.labelled(objectives))
-    return stores, [LabelledTree(tree, r, node_targets(tree, r, zeta, penalty)) for tree, r in rows]
+    left_out = zeta if penalty == "continuation" else 0.0
+    return stores, [
+        LabelledTree(tree, r, node_targets(tree, r, zeta, penalty), continuation_zeta=left_out) for tree, r in rows
+    ]
 
 
-def _require_one_language(first: TreeStore, other: TreeStore) -> None:
-    """Refuse to train on trees whose token ids, or whose base models, are not the same."""
-    for name in ("tokenizer_fingerprint", "model"):
-        one, two = getattr(first.metadata, name), getattr(other.metadata, name)
-        if one != two:
-            raise ValueError(
-                f"{first.folder} and {other.folder} cannot be trained on together: their {name} differ, "
-                f"{one!r} and {two!r}."
-            )
-
-
-def split_by_prompt(trees: Sequence[LabelledTree], share: float) -> tuple[list[LabelledTree], list[LabelledTree]]:
+def split_by_prompt(trees: Sequence[Item], share: float) -> tuple[list[Item], list[Item]]:
     """Training and validation trees; a prompt is on the same side in every run.
 
     Raises:
@@ -99,6 +134,21 @@ def reward_units(trees: Sequence[LabelledTree]) -> tuple[NDArray[np.float64], ND
     leaves = np.concatenate([item.targets[item.tree.leaves()] for item in trees])
     scale = leaves.std(axis=0)
     return leaves.mean(axis=0), np.where(scale > 0, scale, 1.0)
+
+
+@torch.no_grad()
+def set_reward_units(function: ValueModel | ValueHead, mean: Iterable[float], scale: Iterable[float]) -> None:
+    """Standardise by another mean and scale `[M]` each, changing the output layer so that values stay the same.
+
+    An output layer still at zero, of a new value model, keeps saying the mean: now the new one.
+    """
+    old_mean, old_scale = function.config.reward_units(function.device)
+    function.config.reward_mean, function.config.reward_scale = list(map(float, mean)), list(map(float, scale))
+    new_mean, new_scale = function.config.reward_units(function.device)
+    layer = function.head if isinstance(function, ValueModel) else function.out
+    if layer.weight.any() or layer.bias.any():
+        layer.weight.copy_(layer.weight.float() * (old_scale / new_scale)[:, None])
+        layer.bias.copy_((old_mean + old_scale * layer.bias.float() - new_mean) / new_scale)
 
 
 def recipe_of(config: dict[str, Any], stores: Sequence[TreeStore]) -> dict[str, Any]:

@@ -6,35 +6,32 @@ teachers and student alike, so that shared prefixes are computed once.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from itertools import combinations
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, set_seed
 
-from mavis_logits.cache import supports_ragged_cache
 from mavis_logits.demo.smollm2 import load_chat_model
 from mavis_logits.fingerprint import tokenizer_fingerprint
 from mavis_logits.value_model import ValueModel
 
 from .batches import TrainingSet
-from .data import LabelledTree, load_trees, recipe_of, split_by_prompt
+from .data import LabelledTree, open_stores, recipe_of, set_reward_units, split_by_prompt
 from .files import write_json
-from .metrics import Prediction, correlation, r_squared, validation_metrics
-from .packing import Example, pack
+from .metrics import Prediction, correlation, r_squared, sibling_pairs, validation_metrics
+from .packing import Example, pack, require_packable
+from .settings import torch_dtype
+from .targets import is_validation, node_targets
 from .teachers import Teacher, check_tokenizer, load_teachers, teacher_values
-from .train_model import LoraSettings, TrainModelConfig, save_trained, set_reward_units, starting_model
+from .train_model import LoraSettings, TrainModelConfig, save_trained, starting_model
 from .tree import Tree
 from .tree_store import TreeStore
-from .value_trainer import Validation, ValueTrainer, last_whole_checkpoint, training_arguments
-
-Item = TypeVar("Item", bound=LabelledTree)
+from .value_trainer import Validation, ValueTrainer, clear_checkpoints, resume, training_arguments
 
 
 @dataclass(frozen=True)
@@ -138,9 +135,8 @@ def distil(
     """
     set_seed(config.seed)
     objectives = list(config.teachers)
-    stores = open_stores(config.store)
-    nothing = np.empty((0, 0))
-    bare = [LabelledTree(tree, nothing, nothing) for store in stores for tree in store]
+    stores = open_stores(config.store, alike=["tokenizer_fingerprint"])  # of any policies and base models
+    bare = [LabelledTree(tree, np.empty((0, 0)), np.empty((0, 0))) for store in stores for tree in store]
     split_by_prompt(bare, config.validation_share)  # an empty side is told before the teachers are asked
     arguments = training_arguments(config.training())
     teachers, student = _teachers_and_student(config, stores, arguments.device, model, backbone)
@@ -148,14 +144,11 @@ def distil(
     with arguments.main_process_first():  # the others read what it kept
         trees = taught_trees(stores, teachers, objectives, config.keep_values)
     del teachers  # their memory is the student's now
-    training, validation = _split(trees, config.validation_share)
+    training, validation = split_by_prompt(trees, config.validation_share)
     trainer = ValueTrainer(
         student, arguments, TaughtSet(training), TaughtValidation(validation), tokens_per_batch=config.tokens_per_batch
     )
-    checkpoints = Path(str(arguments.output_dir))
-    with arguments.main_process_first():
-        checkpoint = last_whole_checkpoint(checkpoints)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    resume(trainer)
     trained = save_trained(trainer, config.training(), stores, backbone)
     trained.config.recipe, trained.config.iteration = recipe, max(recipe["teacher_iterations"].values())
     if trainer.is_world_process_zero():
@@ -163,27 +156,9 @@ def distil(
         trained.config.save_pretrained(output)
         write_json(output / "train_config.json", recipe)
         _measure(trained, stores, validation, config, {"training_trees": len(training)})
-        if (checkpoints / "runs").is_dir():  # what loggers wrote
-            shutil.copytree(checkpoints / "runs", output / "runs", dirs_exist_ok=True)
-        shutil.rmtree(checkpoints)  # done: the folder is ready to be published
+        clear_checkpoints(output)  # done: the folder is ready to be published
     trainer.accelerator.wait_for_everyone()
     return trained
-
-
-def open_stores(store: str | Sequence[str]) -> list[TreeStore]:
-    """Open one or several stores, which must share a tokenizer.
-
-    Raises:
-        ValueError: one store twice, or trees of different tokenizers.
-        OSError: no store there.
-    """
-    folders = [store] if isinstance(store, str) else list(store)
-    if len({Path(folder).resolve() for folder in folders}) != len(folders):
-        raise ValueError(f"store names a folder twice: {folders}.")
-    stores = [TreeStore.open(folder) for folder in folders]
-    for other in stores[1:]:
-        _require_tokenizer(f"the store {other.folder}", other.metadata.tokenizer_fingerprint, stores[0])
-    return stores
 
 
 def taught_trees(
@@ -200,7 +175,7 @@ def taught_trees(
 
 
 def _taught(tree: Tree, values: NDArray[np.float32]) -> TaughtTree:
-    at_ends = values[np.cumsum(tree.length) - 1].astype(np.float64)
+    at_ends = values[tree.offsets() + tree.length - 1].astype(np.float64)
     return TaughtTree(tree, at_ends[tree.leaves()], at_ends, values)
 
 
@@ -244,8 +219,10 @@ def _measure(
     agreed = agreement(said, validation, objectives)
     write_json(output / "agreement.json", {"trees": len(validation)} | counts | agreed)
     if all(set(objectives) <= set(store.objectives()) for store in stores):
-        true = _split(load_trees(config.store, objectives, 0.0)[1], config.validation_share)[1]
-        judged = [Prediction(t.tree, t.targets, t.rewards, v, None) for t, v in zip(true, said, strict=True)]
+        rows = (row for store in stores for row in store.labelled(objectives))
+        held_out = [(tree, r) for tree, r in rows if is_validation(tree.prompt_id, config.validation_share)]
+        true = [LabelledTree(tree, rewards, node_targets(tree, rewards)) for tree, rewards in held_out]
+        judged = [Prediction(item, values, None) for item, values in zip(true, said, strict=True)]
         write_json(output / "metrics.json", validation_metrics(judged, objectives) | counts)
 
 
@@ -267,7 +244,8 @@ def agreement(
     said = np.concatenate(values)
     truth = np.concatenate([item.values for item in taught]).astype(np.float64)
     offsets = np.cumsum([0, *(len(item.values) for item in taught[:-1])])
-    pairs = np.concatenate([at + sibling_pairs(item.tree) for at, item in zip(offsets, taught, strict=True)])
+    trees = [item.tree for item in taught]
+    pairs = np.concatenate([at + t.offsets()[sibling_pairs(t)] for at, t in zip(offsets, trees, strict=True)])
     student, teacher = (v[pairs[:, 0]] - v[pairs[:, 1]] for v in (said, truth))
     return {
         name: {
@@ -279,15 +257,6 @@ def agreement(
         }
         for m, name in enumerate(objectives)
     }
-
-
-def sibling_pairs(tree: Tree) -> NDArray[np.int64]:
-    """`[pairs, 2]`, in packed order the first tokens of siblings that begin with different ones."""
-    first = np.cumsum(tree.length, dtype=np.int64) - tree.length
-    opening = tree.tokens[tree.start]
-    groups = (tree.children(int(parent)) for parent in np.unique(tree.parent))
-    pairs = [(a, b) for group in groups for a, b in combinations(group, 2) if opening[a] != opening[b]]
-    return first[np.array(pairs, dtype=np.int64).reshape(-1, 2)]
 
 
 def _teachers_and_student(
@@ -302,18 +271,14 @@ def _teachers_and_student(
         base = _load(config.model, config.dtype, stores[0])
     if base is not None:
         base.to(device).eval()  # type: ignore[arg-type]
-    teachers = load_teachers(config.teachers, base, getattr(torch, config.dtype), device)
+    teachers = load_teachers(config.teachers, base, torch_dtype(config.dtype), device)
     for teacher in teachers:
         for store in stores:
             check_tokenizer(teacher, store)
     if backbone is None and config.initial is None:
         backbone = base if config.backbone == config.model else _load(config.backbone, config.dtype, stores[0])
     student = starting_model(config.training(), stores, backbone)
-    if not supports_ragged_cache(student.config.backbone_config):
-        raise ValueError(
-            f"a {student.config.backbone_config.model_type} student cannot read a packed tree (recurrent state): "
-            "choose a backbone with attention."
-        )
+    require_packable(student.config.backbone_config)
     teacher_of = {name: teacher for teacher in teachers for name in teacher.outputs}
     units = [teacher_of[name].units(name) for name in config.teachers]
     set_reward_units(student, [mean for mean, _ in units], [scale for _, scale in units])
@@ -328,20 +293,11 @@ def _iterations(config: DistilConfig, teachers: Sequence[Teacher]) -> dict[str, 
 
 def _load(name: str, dtype: str, store: TreeStore) -> PreTrainedModel:
     """A language model whose tokens are those of the trees."""
-    model, tokenizer = load_chat_model(name, getattr(torch, dtype))
-    _require_tokenizer(name, tokenizer_fingerprint(tokenizer), store)
-    return model
-
-
-def _require_tokenizer(what: str, found: str, store: TreeStore) -> None:
-    expected = store.metadata.tokenizer_fingerprint
+    model, tokenizer = load_chat_model(name, torch_dtype(dtype))
+    found, expected = tokenizer_fingerprint(tokenizer), store.metadata.tokenizer_fingerprint
     if found != expected:
         raise ValueError(
-            f"{what} has another tokenizer ({found}) than the trees in {store.folder} ({expected}, of "
+            f"{name} has another tokenizer ({found}) than the trees in {store.folder} ({expected}, of "
             f"{store.metadata.model}): teachers, student and trees must share one tokenizer."
         )
-
-
-def _split(trees: Sequence[Item], share: float) -> tuple[list[Item], list[Item]]:
-    """`split_by_prompt`, for trees of any kind."""
-    return cast("tuple[list[Item], list[Item]]", split_by_prompt(trees, share))
+    return model

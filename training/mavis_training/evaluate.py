@@ -34,6 +34,7 @@ from .completions import (
 from .files import write_json
 from .prompts import encode_prompts, read_prompts
 from .rewards import Reward, RewardSpec, describe_spec, load_reward, split_spec
+from .settings import torch_dtype
 
 COMBINED = "combined"
 _BY_REWARD = ", best by reward"
@@ -176,7 +177,7 @@ def _paths(config: EvaluateConfig) -> dict[str, Path]:
 
 
 def _load_base(config: EvaluateConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    model, tokenizer = load_chat_model(config.model, getattr(torch, config.dtype))
+    model, tokenizer = load_chat_model(config.model, torch_dtype(config.dtype))
     model.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
     return model, tokenizer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from .files import replace_when_whole
 from .label import load_tokenizer
 from .targets import node_targets
 from .tree import Tree
-from .tree_store import Shard, TreeStore
+from .tree_store import TreeStore
 
 _TEMPLATE = Path(__file__).parent / "dataset_card_template.md"
 _IDS = List(Value("int32"))
@@ -108,7 +108,7 @@ def export(config: ExportConfig, tokenizer: PreTrainedTokenizerBase | None = Non
     """
     store = TreeStore.open(config.store)
     tokenizer = tokenizer or load_tokenizer(config.tokenizer or store.metadata.model)
-    store = TreeStore.open(config.store, tokenizer_fingerprint(tokenizer))
+    store.require_origin(tokenizer_fingerprint(tokenizer))
     shards, objectives = store.shards(), store.objectives()
     if not shards:
         raise ValueError(f"{config.store} has no trees yet: run `mavis collect` first")
@@ -120,8 +120,8 @@ def export(config: ExportConfig, tokenizer: PreTrainedTokenizerBase | None = Non
     schema = Features({name: feature for name, (feature, _) in columns(config.rows, objectives, config.zeta).items()})
     written = []
     for i, shard in enumerate(shards):
-        rows = [row for tree, rewards in _labelled(shard, objectives) for row in
-                tree_rows(tree, rewards, config.rows, config.zeta, tokenizer)]  # fmt: skip
+        rows = [row for tree, rewards in shard.labelled(objectives) for row in
+                tree_rows(tree, objectives, rewards, config.rows, config.zeta, tokenizer)]  # fmt: skip
         written.append(output / "data" / f"train-{i:05d}-of-{len(shards):05d}.parquet")
         with replace_when_whole(written[-1]) as temporary:
             Dataset.from_list(rows, features=schema).to_parquet(temporary)
@@ -167,21 +167,31 @@ def columns(rows: str, objectives: Iterable[str], zeta: float) -> dict[str, tupl
 
 
 def tree_rows(
-    tree: Tree, rewards: Mapping[str, NDArray[np.float64]], rows: str, zeta: float, tokenizer: PreTrainedTokenizerBase
+    tree: Tree,
+    objectives: Sequence[str],
+    rewards: NDArray[np.float64],
+    rows: str,
+    zeta: float,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Iterator[dict[str, Any]]:
     """Rows of one tree.
 
     Args:
         tree: n nodes.
-        rewards: by objective, `[leaves]` in the order of `tree.leaves()`.
+        objectives: names of the M rewards.
+        rewards: `[leaves, M]`, in the order of `tree.leaves()`.
         rows: "nodes" or "leaves".
         zeta: of the value targets.
         tokenizer: turns tokens into text.
     """
     leaves = tree.leaves().tolist()
-    stacked = np.stack(list(rewards.values()), axis=1) if rewards else np.empty((len(leaves), 0))
-    targets, place, ends = node_targets(tree, stacked, zeta), {leaf: i for i, leaf in enumerate(leaves)}, tree.end()
-    shared = _prompt_of(tree)
+    targets, place, ends = node_targets(tree, rewards, zeta), {leaf: i for i, leaf in enumerate(leaves)}, tree.end()
+    shared = {
+        "prompt_id": tree.prompt_id,
+        "prompt": tree.prompt,
+        "prompt_tokens": tree.prompt_tokens.tolist(),
+        "columns": json.dumps(tree.columns, ensure_ascii=False),
+    }
     for node in range(len(tree)) if rows == "nodes" else leaves:
         row = shared | {"node": node}
         if rows == "nodes":
@@ -195,8 +205,8 @@ def tree_rows(
             row |= {"completion": tokenizer.decode(tokens, skip_special_tokens=True), "tokens": tokens}
             row |= {name: float(getattr(tree, name)[path].sum()) for name in ("logp_gen", "logp_ref")}
             row["ended"] = tokens[-1] in tokenizer.all_special_ids
-        for m, objective in enumerate(rewards):
-            row[f"reward_{objective}"] = float(stacked[place[node], m]) if node in place else None
+        for m, objective in enumerate(objectives):
+            row[f"reward_{objective}"] = float(rewards[place[node], m]) if node in place else None
             row[f"value_{objective}"] = float(targets[node, m])
         yield row
 
@@ -232,9 +242,7 @@ def trees_of(rows: Iterable[Mapping[str, Any]]) -> Iterator[Tree]:
 def card(config: ExportConfig, store: TreeStore) -> str:
     """The text of the data set's card."""
     objectives, shards = store.objectives(), store.shards()
-    trees, nodes, leaves, tokens = np.array(
-        [[1, len(tree), len(tree.leaves()), len(tree.tokens)] for tree in store]
-    ).sum(axis=0)
+    sizes = np.array([[1, len(tree), len(tree.leaves()), len(tree.tokens)] for tree in store]).sum(axis=0)
     rewards = {objective: np.concatenate(store.rewards(objective)) for objective in objectives}
     name = config.name or config.push_to or Path(config.output).resolve().name
     metadata = asdict(store.metadata)
@@ -262,25 +270,6 @@ def card(config: ExportConfig, store: TreeStore) -> str:
             for o, r in rewards.items()
         ],
         provenance=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip(),
-        trees=int(trees),
-        nodes=int(nodes),
-        leaves=int(leaves),
-        tokens=int(tokens),
+        **dict(zip(("trees", "nodes", "leaves", "tokens"), sizes.tolist(), strict=True)),
     )
     return str(text).rstrip() + "\n"
-
-
-def _labelled(shard: Shard, objectives: list[str]) -> Iterator[tuple[Tree, dict[str, NDArray[np.float64]]]]:
-    """Trees of a shard with their leaf rewards by objective."""
-    rewards = [shard.rewards(objective) for objective in objectives]
-    for i, tree in enumerate(shard.trees()):
-        yield tree, {objective: values[i] for objective, values in zip(objectives, rewards, strict=True)}
-
-
-def _prompt_of(tree: Tree) -> dict[str, Any]:
-    return {
-        "prompt_id": tree.prompt_id,
-        "prompt": tree.prompt,
-        "prompt_tokens": tree.prompt_tokens.tolist(),
-        "columns": json.dumps(tree.columns, ensure_ascii=False),
-    }

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 TEMPORARY_SUFFIX = ".tmp"
 # No space left, quota exceeded, larger than the file system or a limit allows.
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -66,6 +68,20 @@ def write_json(path: Path, content: Any) -> None:
     """Write `content` as indented UTF-8 JSON, whole or not at all. Raises as `replace_when_whole`."""
     text = json.dumps(content, indent=2, ensure_ascii=False, sort_keys=False) + "\n"
     write_bytes(path, text.encode())
+
+
+@contextmanager
+def open_safetensors(path: Path, framework: str) -> Iterator[safe_open]:
+    """A safetensors file to read from, with arrays of `framework`: "pt" or "numpy".
+
+    Raises:
+        OSError: the file is missing, truncated or corrupt.
+    """
+    try:
+        with safe_open(path, framework=framework) as file:
+            yield file
+    except SafetensorError as error:
+        raise OSError(f"{path} is truncated or corrupt ({error}): delete this one file and run again.") from error
 
 
 def read_json(path: Path) -> Any:

@@ -19,7 +19,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mavis_logits.demo.smollm2 import load_chat_model
@@ -33,6 +32,7 @@ from .label import LabelConfig, label
 from .prompts import read_prompts
 from .ranks import join
 from .schedule import Measurement, TargetKl, find_zeta, gain, improves, raise_beta
+from .settings import torch_dtype
 from .stages import Stage, StageLog
 from .train_head import TrainHeadConfig, train_head
 from .train_model import train_model
@@ -135,7 +135,7 @@ class _Run:
     @cached_property
     def base(self) -> Base:
         """The base model and its tokenizer, loaded once."""
-        model, tokenizer = load_chat_model(self.config.model, getattr(torch, self.config.dtype))
+        model, tokenizer = load_chat_model(self.config.model, torch_dtype(self.config.dtype))
         return model.to(self.device).eval(), tokenizer  # type: ignore[arg-type]
 
     def alone(self, work: Callable[[], object]) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def label(
     if rewards is not None and (missing := config.rewards.keys() - rewards.keys()):
         raise ValueError(f"rewards has {sorted(rewards)}, and none for {sorted(missing)}: give a function for each.")
     tokenizer = tokenizer or load_tokenizer(config.tokenizer or store.metadata.model)
-    TreeStore.open(config.store, tokenizer_fingerprint(tokenizer))
+    store.require_origin(tokenizer_fingerprint(tokenizer))
     ranks = join(config.device)
     todo = ranks.agree(lambda: {name: unlabelled(store, name, spec) for name, spec in config.rewards.items()})
     for objective, spec in config.rewards.items():

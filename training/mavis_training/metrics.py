@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .targets import root_target
+from .data import LabelledTree
 from .tree import Tree
 
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -22,16 +21,12 @@ class Prediction:
     """What a value function says of one tree, beside the truth.
 
     Attributes:
-        tree: n nodes, N new tokens.
-        targets: `[n, M]`, of `node_targets`.
-        rewards: `[leaves, M]`.
+        item: the tree, of n nodes and N new tokens, and the truth.
         values: `[N, M]`, value after each new token, in packed order (node by node).
         prompt_value: `[M]`, value of the prompt; None for a function of state and token, which has none.
     """
 
-    tree: Tree
-    targets: Array
-    rewards: Array
+    item: LabelledTree
     values: Array
     prompt_value: Array | None
 
@@ -48,15 +43,14 @@ def validation_metrics(predictions: Sequence[Prediction], objectives: Sequence[s
         order of their targets (0.5 is chance), with the number of pairs. Fraction 0 means the first token where there
         is no value of the prompt.
     """
-    nodes = [_at_node_ends(p) for p in predictions]
-    inner = [_inner(p.tree) for p in predictions]
-    truth, said = np.concatenate([p.targets for p in predictions]), np.concatenate(nodes)
-    is_inner = np.concatenate(inner)
+    items = [p.item for p in predictions]
+    truth, rewards = np.concatenate([i.targets for i in items]), np.concatenate([i.rewards for i in items])
+    said = np.concatenate([p.values[p.item.tree.offsets() + p.item.tree.length - 1] for p in predictions])
+    is_inner = np.concatenate([np.isin(np.arange(len(i.tree)), i.tree.parent) for i in items])
     fractions = {f: _at_fraction(predictions, f) for f in FRACTIONS}
-    rewards = np.concatenate([p.rewards for p in predictions])
-    layers = _by_depth(predictions)
-    pairs = _sibling_pairs(predictions)
-    tree = np.repeat(np.arange(len(predictions)), [len(p.rewards) for p in predictions])
+    layers = _by_depth(predictions, said, truth)
+    pairs = _pairs(predictions)
+    tree = np.repeat(np.arange(len(items)), [len(i.rewards) for i in items])
     metrics: dict[str, Any] = {"trees": len(predictions), "nodes": len(truth), "leaves": len(rewards)}
     for m, objective in enumerate(objectives):
         metrics[objective] = {
@@ -110,28 +104,17 @@ def r_squared(predicted: Array, truth: Array) -> float:
     return float(1 - ((predicted - truth) ** 2).sum() / total) if total > 0 else 0.0
 
 
-def _offsets(tree: Tree) -> NDArray[np.int64]:
-    """Where each node's values begin in packed order, `[n]`."""
-    return np.cumsum(tree.length, dtype=np.int64) - tree.length
+def sibling_pairs(tree: Tree) -> NDArray[np.int64]:
+    """`[pairs, 2]`, nodes of one parent that begin with different tokens: candidates of one step."""
+    opening = tree.tokens[tree.start]
+    return np.argwhere(np.triu((tree.parent[:, None] == tree.parent) & (opening[:, None] != opening)))
 
 
-def _at_node_ends(p: Prediction) -> Array:
-    return p.values[_offsets(p.tree) + p.tree.length - 1]
-
-
-def _inner(tree: Tree) -> NDArray[np.bool_]:
-    inner = np.ones(len(tree), dtype=bool)
-    inner[tree.leaves()] = False
-    return inner
-
-
-def _by_depth(predictions: Sequence[Prediction]) -> dict[int, tuple[Array, Array]]:
-    """Values at node ends and targets, `[nodes, M]` each, of the nodes of each layer; 0 is the prompt."""
-    depth = np.concatenate([_depths(p.tree) for p in predictions])
-    said = np.concatenate([_at_node_ends(p) for p in predictions])
-    truth = np.concatenate([p.targets for p in predictions])
+def _by_depth(predictions: Sequence[Prediction], said: Array, truth: Array) -> dict[int, tuple[Array, Array]]:
+    """Of values at node ends and targets, `[nodes, M]` each, those of each layer; 0 is the prompt."""
+    depth = np.concatenate([_depths(p.item.tree) for p in predictions])
     layers = {int(d): (said[depth == d], truth[depth == d]) for d in np.unique(depth)}
-    asked = [(p.prompt_value, root_target(p.tree, p.targets)) for p in predictions if p.prompt_value is not None]
+    asked = [(p.prompt_value, p.item.root_target) for p in predictions if p.prompt_value is not None]
     if asked:
         layers = {0: (np.stack([value for value, _ in asked]), np.stack([target for _, target in asked]))} | layers
     return layers
@@ -150,9 +133,9 @@ def _at_fraction(predictions: Sequence[Prediction], fraction: float) -> Array:
     """Value of every leaf's completion cut after this share of its tokens, `[leaves, M]` over all trees."""
     rows = []
     for p in predictions:
-        starts = _offsets(p.tree)
-        for leaf in p.tree.leaves():
-            along = np.concatenate([np.arange(starts[i], starts[i] + p.tree.length[i]) for i in p.tree.path(leaf)])
+        tree, starts = p.item.tree, p.item.tree.offsets()
+        for leaf in tree.leaves():
+            along = np.concatenate([np.arange(starts[i], starts[i] + tree.length[i]) for i in tree.path(leaf)])
             taken = round(fraction * len(along))
             if taken == 0 and p.prompt_value is not None:
                 rows.append(p.prompt_value)
@@ -163,26 +146,22 @@ def _at_fraction(predictions: Sequence[Prediction], fraction: float) -> Array:
 
 @dataclass
 class _Pairs:
-    """Pairs of siblings that begin with different tokens, `[pairs, 2, M]` each: values after their first token and
-    after their last, and targets."""
+    """`sibling_pairs` of all trees, `[pairs, 2, M]` each: values after their first token and after their last, and
+    targets."""
 
     first: Array
     last: Array
     targets: Array
 
 
-def _sibling_pairs(predictions: Sequence[Prediction]) -> _Pairs:
-    empty = np.empty((0, 2, predictions[0].targets.shape[1]))
-    first, last, targets = [empty], [empty], [empty]
+def _pairs(predictions: Sequence[Prediction]) -> _Pairs:
+    first, last, targets = [], [], []
     for p in predictions:
-        starts, opening = _offsets(p.tree), p.tree.tokens[p.tree.start]
-        siblings = (p.tree.children(int(parent)) for parent in np.unique(p.tree.parent))
-        pairs = [pair for group in siblings for pair in combinations(group, 2) if len(set(opening[list(pair)])) == 2]
-        if pairs:
-            nodes = np.array(pairs)
-            first.append(p.values[starts[nodes]])
-            last.append(p.values[starts[nodes] + p.tree.length[nodes] - 1])
-            targets.append(p.targets[nodes])
+        tree, nodes = p.item.tree, sibling_pairs(p.item.tree)
+        starts = tree.offsets()[nodes]
+        first.append(p.values[starts])
+        last.append(p.values[starts + tree.length[nodes] - 1])
+        targets.append(p.item.targets[nodes])
     return _Pairs(np.concatenate(first), np.concatenate(last), np.concatenate(targets))
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 
 from mavis_logits.cache import attention_masks, supports_ragged_cache
 
-from .targets import root_target
+from .data import LabelledTree
 from .tree import Tree
 
 
@@ -102,14 +102,13 @@ class Example:
 
 
 def tree_terms(
-    tree: Tree, layout: Layout, targets: NDArray[np.float64], kept: NDArray[np.bool_], every_token: bool
+    item: LabelledTree, layout: Layout, kept: NDArray[np.bool_], every_token: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Which tokens of a packed tree regress what.
 
     Args:
-        tree: n nodes.
+        item: a tree of n nodes.
         layout: of the tree.
-        targets: `[n, M]`, of `node_targets`.
         kept: bool `[n]`, nodes that contribute; the prompt itself always does.
         every_token: each token of a kept node regresses that node's target (an unbiased one: the node was sampled from
             there on); False: only the node's last token does, as in the paper.
@@ -118,18 +117,18 @@ def tree_terms(
         Indices `[K]` of tokens of the packed sequence, and their targets `[K, M]`.
     """
     chosen = layout.new[kept[layout.node[layout.new]]] if every_token else layout.last[:-1][kept]
-    values = np.vstack([root_target(tree, targets), targets[layout.node[chosen]]])
+    values = np.vstack([item.root_target, item.targets[layout.node[chosen]]])
     return np.append(layout.last[-1], chosen), values
 
 
-def tree_example(tree: Tree, targets: NDArray[np.float64], kept: NDArray[np.bool_], every_token: bool) -> Example:
+def tree_example(item: LabelledTree, kept: NDArray[np.bool_], every_token: bool) -> Example:
     """The tree-packed form: one sequence for all terms of a tree. Arguments as for `tree_terms`.
 
     Nodes that no kept one is or goes on from are left out of it.
     """
-    layout = pack(tree)
-    terms, values = tree_terms(tree, layout, targets, kept, every_token)
-    read = np.append(nodes_read(tree, kept), True)[layout.node]  # node -1, the last, is the prompt
+    layout = pack(item.tree)
+    terms, values = tree_terms(item, layout, kept, every_token)
+    read = np.append(nodes_read(item.tree, kept), True)[layout.node]  # node -1, the last, is the prompt
     places = np.cumsum(read) - 1
     visible = layout.visible()[np.ix_(read, read)]
     return Example(layout.input_ids[read], layout.position_ids[read], visible, places[terms], values.astype(np.float32))
@@ -144,15 +143,14 @@ def nodes_read(tree: Tree, kept: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return read
 
 
-def node_examples(
-    tree: Tree, targets: NDArray[np.float64], kept: NDArray[np.bool_], every_token: bool
-) -> list[Example]:
+def node_examples(item: LabelledTree, kept: NDArray[np.bool_], every_token: bool) -> list[Example]:
     """The plain form, one sequence per kept node, with the same terms as `tree_example`. Fits any backbone."""
+    tree = item.tree
     prompt = np.asarray(tree.prompt_tokens, dtype=np.int64)
-    examples = [_chain(prompt, 1, root_target(tree, targets))]
+    examples = [_chain(prompt, 1, item.root_target)]
     for node in np.flatnonzero(kept):
         tokens = np.concatenate([prompt, tree.completion(int(node))])
-        examples.append(_chain(tokens, int(tree.length[node]) if every_token else 1, targets[node]))
+        examples.append(_chain(tokens, int(tree.length[node]) if every_token else 1, item.targets[node]))
     return examples
 
 
@@ -174,12 +172,10 @@ def path_readings(tree: Tree, layout: Layout) -> list[tuple[Example, NDArray[np.
     return readings
 
 
-def require_packable(config: PreTrainedConfig) -> None:
-    """Raise `ValueError` for a backbone that cannot read a tree as one sequence."""
+def require_packable(config: PreTrainedConfig, advice: str = "choose one with attention") -> None:
+    """Raise `ValueError`, ending in `advice`, for a backbone that cannot read a tree as one sequence."""
     if not supports_ragged_cache(config):
-        raise ValueError(
-            f"a {config.model_type} backbone cannot read a packed tree (recurrent state): set packing to 'nodes'."
-        )
+        raise ValueError(f"a {config.model_type} backbone cannot read a packed tree (recurrent state): {advice}.")
 
 
 def packed_inputs(

@@ -1,4 +1,5 @@
-"""Settings given as plain mappings (a recipe, overrides within one) as the frozen dataclasses that commands read."""
+"""Settings given as plain mappings (a recipe, overrides within one) as the frozen dataclasses that commands read,
+and what their names stand for."""
 
 from __future__ import annotations
 
@@ -6,9 +7,12 @@ import dataclasses
 import difflib
 import types
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser
+
+if TYPE_CHECKING:
+    import torch
 
 Config = TypeVar("Config")
 
@@ -32,6 +36,20 @@ def from_mapping(kind: type[Config], content: Mapping[str, Any], where: str) -> 
         return kind(**nested(kind, values))
     except (ArgumentError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype that the setting `dtype` names.
+
+    Raises:
+        ValueError: it names none.
+    """
+    import torch  # not before: not every command needs it
+
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype must name a torch dtype such as 'float32' or 'bfloat16', got {name!r}")
+    return dtype
 
 
 def check_keys(content: Mapping[str, Any], kind: type, where: str) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from datasets import Dataset
 from transformers import (
     EarlyStoppingCallback,
@@ -28,9 +26,10 @@ from mavis_logits.demo.smollm2 import load_chat_model
 
 from .files import write_json
 from .prompts import read_prompts
+from .settings import torch_dtype
 from .targets import is_validation
 from .train_model import LoraSettings, lora_config
-from .value_trainer import last_whole_checkpoint
+from .value_trainer import clear_checkpoints, common_arguments, resume
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,7 @@ class SftConfig:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not 0 < self.validation_share < 1:
             raise ValueError(f"validation_share must be between 0 and 1, got {self.validation_share}")
-        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise ValueError(f"dtype must name a torch dtype such as 'float32' or 'bfloat16', got {self.dtype!r}")
+        torch_dtype(self.dtype)
 
 
 def sft(
@@ -122,7 +120,7 @@ def sft(
     rows = read_pairs(config.data)
     set_seed(config.seed)
     if model is None or tokenizer is None:
-        model, tokenizer = load_chat_model(config.model, getattr(torch, config.dtype))
+        model, tokenizer = load_chat_model(config.model, torch_dtype(config.dtype))
     training, validation, too_long = examples(rows, tokenizer, config)
     trainer = SFTTrainer(
         model=model,
@@ -133,8 +131,7 @@ def sft(
         peft_config=lora_config(config.lora),
         callbacks=_callbacks(config),
     )
-    folder = Path(str(trainer.args.output_dir))
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
+    resume(trainer)
     metrics: dict[str, Any] = {
         "training_examples": len(training),
         "validation_examples": len(validation),
@@ -148,7 +145,7 @@ def sft(
         tuned = _save(tuned, tokenizer, config)
         write_json(Path(config.output) / "sft_config.json", asdict(config))
         write_json(Path(config.output) / "metrics.json", metrics)
-        shutil.rmtree(folder)
+        clear_checkpoints(config.output)
     return tuned
 
 
@@ -218,38 +215,21 @@ def encode_pair(
 
 
 def training_arguments(config: SftConfig) -> TrlConfig:
-    """Arguments of `SFTTrainer`; checkpoints lie under `<output>/checkpoints`."""
-    folder = Path(config.output) / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    often: dict[str, Any] = {"eval_strategy": "epoch", "save_strategy": "epoch"}
+    """Arguments of `SFTTrainer`."""
+    arguments = common_arguments(config) | {
+        "max_length": None,  # too long ones are left out already
+        "completion_only_loss": True,
+        "save_total_limit": 2,
+        "load_best_model_at_end": config.patience is not None,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        "report_to": config.report_to,
+        "gradient_checkpointing": config.gradient_checkpointing,
+    }
     if config.eval_steps is not None:
-        often = {"eval_strategy": "steps", "save_strategy": "steps"}
-        often |= {"eval_steps": config.eval_steps, "save_steps": config.eval_steps}
-    return TrlConfig(
-        output_dir=str(folder),
-        max_length=None,  # too long ones are left out already
-        completion_only_loss=True,
-        num_train_epochs=config.epochs,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        warmup_steps=config.warmup_steps,
-        lr_scheduler_type="linear",
-        **often,
-        save_total_limit=2,
-        load_best_model_at_end=config.patience is not None,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
-        logging_steps=10,
-        report_to=config.report_to,
-        gradient_checkpointing=config.gradient_checkpointing,
-        bf16=config.bf16,
-        use_cpu=config.device == "cpu",
-        seed=config.seed,
-        dataloader_pin_memory=False,
-    )
+        arguments |= {"eval_strategy": "steps", "save_strategy": "steps"}
+        arguments |= {"eval_steps": config.eval_steps, "save_steps": config.eval_steps}
+    return TrlConfig(**arguments)
 
 
 class StopAtStep(TrainerCallback):

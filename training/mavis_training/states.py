@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from accelerate.utils import send_to_device
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from mavis_logits.fingerprint import weights_fingerprint
 
-from .files import replace_when_whole
+from .files import open_safetensors, replace_when_whole
 from .packing import Layout, pack, packed_inputs, require_packable
 from .ranks import join
 from .tree import Tree
@@ -41,7 +41,7 @@ def compute_states(store: TreeStore, model: PreTrainedModel, folder: str | Path)
     """
     require_packable(model.config)
     fingerprint = weights_fingerprint(model)
-    TreeStore.open(store.folder, weights_fingerprint=fingerprint)
+    store.require_origin(weights_fingerprint=fingerprint)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     ranks = join(str(model.device))
@@ -81,7 +81,11 @@ def read_states(store: TreeStore, folder: str | Path) -> list[Tensor]:
     Raises:
         OSError: they are missing, truncated or corrupt.
     """
-    return [tensor for shard in store.shards() for tensor in _shard_states(states_path(Path(folder), shard))]
+    states = []
+    for shard in store.shards():
+        with open_safetensors(states_path(Path(folder), shard), "pt") as file:
+            states += [file.get_tensor(str(i)) for i in range(len(file.keys()))]
+    return states
 
 
 def states_path(folder: Path, shard: Shard) -> Path:
@@ -94,7 +98,7 @@ def tree_states(model: PreTrainedModel, layout: Layout) -> Tensor:
     """States of one packed tree, bfloat16 `[P + N, d]`."""
     inputs = packed_inputs([layout], model.config, model.dtype)
     with output_embedding_input(model) as caught:
-        model(**{name: _to(value, model.device) for name, value in inputs.items()}, use_cache=False)
+        model(**send_to_device(inputs, model.device), use_cache=False)
     return caught[0][0].to(torch.bfloat16).cpu().contiguous()
 
 
@@ -114,26 +118,12 @@ def output_embedding_input(model: PreTrainedModel) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-def _shard_states(path: Path) -> list[Tensor]:
-    with _open(path) as file:
-        return [file.get_tensor(str(i)) for i in range(len(list(file.keys())))]
-
-
 def _require_same_origin(path: Path, origin: dict[str, str]) -> None:
-    with _open(path) as file:
+    with open_safetensors(path, "pt") as file:
         found = file.metadata() or {}
     for name, what in (("base_fingerprint", "a model with weights"), ("trees", "trees")):
         if found.get(name, origin[name]) != origin[name]:  # the first files did not name their trees
             raise ValueError(f"{path} holds states of {what} {found[name]}, not {origin[name]}: use another folder.")
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[safe_open]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise OSError(f"{path} is truncated or corrupt ({error}): delete this one file and run again.") from error
 
 
 def _digest(trees: Sequence[Tree]) -> str:
@@ -143,7 +133,3 @@ def _digest(trees: Sequence[Tree]) -> str:
         for array in (tree.prompt_tokens, tree.tokens, tree.parent, tree.start, tree.length):
             digest.update(array.tobytes())
     return digest.hexdigest()[:16]
-
-
-def _to(value: Tensor | dict[str, Tensor], device: torch.device) -> Tensor | dict[str, Tensor]:
-    return {k: v.to(device) for k, v in value.items()} if isinstance(value, dict) else value.to(device)

@@ -64,12 +64,17 @@ def node_targets(
     return targets
 
 
-def root_target(tree: Tree, targets: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Value target of the prompt itself, `[M]`: the mean of its children's `targets` `[n, M]`.
+def root_target(tree: Tree, targets: NDArray[np.float64], zeta: float = 0.0) -> NDArray[np.float64]:
+    """Value target of the prompt itself, `[M]`: the mean of its children's.
 
-    Of the penalty "continuation", that of the children's own tokens is left out: nothing is chosen by a prompt's value.
+    Args:
+        tree: n nodes.
+        targets: `[n, M]`, of `node_targets`.
+        zeta: of the penalty "continuation", which leaves the children's own tokens out of their targets; they follow
+            the prompt, so that its target is the same under both penalties. 0 for the penalty "completion".
     """
-    return targets[tree.parent == -1].mean(axis=0)
+    first = tree.parent == -1
+    return (targets - zeta * log_ratios(tree)[:, None])[first].mean(axis=0)
 
 
 def kept_nodes(tree: Tree, drop_leaves: float, seed: int) -> NDArray[np.bool_]:

@@ -6,12 +6,11 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -22,8 +21,8 @@ from mavis_logits.functions import load_value_functions
 from mavis_logits.value_head import ValueHead
 from mavis_logits.value_model import ValueModel
 
-from .files import replace_when_whole
-from .packing import Layout, pack, packed_inputs
+from .files import open_safetensors, replace_when_whole
+from .packing import Layout, pack, packed_inputs, path_readings
 from .states import tree_states
 from .tree import Tree
 from .tree_store import Shard, TreeStore
@@ -93,12 +92,11 @@ class Teacher:
         assert isinstance(model, ValueModel)
         if supports_ragged_cache(model.config.backbone_config):
             inputs = packed_inputs([layout], model.config.backbone_config, model.dtype)
-            values = model(**{name: _to(value, model.device) for name, value in inputs.items()}).values[0]
+            values = model(**send_to_device(inputs, model.device)).values[0]
             return values[layout.new].cpu().numpy()
         found = np.empty((len(layout), len(model.config.objectives)), dtype=np.float32)
-        for leaf in tree.leaves():  # a recurrent state knows no branches: every completion by itself
-            where = np.flatnonzero(np.isin(layout.node, [-1, *tree.path(int(leaf))]))
-            tokens = torch.from_numpy(layout.input_ids[where])[None].to(model.device)
+        for path, where in path_readings(tree, layout):  # a recurrent state knows no branches
+            tokens = torch.from_numpy(path.input_ids)[None].to(model.device)
             found[where] = model(tokens).values[0].cpu().numpy()
         return found[layout.new]
 
@@ -190,12 +188,9 @@ def values_path(folder: Path, shard: Shard) -> Path:
 
 
 def _read(path: Path, origin: Mapping[str, str]) -> list[Array]:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            values = [file.get_tensor(str(i)) for i in range(len(list(file.keys())))]
-    except SafetensorError as error:
-        raise OSError(f"{path} is truncated or corrupt ({error}): delete this one file and run again.") from error
+    with open_safetensors(path, "numpy") as file:
+        metadata = file.metadata() or {}
+        values = [file.get_tensor(str(i)) for i in range(len(file.keys()))]
     for name, expected in origin.items():
         if metadata.get(name) != expected:
             raise ValueError(
@@ -212,8 +207,3 @@ def _digest(trees: Sequence[Tree]) -> str:
         digest.update(layout.input_ids.tobytes())
         digest.update(layout.previous.tobytes())
     return digest.hexdigest()[:16]
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    """A tensor, or a dictionary of tensors, on `device`."""
-    return {k: v.to(device) for k, v in value.items()} if isinstance(value, dict) else value.to(device)

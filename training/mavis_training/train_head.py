@@ -15,13 +15,14 @@ from transformers import PreTrainedModel, set_seed
 from mavis_logits.demo.smollm2 import load_chat_model
 from mavis_logits.value_head import ValueHead, output_embedding
 
-from .data import LabelledTree, load_trees, recipe_of, reward_units, split_by_prompt
+from .data import LabelledTree, load_trees, recipe_of, reward_units, set_reward_units, split_by_prompt
 from .efficiency import sample_actions, steering_efficiency, steering_parts
 from .files import write_json
 from .head_fitting import bootstrapped, fit, gather, sample_loss
 from .metrics import Prediction, validation_metrics
 from .packing import pack
 from .ranks import join
+from .settings import torch_dtype
 from .states import compute_states, read_states
 from .targets import Penalty, kept_nodes
 from .tree_store import TreeStore
@@ -130,7 +131,7 @@ def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) ->
     stores, trees = load_trees(config.store, config.objectives, config.zeta, config.penalty)
     training, validation = split_by_prompt(trees, config.validation_share)
     if model is None:
-        model = load_chat_model(config.model, getattr(torch, config.dtype))[0]
+        model = load_chat_model(config.model, torch_dtype(config.dtype))[0]
     ranks = join(config.device)
     model.to(ranks.device).eval()  # type: ignore[arg-type]
     head = starting_head(config, model, reward_units(training))
@@ -196,16 +197,6 @@ def starting_head(
     return head
 
 
-@torch.no_grad()
-def set_reward_units(head: ValueHead, mean: NDArray[np.float64], scale: NDArray[np.float64]) -> None:
-    """Have a head regress rewards in other units, `[M]` each. What it says stays the same."""
-    old_mean, old_scale = head.config.reward_units(head.device)
-    head.config.reward_mean, head.config.reward_scale = mean.tolist(), scale.tolist()
-    new_mean, new_scale = head.config.reward_units(head.device)
-    head.out.weight.mul_((old_scale / new_scale)[:, None])
-    head.out.bias.copy_((old_mean + old_scale * head.out.bias - new_mean) / new_scale)
-
-
 @torch.inference_mode()
 def predict(head: ValueHead, item: LabelledTree, states: Tensor) -> Prediction:
     """What the head says of every token of a held-out tree, given the state before it."""
@@ -213,7 +204,7 @@ def predict(head: ValueHead, item: LabelledTree, states: Tensor) -> Prediction:
     hidden = states[layout.previous].to(head.device).float()
     tokens = torch.from_numpy(layout.input_ids[layout.new]).to(head.device)
     values = head(hidden, tokens[:, None])[:, 0].double().cpu().numpy()
-    return Prediction(item.tree, item.targets, item.rewards, values, prompt_value=None)
+    return Prediction(item, values, prompt_value=None)
 
 
 def steering(

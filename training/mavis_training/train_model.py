@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from peft import LoraConfig
 from transformers import PreTrainedModel, set_seed
@@ -19,16 +17,18 @@ from mavis_logits.loading import find_file
 from mavis_logits.value_model import ADAPTER_CONFIG, ValueModel
 
 from .batches import TrainingSet
-from .data import LabelledTree, load_trees, recipe_of, reward_units, split_by_prompt
+from .data import LabelledTree, load_trees, recipe_of, reward_units, set_reward_units, split_by_prompt
 from .files import write_json
 from .packing import require_packable
+from .settings import torch_dtype
 from .targets import Penalty, kept_nodes
 from .tree_store import StoreMetadata, TreeStore
 from .value_trainer import (
     Validation,
     ValueTrainer,
     check_trainer_arguments,
-    last_whole_checkpoint,
+    clear_checkpoints,
+    resume,
     training_arguments,
 )
 
@@ -152,11 +152,10 @@ def train_model(config: TrainModelConfig, backbone: PreTrainedModel | None = Non
     set_seed(config.seed)
     stores, trees = load_trees(config.store, config.objectives, config.zeta, config.penalty)
     training, validation = split_by_prompt(trees, config.validation_share)
-    mean, scale = reward_units(training)
     model = starting_model(config, stores, backbone)
-    set_reward_units(model, mean.tolist(), scale.tolist())
+    set_reward_units(model, *reward_units(training))
     if config.packing == "trees":
-        require_packable(model.config.backbone_config)
+        require_packable(model.config.backbone_config, "set packing to 'nodes'")
     every_token = config.targets == "tokens"
     kept = [kept_nodes(item.tree, config.drop_leaves, config.seed) for item in training]
     trainer = ValueTrainer(
@@ -167,16 +166,13 @@ def train_model(config: TrainModelConfig, backbone: PreTrainedModel | None = Non
         config.packing,
         config.tokens_per_batch,
     )
-    checkpoints = Path(str(trainer.args.output_dir))
-    with trainer.args.main_process_first():
-        checkpoint = last_whole_checkpoint(checkpoints)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    resume(trainer)
     trainer.evaluate(metric_key_prefix="best")
     trained = save_trained(trainer, config, stores, backbone)
     if trainer.is_world_process_zero():
         write_json(Path(config.output) / "train_config.json", model.config.recipe)
         write_json(Path(config.output) / "metrics.json", trainer.metrics | _costs(trainer, len(training)))
-        _clear(checkpoints, Path(config.output))  # done: the folder is ready to be published
+        clear_checkpoints(config.output)  # done: the folder is ready to be published
     trainer.accelerator.wait_for_everyone()
     return trained
 
@@ -212,13 +208,6 @@ def _costs(trainer: ValueTrainer, trees: int) -> dict[str, Any]:
     return {"training_trees": trees, "steps": state.global_step, "training_tokens": state.num_input_tokens_seen}
 
 
-def _clear(checkpoints: Path, output: Path) -> None:
-    """Remove checkpoints; what loggers wrote beside them moves to `<output>/runs`."""
-    if (checkpoints / "runs").is_dir():
-        shutil.copytree(checkpoints / "runs", output / "runs", dirs_exist_ok=True)
-    shutil.rmtree(checkpoints)
-
-
 def starting_model(
     config: TrainModelConfig, stores: Sequence[TreeStore], backbone: PreTrainedModel | None = None
 ) -> ValueModel:
@@ -228,7 +217,7 @@ def starting_model(
         ValueError: `config.initial` has other objectives, another tokenizer, or another shape than is asked for.
         OSError: it, or the backbone, is not there.
     """
-    dtype = getattr(torch, config.dtype)
+    dtype = torch_dtype(config.dtype)
     is_adapter = config.initial is not None and find_file(config.initial, ADAPTER_CONFIG, {}) is not None
     if backbone is None and (config.initial is None or is_adapter):
         backbone = load_chat_model(config.backbone, dtype)[0]
@@ -266,21 +255,6 @@ def _check_initial(config: TrainModelConfig, model: ValueModel, trees: StoreMeta
                 f"training cannot go on from {config.initial}: its {name} is {has!r}, expected {wanted!r}. "
                 "Change the settings to fit, or start anew (initial: null)."
             )
-
-
-def set_reward_units(model: ValueModel, mean: Sequence[float], scale: Sequence[float]) -> None:
-    """Standardise by another mean and scale `[M]` each, changing the head so that it says the same values as before.
-
-    A head still at zero keeps saying the mean, now the new one.
-    """
-    old_mean, old_scale = model.config.reward_units(model.device)
-    new_mean, new_scale = (torch.tensor(x, dtype=torch.float32, device=model.device) for x in (mean, scale))
-    weight, bias = model.head.weight, model.head.bias
-    if weight.any() or bias.any():
-        with torch.no_grad():
-            weight.copy_(weight.float() * (old_scale / new_scale)[:, None])
-            bias.copy_((old_mean + old_scale * bias.float() - new_mean) / new_scale)
-    model.config.reward_mean, model.config.reward_scale = list(mean), list(scale)
 
 
 def lora_config(settings: LoraSettings) -> LoraConfig | None:

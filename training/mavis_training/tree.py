@@ -100,6 +100,10 @@ class Tree:
         own = [self.own_tokens(i) for i in self.path(node)]
         return np.concatenate(own) if own else np.empty(0, dtype=np.int32)
 
+    def offsets(self) -> NDArray[np.int64]:
+        """Where each node's tokens begin, `[n]`, when all nodes' are written one after the other (packed order)."""
+        return np.cumsum(self.length, dtype=np.int64) - self.length
+
     def end(self) -> NDArray[np.int64]:
         """Completion length (in tokens) at the end of each node, `[n]`."""
         ends = self.length.astype(np.int64)

@@ -159,6 +159,12 @@ class Shard:
         columns = _read(path)
         return [columns["rewards"][a:b] for a, b in itertools.pairwise(columns["offsets"])]
 
+    def labelled(self, objectives: Sequence[str]) -> Iterator[tuple[Tree, NDArray[np.float64]]]:
+        """Iterate over trees with their leaf rewards `[leaves, M]` for M objectives. Raises as `rewards`."""
+        columns = [self.rewards(objective) for objective in objectives]
+        for i, tree in enumerate(self.trees()):
+            yield tree, np.array([column[i] for column in columns]).reshape(len(columns), len(tree.leaves())).T
+
 
 class TreeStore:
     """A folder of tree shards that were all sampled with the same settings. Use `create` to write, `open` to read."""
@@ -205,7 +211,13 @@ class TreeStore:
             raise FileNotFoundError(
                 f"{folder} is not a tree store (it has no {METADATA_FILE}): give the folder that `mavis collect` wrote."
             )
-        metadata = StoreMetadata.from_dict(read_json(path), str(path))
+        store = cls(folder, StoreMetadata.from_dict(read_json(path), str(path)))
+        store.require_origin(tokenizer_fingerprint, weights_fingerprint)
+        return store
+
+    def require_origin(self, tokenizer_fingerprint: str | None = None, weights_fingerprint: str | None = None) -> None:
+        """Raise `ValueError` if the trees were made with another tokenizer or base model; None: not known."""
+        folder, metadata = self.folder, self.metadata
         if tokenizer_fingerprint not in (None, metadata.tokenizer_fingerprint):
             raise ValueError(
                 f"{folder} was sampled from {metadata.model} with tokenizer {metadata.tokenizer_fingerprint}, "
@@ -216,7 +228,6 @@ class TreeStore:
                 f"{folder} was sampled from {metadata.model} with weights {metadata.weights_fingerprint}, but the base "
                 f"model given has weights {weights_fingerprint}: give that model, or collect new trees from this one."
             )
-        return cls(folder, metadata)
 
     def require_same(self, metadata: StoreMetadata) -> None:
         """Refuse to mix trees sampled under different settings.
@@ -287,11 +298,9 @@ class TreeStore:
         return [rewards for shard in self.shards() for rewards in shard.rewards(objective)]
 
     def labelled(self, objectives: Sequence[str]) -> Iterator[tuple[Tree, NDArray[np.float64]]]:
-        """Iterate over trees with their leaf rewards `[leaves, M]` for M objectives. Raises as `Shard.rewards`."""
+        """Iterate over trees with their leaf rewards, as `Shard.labelled`."""
         for shard in self.shards():
-            columns = [shard.rewards(objective) for objective in objectives]
-            for tree, *rewards in zip(shard.trees(), *columns, strict=True):
-                yield tree, np.stack(rewards, axis=1)
+            yield from shard.labelled(objectives)
 
 
 def _offsets(lengths: Sequence[int]) -> NDArray[np.int64]:

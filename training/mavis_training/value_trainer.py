@@ -31,10 +31,10 @@ from .packing import pack, tree_terms
 if TYPE_CHECKING:
     from .train_model import TrainModelConfig
 
+CHECKPOINTS = "checkpoints"
 TRAINABLE_WEIGHTS = "trainable.safetensors"
-# Arguments of Trainer that have a setting of their own, which is the one to use; None: not to be changed at all.
-_OWN_SETTINGS = {
-    "output_dir": "output",
+# Arguments of Trainer that every training has a setting for.
+_SHARED_SETTINGS = {
     "num_train_epochs": "epochs",
     "per_device_train_batch_size": "batch_size",
     "per_device_eval_batch_size": "batch_size",
@@ -42,10 +42,15 @@ _OWN_SETTINGS = {
     "learning_rate": "learning_rate",
     "weight_decay": "weight_decay",
     "warmup_steps": "warmup_steps",
-    "optim": "optimizer",
-    "max_grad_norm": "max_grad_norm",
     "seed": "seed",
     "bf16": "bf16",
+}
+# Those that `trainer` must not name: the setting to use instead, or None if they are not to be changed at all.
+_OWN_SETTINGS: dict[str, str | None] = {
+    **_SHARED_SETTINGS,
+    "output_dir": "output",
+    "optim": "optimizer",
+    "max_grad_norm": "max_grad_norm",
     "use_cpu": "device",
     "label_names": None,
     "prediction_loss_only": None,
@@ -67,42 +72,48 @@ def check_trainer_arguments(given: Mapping[str, Any]) -> None:
             raise ValueError(f"trainer has the argument {name!r}, which is not set there: {advice}")
 
 
-def training_arguments(config: TrainModelConfig) -> TrainingArguments:
-    """Arguments of `Trainer`; checkpoints lie under `<output>/checkpoints`, `config.trainer` overrides the defaults."""
-    folder = Path(config.output) / "checkpoints"
+def common_arguments(config: Any) -> dict[str, Any]:
+    """Arguments of `Trainer` that every training has; checkpoints lie under `<output>/checkpoints`, once an epoch.
+
+    Args:
+        config: of `mavis train-model`, `distil` or `sft`.
+    """
+    folder = Path(config.output) / CHECKPOINTS
     folder.mkdir(parents=True, exist_ok=True)
-    defaults = {
+    return {name: getattr(config, setting) for name, setting in _SHARED_SETTINGS.items()} | {
+        "output_dir": str(folder),
+        "use_cpu": config.device == "cpu",
         "lr_scheduler_type": "linear",
-        "train_sampling_strategy": "group_by_length",
         "eval_strategy": "epoch",
         "save_strategy": "epoch",
+        "logging_steps": 10,
+        "dataloader_pin_memory": False,
+    }
+
+
+def training_arguments(config: TrainModelConfig) -> TrainingArguments:
+    """Arguments of `ValueTrainer`; `config.trainer` overrides the defaults."""
+    arguments = common_arguments(config) | {
+        "optim": config.optimizer,
+        "max_grad_norm": config.max_grad_norm,
+        "label_names": ["targets"],
+        "prediction_loss_only": True,
+        "remove_unused_columns": False,
+        "train_sampling_strategy": "group_by_length",
         "save_total_limit": 1,
         "load_best_model_at_end": True,
-        "logging_steps": 10,
         "report_to": "none",
         "include_num_input_tokens_seen": "all",
-        "dataloader_pin_memory": False,
         "ddp_find_unused_parameters": False,
     }
-    return TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=config.epochs,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        warmup_steps=config.warmup_steps,
-        optim=config.optimizer,
-        max_grad_norm=config.max_grad_norm,
-        seed=config.seed,
-        bf16=config.bf16,
-        use_cpu=config.device == "cpu",
-        label_names=["targets"],
-        prediction_loss_only=True,
-        remove_unused_columns=False,
-        **(defaults | config.trainer),
-    )
+    return TrainingArguments(**(arguments | config.trainer))
+
+
+def resume(trainer: Trainer) -> None:
+    """Train, going on from the newest whole checkpoint."""
+    with trainer.args.main_process_first():
+        checkpoint = last_whole_checkpoint(Path(str(trainer.args.output_dir)))
+    trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:
@@ -115,6 +126,14 @@ def last_whole_checkpoint(folder: Path) -> str | None:
         else:
             return newest
     return None
+
+
+def clear_checkpoints(output: str | Path) -> None:
+    """Remove a finished training's checkpoints; what loggers wrote beside them moves to `<output>/runs`."""
+    checkpoints = Path(output) / CHECKPOINTS
+    if (checkpoints / "runs").is_dir():
+        shutil.copytree(checkpoints / "runs", Path(output) / "runs", dirs_exist_ok=True)
+    shutil.rmtree(checkpoints)
 
 
 def value_loss(values: Tensor, inputs: dict[str, Tensor], scale: Tensor, terms: Tensor | int | None = None) -> Tensor:
@@ -154,7 +173,7 @@ class Validation:
         """
         errors = []
         for item, kept, said in zip(self.trees, self.kept, values, strict=True):
-            terms, targets = tree_terms(item.tree, pack(item.tree), item.targets, kept, self.every_token)
+            terms, targets = tree_terms(item, pack(item.tree), kept, self.every_token)
             errors.append(((said[terms] - targets) / scale) ** 2)
         return float(np.concatenate(errors).mean())
 
@@ -266,7 +285,7 @@ class ValueTrainer(Trainer):
         predictions = []
         for item, said in zip(self.validation.trees, values, strict=True):
             prompt = len(item.tree.prompt_tokens)
-            predictions.append(Prediction(item.tree, item.targets, item.rewards, said[prompt:], said[prompt - 1]))
+            predictions.append(Prediction(item, said[prompt:], said[prompt - 1]))
         scale = np.asarray(self.value_config.reward_scale)
         self.metrics = {"loss": self.validation.loss(values, scale)}
         self.metrics |= validation_metrics(predictions, self.value_config.objectives)
