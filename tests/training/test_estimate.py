@@ -21,6 +21,8 @@ from mavis_training.estimate import Estimate, dry_run, estimate, human_bytes, hu
 from mavis_training.estimate_iterate import dry_run as dry_run_of_any
 from mavis_training.iterate import IterateConfig, IterationConfig, TargetKl, ValidationConfig
 from mavis_training.label import LabelConfig, label
+from mavis_training.ranks import join
+from mavis_training.stages import StageLog
 from mavis_training.train_head import TrainHeadConfig, train_head
 from mavis_training.train_model import LoraSettings, TrainModelConfig
 from mavis_training.tree_store import TreeStore
@@ -196,6 +198,14 @@ def test_iterate(files, tmp_path):
     assert amounts["iteration 0: label low"] == 0
     assert (amounts["iteration 1: collect"], amounts["iteration 2: collect"]) == (40, 20)
     assert (amounts["iteration 1: train"], amounts["iteration 2: train"]) == (2 * 80, 2 * 20)
+    log = StageLog(tmp_path / "run" / "iterate.json", join("cpu"))
+    for stage in ("validation.json", "iteration-1/trees", "iteration-1/value"):
+        log.run(stage, {}, [], dict)
+    left = {step.what: step.amount for step in dry_run_of_any(config)}
+    done = {what for what, amount in amounts.items() if amount and not left[what]}
+    assert done == {
+        "reference: validate", "iteration 1: collect", "iteration 1: hidden states", "iteration 1: train"
+    }  # fmt: skip
     searched = dataclasses.replace(config, target_kl=TargetKl(1.0, [1.0, 2.0], [0.0, 0.1, 0.2]))
     assert {step.what: step.amount for step in dry_run_of_any(searched)}["iteration 1: validate"] == 20 * (2 + 3)
 

@@ -1,4 +1,7 @@
-"""The dry run of `mavis iterate`: a miniature of every iteration, each on the value function of the one before."""
+"""The dry run of `mavis iterate`: a miniature of every iteration, each on the value function of the one before.
+
+Stages that are finished already cost nothing; an unfinished search of the target-KL schedule counts as a whole.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,20 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
-from .calibrate import TREES, Calibration, Counts, Sample, spread
+from .calibrate import HEAD_TREES, TREES, Calibration, Counts, Sample, spread
 from .collect import PolicyConfig
 from .estimate import Estimate, dry_run, estimate, scale, states_estimate, train_estimate
+from .iterate import STATE_FILE
 from .iterate_config import IterateConfig
 from .label import LabelConfig
 from .prompts import read_prompts
+from .stages import finished_stages
 from .train_head import TrainHeadConfig
 from .tree_store import TreeStore
-from .validation import Validator
+from .validation import RESULT_FILE, Validator
 
 __all__ = ["dry_run"]
 
@@ -43,19 +49,25 @@ class _Plan:
         self.rewards = {objective: config.rewards[objective] for objective in config.objectives}
         self.device = str(calibration.base[0].device)
         self.estimates: list[Estimate] = []
+        self._finished = finished_stages(Path(config.output) / STATE_FILE)
         self._done: dict[str, Any] = {}
 
     def run(self) -> list[Estimate]:
         """Go through the iterations."""
-        self.validate("reference: validate", None, 1)
+        self.validate("", None, 1)
         trees: list[_Trees] = []
         value: str | None = None
         for i in range(len(self.config.iterations)):
             trees.append(self.trees(i, None if value is None else self.policy(i - 1, value)))
             mixed = trees[max(0, i - self.config.iterations[i].mix) :]
             value = self.train(i, mixed, value)
-            self.validate(f"iteration {i}: validate", self.policy(i, value), self.validations(i))
+            self.validate(f"iteration-{i}", self.policy(i, value), self.validations(i))
         return self.estimates
+
+    def add(self, stage: str, step: Estimate) -> None:
+        """A step of a stage of the run, which is none where the stage is finished."""
+        done = stage in self._finished
+        self.estimates.append(Estimate(step.what, 0, step.unit, 0.0, 0.0) if done else step)
 
     def trees(self, i: int, policy: PolicyConfig | None) -> _Trees:
         """Collect and label."""
@@ -68,7 +80,8 @@ class _Plan:
             every = list(store)
             small = self.calibration.copy(store.metadata, [(tree, None) for tree in spread(every, TREES)], [])
             self.calibration.label(small, self.rewards, None, self.device)
-            self.estimates += [replace(e, what=f"iteration {i}: {e.what}") for e in labels]
+            for e in labels:
+                self.add(f"iteration-{i}/rewards", replace(e, what=f"iteration {i}: {e.what}"))
             return _Trees(Counts.of(every), small)
         config = self.config.collect_config(i, "", policy)
         skip = self.config.iterations[i].skip_prompts
@@ -78,12 +91,13 @@ class _Plan:
             lambda: self.calibration.collect(config, rows),
         )
         counts = Counts.of(list(small)).for_trees(len(rows))
-        self.estimates.append(scale(f"iteration {i}: collect", "trees", len(rows), sample, counts.tokens))
+        self.add(f"iteration-{i}/trees", scale(f"iteration {i}: collect", "trees", len(rows), sample, counts.tokens))
         samples = self.once(
             ("label", small.folder), lambda: self.calibration.label(small, self.rewards, None, self.device)
         )
         for objective, labelled in samples.items():
-            self.estimates.append(scale(f"iteration {i}: label {objective}", "completions", counts.leaves, labelled))
+            step = scale(f"iteration {i}: label {objective}", "completions", counts.leaves, labelled)
+            self.add(f"iteration-{i}/rewards", step)
         return _Trees(counts, small)
 
     def train(self, i: int, mixed: list[_Trees], before: str | None) -> str:
@@ -91,24 +105,38 @@ class _Plan:
         given, small = self.config.iterations[i], mixed[-1].small
         if given.value_function is not None:
             return given.value_function
-        config = self.config.train_config(i, [str(small.folder)], None, "", before, self.config.zeta_of(i))
-        key = ("train", before is None, _costly(asdict(config)), small.folder)
-        counts, per_tree = mixed[0].counts, Counts.of(list(small))
+        stage, counts = f"iteration-{i}/value", mixed[0].counts
         for other in mixed[1:]:
             counts += other.counts
+        if self.config.kind == "head":
+            small = self.once(("many", small.folder), lambda: self.many(small))
+        config = self.config.train_config(i, [str(small.folder)], None, "", before, self.config.zeta_of(i))
+        key = ("train", before is None, _costly(asdict(config)), small.folder)
+        per_tree = Counts.of(list(small))
         if isinstance(config, TrainHeadConfig):
             states, sample, output = self.once(key, lambda: self.calibration.train_head(config, small))
             if given.states is None:
                 what = f"iteration {i}: hidden states"
-                self.estimates.append(states_estimate(mixed[-1].counts, per_tree, states, what))
+                self.add(stage, states_estimate(mixed[-1].counts, per_tree, states, what))
         else:
             sample, output = self.once(key, lambda: self.calibration.train_model(config, small))
         trained = train_estimate(config, counts, per_tree, sample, f"iteration {i}: train")
-        self.estimates.append(_times(trained, self.trials(i)))
+        self.add(stage, _times(trained, self.trials(i)))
         return str(output)
 
-    def validate(self, what: str, policy: PolicyConfig | None, times: int) -> None:
-        """Measure a policy on the validation prompts, so many times."""
+    def many(self, small: TreeStore) -> TreeStore:
+        """The trees of a small store under several names, as many as it takes to time a head's epochs."""
+        objectives, labelled = self.config.objectives, list(small.labelled(self.config.objectives))
+        copies = -(-HEAD_TREES // len(labelled))
+        renamed = [
+            (replace(tree, prompt_id=f"{tree.prompt_id}/{n}"), rewards)
+            for n in range(copies)
+            for tree, rewards in labelled
+        ]
+        return self.calibration.copy(small.metadata, renamed[:HEAD_TREES], objectives)
+
+    def validate(self, place: str, policy: PolicyConfig | None, times: int) -> None:
+        """Measure a policy on the validation prompts, so many times; `place` is its folder in the run."""
         config = self.config.validation
         rows = read_prompts(config.prompts, config.limit)
 
@@ -124,7 +152,8 @@ class _Plan:
 
         sample = self.once(("validate", policy and (policy.value_functions, _costly(policy.settings))), work)
         count = len(rows) * len(config.seeds)
-        self.estimates.append(_times(scale(what, "completions", count, sample), times))
+        step = scale(f"{place.replace('-', ' ') or 'reference'}: validate", "completions", count, sample)
+        self.add(str(Path(place, RESULT_FILE)), _times(step, times))
 
     def policy(self, i: int, value: str) -> PolicyConfig:
         """The policy that V^i guides, with a stand-in for V^i."""

@@ -124,6 +124,11 @@ class StageLog:
         write_json(self.path, {"format_version": FORMAT_VERSION, "stages": self._stages})
 
 
+def finished_stages(path: Path) -> set[str]:
+    """Names of the stages that a run's file records as finished; none where there is no file. Raises as `StageLog`."""
+    return {name for name, record in _read(path).items() if "seconds" in record} if path.exists() else set()
+
+
 def _read(path: Path) -> dict[str, Any]:
     content = read_json(path)
     version = content.get("format_version") if isinstance(content, dict) else None
