@@ -170,6 +170,7 @@ class Variant:
     prompts: float = 1.0
 
 
+BASE = {"dropout": 0.1, "bootstrap": 0.0, "weight_decay": 0.05}
 REGULARISED = {"dropout": 0.5, "weight_decay": 1.0}
 VARIANTS = {
     "base line": Variant(),
@@ -229,7 +230,7 @@ def run(data: Data, variant: Variant, fold: int, objectives: list[str]) -> dict[
     torch.manual_seed(fold)
     started = time.process_time()
     config = TrainHeadConfig("store", objectives, "output", epochs=2, drop_leaves=0.0, seed=fold, device="cpu")
-    config = TrainHeadConfig(**{**asdict(config), **variant.settings})
+    config = TrainHeadConfig(**{**asdict(config), **BASE, **variant.settings})
     index = range(len(data.trees))
     held_out = [i for i in index if fold_of(data.trees[i]) == fold]
     training = [i for i in index if fold_of(data.trees[i]) != fold and _share(data.trees[i]) < variant.prompts]
