@@ -73,6 +73,15 @@ def test_a_step_is_one_average_whatever_its_batches_and_packing(tmp_path):
     assert nodes.state.num_input_tokens_seen > 2 * budget.state.num_input_tokens_seen
 
 
+@pytest.mark.parametrize(("packing", "size"), [("trees", 1), ("nodes", 2)])
+def test_batches_are_of_similar_length_and_come_in_random_order(tmp_path, packing, size):
+    trainer = make_trainer(tmp_path, packing=packing, batch_size=size, drop_leaves=0.0)
+    dealt = [batch["attention_mask"].shape[-1] for batch in trainer.get_train_dataloader()]
+    lengths = sorted(trainer.train_dataset.lengths)
+    assert sorted(dealt) == [max(lengths[i : i + size]) for i in range(0, len(lengths), size)]
+    assert dealt not in (sorted(dealt), sorted(dealt, reverse=True))
+
+
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")  # its newest name differs
 @pytest.mark.parametrize("rank", [0, 4])
 def test_gradient_checkpointing_changes_no_gradient(tmp_path, rank):

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
 from mavis_logits.value_model import ValueModel
@@ -240,19 +239,16 @@ class ValueTrainer(Trainer):
         terms = torch.tensor(sum(len(batch["terms"]) for batch in batch_samples), device=device)
         return self.accelerator.gather(terms).sum()
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(dataset)
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(size, lengths=dataset.lengths)
-
     def get_train_dataloader(self) -> DataLoader:
-        """Batches of `batch_size` sequences, or to the token budget."""
-        if self.tokens_per_batch is None:
+        """Batches of sequences of similar length, `batch_size` of them or to the token budget, in random order."""
+        by_length = self.args.train_sampling_strategy == "group_by_length"
+        if self.tokens_per_batch is None and not by_length:
             return super().get_train_dataloader()
         dataset: Any = self.train_dataset
-        return self._loader(dataset, GroupedBatches(dataset.lengths, self.tokens_per_batch, seed=self.args.seed))
+        sequences = self.args.train_batch_size if self.tokens_per_batch is None else None
+        return self._loader(
+            dataset, GroupedBatches(dataset.lengths, self.tokens_per_batch, sequences, seed=self.args.seed)
+        )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Readings of the validation trees, shortest first."""
