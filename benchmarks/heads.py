@@ -31,10 +31,12 @@ from mavis_training.efficiency import baselines, sample_actions, steering_effici
 from mavis_training.files import read_json, write_json
 from mavis_training.head_fitting import Samples, StateValue, bootstrapped, fit, gather, sample_loss
 from mavis_training.metrics import validation_metrics
+from mavis_training.packing import pack, packed_inputs
 from mavis_training.states import compute_states, read_states
 from mavis_training.targets import stable_hash
 from mavis_training.train_head import TrainHeadConfig, predict
 
+LAST = -1  # layer
 ACTIONS = 8  # of the reference per state, in `steering_efficiency`
 
 
@@ -154,6 +156,14 @@ class Advantage(ValueHead):
         return (variance - 2 * samples.targets[rows] / scale * advantage).mean()
 
 
+class TwoStates(ValueHead):
+    """Reads the states of two layers, one after the other."""
+
+    def __init__(self, config: ValueHeadConfig) -> None:
+        config.hidden_size *= 2
+        super().__init__(config)
+
+
 @dataclass(frozen=True)
 class ActionSamples(Samples):
     """Samples with actions of the reference, `[S', J]`, at every state."""
@@ -163,11 +173,13 @@ class ActionSamples(Samples):
 
 @dataclass(frozen=True)
 class Variant:
-    """What differs from the base line: settings of `TrainHeadConfig`, the kind of head, the share of the prompts."""
+    """What differs from the base line: settings of `TrainHeadConfig`, the kind of head, the share of the prompts, and
+    after which decoder layers the states are taken (the last is what enters the output embedding)."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     kind: type[ValueHead] = ValueHead
     prompts: float = 1.0
+    layers: tuple[int, ...] = (LAST,)
 
 
 BASE = {"dropout": 0.1, "bootstrap": 0.0, "weight_decay": 0.05}
@@ -189,6 +201,9 @@ VARIANTS = {
     "advantage": Variant(kind=Advantage),
     "advantage, regularised": Variant(REGULARISED, kind=Advantage),
     "advantage, bootstrap 0.5": Variant({"bootstrap": 0.5}, kind=Advantage),
+    "states of layer 10": Variant(layers=(10,)),
+    "states of layer 20": Variant(layers=(20,)),
+    "states of layers 20 and 30": Variant(kind=TwoStates, layers=(20, LAST)),
     "half of the prompts": Variant(prompts=0.5),
     "a quarter of the prompts": Variant(prompts=0.25),
 }
@@ -196,16 +211,23 @@ VARIANTS = {
 
 @dataclass
 class Data:
-    """All trees, with the states and the drawn actions of each."""
+    """All trees, with the states, by layer, and the drawn actions of each."""
 
     model: Any
     trees: list[LabelledTree]
-    states: list[Tensor]
+    states: dict[int, list[Tensor]]
     actions: list[Tensor]
+
+    def states_after(self, layers: Sequence[int]) -> list[Tensor]:
+        """Per tree, `[P + N, d]`, or the states of several layers side by side, each of them normalised."""
+        if len(layers) == 1:
+            return self.states[layers[0]]
+        normal = ([nn.functional.layer_norm(x.float(), x.shape[-1:]) for x in self.states[layer]] for layer in layers)
+        return [torch.cat(of_layers, dim=1).bfloat16() for of_layers in zip(*normal, strict=True)]
 
 
 def read_data(arguments: argparse.Namespace) -> Data:
-    """Trees, states, and actions of the reference at each of them."""
+    """Trees, states of all layers that a variant asks for, and actions of the reference at each of them."""
     stores, trees = load_trees(arguments.store, arguments.objectives, 0.0)
     model = load_chat_model(arguments.model, torch.bfloat16)[0]
     states = []
@@ -217,7 +239,20 @@ def read_data(arguments: argparse.Namespace) -> Data:
         sample_actions(embedding, tensor, ACTIONS, generator.manual_seed(i))
         for i, tensor in enumerate(tqdm(states, desc="actions of the reference", unit="tree"))
     ]
-    return Data(model, trees, states, actions)
+    inner = sorted({layer for name in arguments.variants for layer in VARIANTS[name].layers} - {LAST})
+    return Data(model, trees, {LAST: states} | inner_states(model, trees, inner), actions)
+
+
+@torch.inference_mode()
+def inner_states(model: Any, trees: list[LabelledTree], layers: list[int]) -> dict[int, list[Tensor]]:
+    """States after some decoder layers, bfloat16 `[P + N, d]` per tree."""
+    found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    for item in tqdm(trees if layers else [], desc="inner states", unit="tree"):
+        inputs = packed_inputs([pack(item.tree)], model.config, model.dtype)
+        states = model.base_model(**inputs, use_cache=False, output_hidden_states=True).hidden_states
+        for layer in layers:
+            found[layer].append(states[layer][0].bfloat16())
+    return found
 
 
 def fold_of(item: LabelledTree) -> int:
@@ -231,11 +266,12 @@ def run(data: Data, variant: Variant, fold: int, objectives: list[str]) -> dict[
     started = time.process_time()
     config = TrainHeadConfig("store", objectives, "output", epochs=2, drop_leaves=0.0, seed=fold, device="cpu")
     config = TrainHeadConfig(**{**asdict(config), **BASE, **variant.settings})
+    states = data.states_after(variant.layers)
     index = range(len(data.trees))
     held_out = [i for i in index if fold_of(data.trees[i]) == fold]
     training = [i for i in index if fold_of(data.trees[i]) != fold and _share(data.trees[i]) < variant.prompts]
     centred = getattr(variant.kind, "centred", False)
-    samples, validation = (_samples(data, part, centred) for part in (training, held_out))
+    samples, validation = (_samples(data, states, part, centred) for part in (training, held_out))
     head = variant.kind.for_model(data.model, objectives, config.width, config.num_layers, config.dropout).float()
     mean, scale = reward_units([data.trees[i] for i in training])
     head.config.reward_mean, head.config.reward_scale = mean.tolist(), scale.tolist()
@@ -243,27 +279,28 @@ def run(data: Data, variant: Variant, fold: int, objectives: list[str]) -> dict[
         samples = bootstrapped(head, samples, validation, config)
     history = fit(head, samples, validation, config, getattr(variant.kind, "loss", sample_loss), "head")
     seconds = time.process_time() - started
-    parts = [steering_parts(head, data.trees[i], data.states[i], data.actions[i]) for i in held_out]
+    parts = [steering_parts(head, data.trees[i], states[i], data.actions[i]) for i in held_out]
     efficiency = steering_efficiency(parts, [data.trees[i].rewards for i in held_out], objectives)
-    metrics = validation_metrics([predict(head, data.trees[i], data.states[i]) for i in held_out], objectives)
+    metrics = validation_metrics([predict(head, data.trees[i], states[i]) for i in held_out], objectives)
     return {
         "objectives": {name: efficiency[name] | metrics[name] for name in objectives},
         "validation_loss_by_epoch": history,
         "cpu_seconds": round(seconds, 1),
         "parameters": sum(p.numel() for p in head.parameters()),
         "trees": [len(training), len(held_out)],
-        "settings": variant.settings | {"prompts": variant.prompts, "kind": variant.kind.__name__},
+        "settings": variant.settings
+        | {"prompts": variant.prompts, "kind": variant.kind.__name__, "layers": variant.layers},
         "made": f"{platform.machine()}, torch {version('torch')}, {datetime.now(UTC):%Y-%m-%d}",
     }
 
 
-def _samples(data: Data, part: Sequence[int], centred: bool) -> ActionSamples:
+def _samples(data: Data, states: list[Tensor], part: Sequence[int], centred: bool) -> ActionSamples:
     """Samples of some trees; with `centred`, their targets less the mean reward of the prompt's other branches."""
     trees = [data.trees[i] for i in part]
     if centred:
         trees = [replace(item, targets=item.targets - _baselines(item)) for item in trees]
     kept = [np.ones(len(item.tree), dtype=bool) for item in trees]
-    samples = gather(list(zip(trees, kept, [data.states[i] for i in part], strict=True)))
+    samples = gather(list(zip(trees, kept, [states[i] for i in part], strict=True)))
     return ActionSamples(**vars(samples), actions=torch.cat([data.actions[i] for i in part]))
 
 

@@ -14,7 +14,8 @@ trees, and by the same `ValueTrainer`. What could favour one is made equal:
 - Chance. Every choice is trained with each of `--seeds` (of order and of the start of the weights).
 
 The loss to reach is the smallest mean over the seeds that a choice of the per-node form ends with. Each form then
-stands with its quickest choice that comes down to it. Validation counts for none.
+stands with its quickest choice that comes down to it, within the standard error of their difference. Validation counts
+for none.
 
 Trees come from a labelled store (`mavis collect`, `mavis label`; recipes/smollm2). Run it on a machine that does
 nothing else. Results go to docs/results/training.json and training.md after every run; a rerun with the same settings
@@ -271,10 +272,10 @@ def summary(runs: Sequence[Run], settings: dict[str, Any]) -> dict[str, Any]:
     for run in runs:
         by_choice.setdefault(run.choice, []).append(run)
     means = [asdict(choice) | _mean(made) for choice, made in by_choice.items()]
-    goal = min(mean["loss"] for mean in means if mean["form"] == "nodes")
-    to_loss = {}
-    for form in FORMS:
-        reached = [mean for mean in means if mean["form"] == form and mean["loss"] <= goal]
+    goal = min((mean for mean in means if mean["form"] == "nodes"), key=lambda mean: mean["loss"])
+    to_loss = {"nodes": goal}
+    for form in set(FORMS) - {"nodes"}:
+        reached = [mean for mean in means if mean["form"] == form and _is_level(mean, goal)]
         if reached:
             to_loss[form] = min(reached, key=lambda mean: mean["seconds"])
     per_epoch: dict[str, dict[str, float]] = {}
@@ -293,7 +294,7 @@ def summary(runs: Sequence[Run], settings: dict[str, Any]) -> dict[str, Any]:
         "machine": {"cpu": _cpu(), "threads": torch.get_num_threads(), "system": platform.system()},
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "mavis-logits")},
         "settings": settings,
-        "loss": goal,
+        "loss": goal["loss"],
         "per_epoch": per_epoch,
         "to_loss": to_loss,
         "means": means,
@@ -312,6 +313,11 @@ def _mean(runs: Sequence[Run]) -> dict[str, Any]:
         "loss": float(np.mean(losses)),
         "standard_error": float(np.std(losses, ddof=1) / np.sqrt(len(losses))) if len(losses) > 1 else None,
     }
+
+
+def _is_level(mean: dict[str, Any], goal: dict[str, Any]) -> bool:
+    """Whether a choice's loss is at most the goal's, within the standard error of their difference."""
+    return bool(mean["loss"] - goal["loss"] <= np.hypot(mean["standard_error"] or 0, goal["standard_error"] or 0))
 
 
 def page(result: dict[str, Any]) -> str:
@@ -351,7 +357,7 @@ out, and validated on {settings["validation_trees"]} others. In brackets the rat
 {table}
 
 The loss is the smallest that a choice of a sequence per node ends with, a mean over seeds; each form stands with its
-quickest choice that ends no higher:
+quickest choice that ends no higher, within the standard error of the difference:
 
 | form | trees a step | learning rate | epochs | seconds | validation loss ± standard error (seeds) |
 |---|---|---|---|---|---|
