@@ -23,6 +23,8 @@ def functions(kind: str, base: Any) -> Any:
         return make_value_model("a", "b")
     if kind == "head":
         return make_head(base, "a", "b")
+    if kind == "heads":
+        return {"a": make_head(base, "a"), "b": make_head(base, "b", seed=5, layer=1)}
     return {"a": make_head(base, "a"), "b": make_value_model("b")}
 
 

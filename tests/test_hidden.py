@@ -28,9 +28,9 @@ def expected(base: PreTrainedModel, ids: Tensor) -> Tensor:
         return base.base_model(ids).last_hidden_state
 
 
-def assert_state(state: Tensor | None, wanted: Tensor) -> None:
-    assert state is not None
-    torch.testing.assert_close(state, wanted, atol=1e-5, rtol=1e-5)
+def assert_state(states: dict[int | None, Tensor] | None, wanted: Tensor, layer: int | None = None) -> None:
+    assert states is not None
+    torch.testing.assert_close(states[layer], wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_the_state_of_the_last_position_is_handed_out_once() -> None:
@@ -81,11 +81,29 @@ def test_another_models_forward_leaves_no_state() -> None:
     assert hidden.take(4) is None
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom"])
+def test_states_of_inner_layers_come_with_those_of_the_output(architecture: str) -> None:
+    base = make_base(architecture)
+    with torch.no_grad():
+        wanted = base.base_model(IDS, output_hidden_states=True).hidden_states
+    hidden = HiddenStates(base, [1, None, 1])
+    run(base, IDS, logits_to_keep=1)
+    assert_state(hidden.take(4), wanted[1][:, -1], layer=1)
+    run(base, IDS, logits_to_keep=3)
+    for length in (2, 3, 4):
+        taken = hidden.take(length)
+        assert_state(taken, wanted[1][:, length - 1], layer=1)
+        assert_state(taken, wanted[-1][:, length - 1])
+    hidden.remove()
+    run(base, IDS)
+    assert hidden.take(4) is None
+
+
 def test_threads_do_not_see_each_others_states() -> None:
     base = make_base()
     hidden = HiddenStates(base)
     run(base, IDS)
-    seen: list[Tensor | None] = []
+    seen: list[Any] = []
     thread = threading.Thread(target=lambda: seen.append(hidden.take(4)))
     thread.start()
     thread.join()
@@ -95,10 +113,9 @@ def test_threads_do_not_see_each_others_states() -> None:
 
 def test_removed_hooks_leave_nothing_behind() -> None:
     base = make_base()
-    before = [len(module._forward_pre_hooks) for module in base.modules()]
-    hidden = HiddenStates(base)
+    hidden = HiddenStates(base, [None, 1])
     hidden.remove()
-    assert [len(module._forward_pre_hooks) for module in base.modules()] == before
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in base.modules())
     run(base, IDS)
     assert hidden.take(4) is None
 
@@ -108,14 +125,15 @@ def test_a_model_without_output_embedding_is_refused() -> None:
         HiddenStates(make_base().model)
 
 
-def test_a_model_compiled_before_is_steered_all_the_same() -> None:
+@pytest.mark.parametrize("layer", [None, 1])
+def test_a_model_compiled_before_is_steered_all_the_same(layer: int | None) -> None:
     base = make_base()
     compiled = CompileConfig(backend="eager", fullgraph=True)
     compiled._compile_all_devices = True  # else generate compiles on GPUs only
     settings = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": PAD}
     static = settings | {"cache_implementation": "static", "compile_config": compiled}
     base.generate(IDS, **static)
-    with MavisLogitsProcessor(make_head(base, "a"), model=base, top_k=4, pad_token_id=PAD) as mavis:
+    with MavisLogitsProcessor(make_head(base, "a", layer=layer), model=base, top_k=4, pad_token_id=PAD) as mavis:
         steered = base.generate(IDS, logits_processor=[mavis], **static)
         assert mavis.stats.passed_through == 0
         assert torch.equal(steered, base.generate(IDS, logits_processor=[mavis], **settings))

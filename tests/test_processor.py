@@ -28,7 +28,7 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("kind", ["model", "head", "mixed"])
+@pytest.mark.parametrize("kind", ["model", "head", "heads", "mixed"])
 @pytest.mark.parametrize("mode", MODES)
 def test_generate_samples_from_algorithm_2(kind: str, mode: str, base: Any, prompts: dict[str, Tensor]) -> None:
     recorder = steer(kind, base)
@@ -54,7 +54,7 @@ def test_value_models_of_every_architecture(
     assert_algorithm_2(recorder, base)
 
 
-@pytest.mark.parametrize("kind", ["model", "head"])
+@pytest.mark.parametrize("kind", ["model", "head", "heads"])
 def test_assisted_decoding_with_rejections(kind: str, base: Any) -> None:
     recorder = steer(kind, base)
     torch.manual_seed(0)
@@ -62,14 +62,14 @@ def test_assisted_decoding_with_rejections(kind: str, base: Any) -> None:
     out = base.generate(
         prompt, assistant_model=make_base(seed=9), do_sample=False, max_new_tokens=16, logits_processor=[recorder]
     )
-    if kind == "head":  # a draft has no state of the base model behind it; the result is exact all the same
+    if kind != "model":  # a draft has no state of the base model behind it; the result is exact all the same
         assert recorder.inner.stats.passed_through > 0
     assert_algorithm_2(recorder, base)
     plain = steer(kind, base)
     assert torch.equal(out, base.generate(prompt, do_sample=False, max_new_tokens=16, logits_processor=[plain]))
 
 
-@pytest.mark.parametrize("kind", ["model", "head"])
+@pytest.mark.parametrize("kind", ["model", "head", "heads"])
 def test_prompt_lookup(kind: str, base: Any) -> None:
     prompt = torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6]])
     recorder = steer(kind, base)
@@ -82,7 +82,7 @@ def test_prompt_lookup(kind: str, base: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["model", "head"])
+@pytest.mark.parametrize("kind", ["model", "head", "heads"])
 def test_compiled_static_cache(kind: str, base: Any, prompts: dict[str, Tensor]) -> None:
     compiled = CompileConfig(backend="eager", fullgraph=True)
     compiled._compile_all_devices = True  # else generate compiles on GPUs only
@@ -101,7 +101,7 @@ def test_compiled_static_cache(kind: str, base: Any, prompts: dict[str, Tensor])
     )
 
 
-@pytest.mark.parametrize("kind", ["model", "head"])
+@pytest.mark.parametrize("kind", ["model", "head", "heads"])
 def test_rows_that_end_at_different_times(kind: str, base: Any, prompts: dict[str, Tensor]) -> None:
     with torch.no_grad():
         base.get_output_embeddings().weight[EOS] *= 2  # end often
@@ -163,7 +163,7 @@ def test_a_step_feeds_exactly_k_queries_per_live_row(base: Any, prompts: dict[st
         assert all(q == K for _, q in shapes[1:])
 
 
-@pytest.mark.parametrize("kind", ["model", "head", "mixed"])
+@pytest.mark.parametrize("kind", ["model", "head", "heads", "mixed"])
 def test_beta_zero_over_the_whole_vocabulary_changes_nothing(kind: str, base: Any, prompts: dict[str, Tensor]) -> None:
     model = base if kind != "model" else None
     mavis = MavisLogitsProcessor(functions(kind, base), beta=0.0, model=model, top_k=VOCABULARY, pad_token_id=PAD)
@@ -233,7 +233,7 @@ def test_streamer(base: Any) -> None:
     assert streamer.tokens == out[0].tolist()
 
 
-@pytest.mark.parametrize("kind", ["model", "head"])
+@pytest.mark.parametrize("kind", ["model", "head", "heads"])
 def test_text_generation_pipeline(kind: str, base: Any) -> None:
     words = {f"w{i}": i for i in range(VOCABULARY)}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="w3")))

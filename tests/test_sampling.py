@@ -30,6 +30,8 @@ def functions(kind: str, base: Any) -> Any:
         return make_value_model("a", "b")
     if kind == "head":
         return make_head(base, "a", "b")
+    if kind == "heads":
+        return {"a": make_head(base, "a"), "b": make_head(base, "b", seed=5, layer=1)}
     return {"a": make_head(base, "a"), "b": make_value_model("b")}
 
 
@@ -86,7 +88,7 @@ FULL = {"return_dict_in_generate": True, "output_scores": True, "output_logits":
 
 
 @pytest.mark.parametrize("min_p", [None, 0.2, 1.0])
-@pytest.mark.parametrize("kind", ["model", "head", "mixed"])
+@pytest.mark.parametrize("kind", ["model", "head", "heads", "mixed"])
 @pytest.mark.parametrize("sample", [True, False])
 def test_every_step_is_algorithm_2(
     kind: str, sample: bool, min_p: float | None, base: Any, prompts: dict[str, Tensor]
@@ -124,7 +126,7 @@ def test_value_models_of_every_kind_read_along(architecture: str, base: Any, pro
         assert_algorithm_2(mavis, base, output, prompts["attention_mask"])
 
 
-@pytest.mark.parametrize("kind", ["model", "head", "mixed"])
+@pytest.mark.parametrize("kind", ["model", "head", "heads", "mixed"])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -176,7 +178,7 @@ def test_finished_rows_leave_the_batch_and_change_nothing(base: Any, prompts: di
     assert mavis.stats.tokens == sum(row.index(EOS) + 1 if EOS in row else len(row) for row in new.tolist())
 
 
-@pytest.mark.parametrize("kind", ["model", "head"])
+@pytest.mark.parametrize("kind", ["model", "head", "heads"])
 def test_values_are_those_of_the_finished_sequences(kind: str, base: Any, prompts: dict[str, Tensor]) -> None:
     mavis = strategy(kind, base)
     torch.manual_seed(0)

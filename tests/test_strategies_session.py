@@ -27,12 +27,22 @@ class WidthBias(LogitsProcessor):
 
 @pytest.mark.parametrize(
     ("architecture", "kind"),
-    [("llama", "llama"), ("llama", "head"), ("gpt2", "gemma2"), ("gemma3", "gpt2"), ("mistral", "mamba")],
+    [
+        ("llama", "llama"),
+        ("llama", "head"),
+        ("llama", "inner head"),
+        ("gpt2", "gemma2"),
+        ("gemma3", "gpt2"),
+        ("mistral", "mamba"),
+    ],
 )
 def test_replaced_rows_are_as_if_written_so(architecture: str, kind: str, prompts: dict[str, Tensor]) -> None:
     """Any sequence after any other, of any length: distributions and values equal those of a forward from scratch."""
     base = make_base(architecture)
-    value = make_head(base, "a", "b") if kind == "head" else make_value_model("a", "b", architecture=kind)
+    if kind in ("head", "inner head"):
+        value: Any = make_head(base, "a", "b", layer=1 if kind == "inner head" else None)
+    else:
+        value = make_value_model("a", "b", architecture=kind)
     mavis = MavisSampling(value, model=base, top_k=5)
     ids, mask = prompts["input_ids"], prompts["attention_mask"]
     starts = [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]

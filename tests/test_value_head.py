@@ -38,6 +38,12 @@ def by_hand(head: ValueHead, base: Any, state: Tensor, token: int) -> Tensor:
     return mean + scale * head.out(z)
 
 
+@pytest.mark.parametrize("layer", [0, 3, -1])
+def test_a_layer_that_the_model_has_not_is_refused(layer: int) -> None:
+    with pytest.raises(ValueError, match=f"layer {layer}, but LlamaForCausalLM has 2 layers: name one of 1 to 2"):
+        make_head(make_base(), "a", layer=layer)
+
+
 def test_the_value_is_the_formula() -> None:
     base = make_base()
     head = ValueHead.for_model(

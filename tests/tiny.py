@@ -82,10 +82,10 @@ def make_value_model(
     return model
 
 
-def make_head(base: PreTrainedModel, *objectives: str, seed: int = 2) -> ValueHead:
+def make_head(base: PreTrainedModel, *objectives: str, seed: int = 2, layer: int | None = None) -> ValueHead:
     """A random value head for `base`."""
     torch.manual_seed(seed)
-    return ValueHead.for_model(base, objectives or ("a",), width=16).eval()
+    return ValueHead.for_model(base, objectives or ("a",), width=16, layer=layer).eval()
 
 
 def make_adapter(

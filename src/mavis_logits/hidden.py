@@ -1,69 +1,117 @@
-"""Catching the hidden state that the base model has just turned into logits.
+"""Catching the hidden states that the base model has just computed on its way to the logits.
 
 What enters the output embedding is caught by a forward pre-hook; how many tokens the base model has read by then, by
 another on the model. Together they tell, for every call of a logits processor, whether its scores come from the base
-model at all, and from which of the positions of its last forward pass.
+model at all, and from which of the positions of its last forward pass. States of inner layers, for value heads that
+read those, are caught by forward hooks on the layers.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 
-class HiddenStates:
-    """The states of the base model's latest forward pass, each handed out once. Every thread has its own."""
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The layers of a language model, in order.
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        layer = model.get_output_embeddings()
-        if layer is None:
+    Raises:
+        ValueError: there is no list of as many modules as its configuration has layers.
+    """
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ValueError(
+        f"{type(model).__name__} has no list of {count} layers to read states from: use value heads that read what "
+        "enters the output embedding (layer: null)"
+    )
+
+
+def catch_states(model: PreTrainedModel, layer: int | None, catch: Callable[[Tensor], None]) -> RemovableHandle:
+    """Have `catch` called with the states of every forward pass.
+
+    Args:
+        model: the base model.
+        layer: after how many of its layers the states are read; None: what enters the output embedding.
+        catch: given [R, T, d], or [R, d] where only the last position goes on to the output embedding.
+
+    Returns:
+        What takes the hook off again.
+    """
+    if layer is None:
+        output = model.get_output_embeddings()
+        if output is None:
             raise ValueError(f"{type(model).__name__} has no output embedding; steering needs a causal language model")
+        return output.register_forward_pre_hook(lambda _, args: catch(args[0].detach()))
+    after = decoder_layers(model)[layer - 1]
+    return after.register_forward_hook(lambda _, __, out: catch((out[0] if isinstance(out, tuple) else out).detach()))
+
+
+class HiddenStates:
+    """The states of the base model's latest forward pass, each handed out once. Every thread has its own.
+
+    Args:
+        model: the base model.
+        layers: which are wanted, as for `catch_states`.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: Iterable[int | None] = (None,)) -> None:
+        inner = {layer for layer in layers if layer is not None}
+        handles = [catch_states(model, layer, self._catcher(layer)) for layer in inner]
+        handles.append(catch_states(model, None, self._at_output))
         _let_compiled_code_see_hooks()
         self.model = model
         self._local = threading.local()
-        self._handles = [
-            model.register_forward_pre_hook(self._before_model, with_kwargs=True),
-            layer.register_forward_pre_hook(self._before_output),
-        ]
+        self._handles = [model.register_forward_pre_hook(self._before_model, with_kwargs=True), *handles]
 
     def remove(self) -> None:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
 
-    def take(self, length: int) -> Tensor | None:
-        """The state [R, d] behind the scores of sequences of `length` tokens (padding included).
+    def take(self, length: int) -> dict[int | None, Tensor] | None:
+        """The states [R, d] behind the scores of sequences of `length` tokens (padding included), by layer.
 
         None if no forward pass of the base model has led to these scores: then they are an assistant's, or a probe's.
         """
-        states: Tensor | None = getattr(self._local, "states", None)
+        states: dict[int | None, Tensor] | None = getattr(self._local, "states", None)
         if states is None:
             return None
-        count = states.shape[1]
+        count = states[None].shape[1]
         index = 0 if count == 1 else count - 1 - (self._local.read - length)
         if not self._local.next <= index < count:
             return None
         self._local.next = index + 1
         if index == count - 1:
             self._local.states = None
-        return states[:, index]
+        return {layer: tensor[:, index - count] for layer, tensor in states.items()}
 
     def _before_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = kwargs.get("input_ids", args[0] if args else None)
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
         past = kwargs.get("past_key_values")
-        self._local.states = None
+        self._local.states, self._local.inner = None, {}
         if tokens is not None and tokens.shape[1] > 1:  # a single position needs no counting
             self._local.read = tokens.shape[1] + (int(past.get_seq_length()) if past is not None else 0)
 
-    def _before_output(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        states: Tensor = args[0]
-        self._local.states = states.detach() if states.ndim == 3 else states.detach()[:, None]
+    def _catcher(self, layer: int) -> Callable[[Tensor], None]:
+        def catch(states: Tensor) -> None:
+            self._local.__dict__.setdefault("inner", {})[layer] = states
+
+        return catch
+
+    def _at_output(self, states: Tensor) -> None:
+        # Often the last positions only go on to the output embedding; those of inner layers are counted from the end.
+        output = states if states.ndim == 3 else states[:, None]
+        self._local.states = {None: output, **self._local.__dict__.get("inner", {})}
         self._local.next = 0
 
 

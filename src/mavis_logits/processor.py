@@ -49,7 +49,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         self.detach()
         super().attach(model)
         if self._functions.heads:
-            self._hidden = HiddenStates(model)
+            self._hidden = HiddenStates(model, [head.config.layer for head in self._functions.heads])
         return self
 
     def detach(self) -> None:
@@ -91,7 +91,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
                     "a value head needs the base model's hidden states: pass model=model, or use mavis.attach(model)"
                 )
             hidden = self._hidden.take(input_ids.shape[1])
-            if hidden is None or len(hidden) != len(scores):
+            if hidden is None or len(hidden[None]) != len(scores):
                 self._pass_through()
                 return scores
             self._local.passed = 0
@@ -129,13 +129,20 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
                 stacklevel=3,
             )
 
-    def _values(self, input_ids: Tensor, hidden: Tensor | None, choice: Choice, scored: Tensor, live: Tensor) -> Tensor:
+    def _values(
+        self,
+        input_ids: Tensor,
+        hidden: dict[int | None, Tensor] | None,
+        choice: Choice,
+        scored: Tensor,
+        live: Tensor,
+    ) -> Tensor:
         """Values [R, k, M] of the candidates; those not `scored` mean nothing."""
         candidates = choice.candidates
         parts: dict[int, Tensor] = {}
         for head in self._functions.heads:
             assert hidden is not None
-            parts[id(head)] = head(hidden, None if self.config.top_k is None else candidates)
+            parts[id(head)] = head(hidden[head.config.layer], None if self.config.top_k is None else candidates)
         models = self._functions.busy_models(self._idle)
         if models and scored.any():
             # Rows that have ended are gone for good. Those that need no value stay: their tokens wait.

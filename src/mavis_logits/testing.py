@@ -44,10 +44,12 @@ def recompute_head_values(
     caught: list[Tensor] = []
     hook = base.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
     try:
-        base(torch.as_tensor(np.asarray(sequence), dtype=torch.long, device=base.device)[None])
+        ids = torch.as_tensor(np.asarray(sequence), dtype=torch.long, device=base.device)[None]
+        inner = base(ids, output_hidden_states=True).hidden_states
     finally:
         hook.remove()
-    return torch.cat([head(caught[0][:, -1], token[None, None])[0] for token in candidates])
+    states = caught[0] if head.config.layer is None else inner[head.config.layer]
+    return torch.cat([head(states[:, -1], token[None, None])[0] for token in candidates])
 
 
 def algorithm_2(log_ref: Tensor, value: Callable[[int], float], k: int, beta: float) -> Tensor:

@@ -32,6 +32,8 @@ class ValueHeadConfig(ObjectivesMixin, PreTrainedConfig):
         width: of the head.
         num_layers: residual GELU layers.
         dropout: while training.
+        layer: after how many of the base model's layers the state is read, 1 to all; None: what enters the output
+            embedding.
         base_fingerprint: of the base model's weights (`mavis_logits.fingerprint.weights_fingerprint`).
         objectives, reward_mean, reward_scale, tokenizer_fingerprint, base_model, base_revision, recipe, iteration:
             see `ObjectivesMixin`.
@@ -47,12 +49,13 @@ class ValueHeadConfig(ObjectivesMixin, PreTrainedConfig):
         width: int = 512,
         num_layers: int = 1,
         dropout: float = 0.0,
+        layer: int | None = None,
         base_fingerprint: str | None = None,
         **kwargs: Any,
     ) -> None:
         self.hidden_size, self.embedding_size, self.vocab_size = hidden_size, embedding_size, vocab_size
         self.width, self.num_layers, self.dropout = width, num_layers, dropout
-        self.base_fingerprint = base_fingerprint
+        self.layer, self.base_fingerprint = layer, base_fingerprint
         kwargs = self._take_objectives(kwargs)
         super().__init__(**kwargs)
 
@@ -60,8 +63,9 @@ class ValueHeadConfig(ObjectivesMixin, PreTrainedConfig):
 class ValueHead(PushMixin, PreTrainedModel):
     """Pairwise value head: z = LayerNorm(W_h h + W_e e_a), residual GELU layers, M outputs.
 
-    h is what enters the base model's output embedding, e_a the candidate's row of that embedding, both normalised. A
-    head belongs to one base model and must be bound to it (`bind`) before use.
+    h is the base model's hidden state after `config.layer` of its layers, or what enters its output embedding, and e_a
+    the candidate's row of that embedding, both normalised. A head belongs to one base model and must be bound to it
+    (`bind`) before use.
     """
 
     config: ValueHeadConfig
@@ -112,7 +116,7 @@ class ValueHead(PushMixin, PreTrainedModel):
         embedding = output_embedding(model)
         settings = {"base_model": model.config.name_or_path or None} | config
         head_config = ValueHeadConfig(
-            hidden_size=embedding.shape[1],
+            hidden_size=embedding.shape[1] if config.get("layer") is None else _decoder_config(model).hidden_size,
             embedding_size=embedding.shape[1],
             vocab_size=embedding.shape[0],
             width=width,
@@ -158,6 +162,12 @@ class ValueHead(PushMixin, PreTrainedModel):
                 f"{type(model).__name__} has {embedding.shape[0]} x {embedding.shape[1]}: use the head's own base "
                 f"model, {config.base_model}"
             )
+        layers = _decoder_config(model).num_hidden_layers
+        if config.layer is not None and not 1 <= config.layer <= layers:
+            raise ValueError(
+                f"this value head reads the state after layer {config.layer}, but {type(model).__name__} has {layers} "
+                f"layers: name one of 1 to {layers}, or none for what enters the output embedding"
+            )
         if embedding.device != self.device:
             raise ValueError(
                 f"the value head is on {self.device}, the base model on {embedding.device}: move one of them"
@@ -182,7 +192,7 @@ class ValueHead(PushMixin, PreTrainedModel):
         """Values of candidates.
 
         Args:
-            hidden: [R, d], what entered the base model's output embedding at the last position of each row.
+            hidden: [R, d], the base model's state after `config.layer` at the last position of each row.
             candidates: [R, k] token ids, or None for the whole vocabulary.
 
         Returns:
@@ -226,6 +236,10 @@ class ValueHead(PushMixin, PreTrainedModel):
             table = torch.cat([self.action(_normalised(rows.to(weight.dtype))) for rows in embedding.split(8192)])
             self._table = (version, table)
         return self._table[1]
+
+
+def _decoder_config(model: PreTrainedModel) -> PreTrainedConfig:
+    return model.config.get_text_config(decoder=True)
 
 
 def output_embedding(model: PreTrainedModel) -> Tensor:

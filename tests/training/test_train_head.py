@@ -47,9 +47,10 @@ def config(store, tmp_path):
     )
 
 
-def test_training_learns_and_saves(config):
+@pytest.mark.parametrize("layer", [None, 1])
+def test_training_learns_and_saves(config, layer):
     model = tiny_llama()
-    head = train_head(config, model)
+    head = train_head(dataclasses.replace(config, layer=layer), model)
     metrics = json.loads(Path(config.output, "metrics.json").read_text())
     assert metrics["low"]["correlation"] > 0.1
     assert metrics["low"]["ranking"]["accuracy"] > 0.55
@@ -59,6 +60,7 @@ def test_training_learns_and_saves(config):
     with torch.inference_mode():
         torch.testing.assert_close(loaded(hidden), head(hidden))
     assert loaded.config.objectives == ["low", "high"]
+    assert loaded.config.layer == layer
     assert loaded.config.tokenizer_fingerprint == TOKENIZER
     assert config.store not in json.dumps(loaded.config.to_dict())
 
@@ -72,6 +74,18 @@ def test_states_are_what_enters_the_output_embedding():
         seen = np.flatnonzero(layout.visible()[layout.last[leaf]])
         with torch.inference_mode():
             alone = model.model(torch.from_numpy(layout.input_ids[seen])[None]).last_hidden_state[0]
+        torch.testing.assert_close(states[seen].float(), alone, rtol=1e-2, atol=1e-2)
+
+
+def test_states_of_a_layer_are_those_that_the_model_itself_tells():
+    tree, model = random_tree(3), tiny_llama()
+    layout = pack(tree)
+    states = tree_states(model, layout, layer=1)
+    for leaf in tree.leaves():
+        seen = np.flatnonzero(layout.visible()[layout.last[leaf]])
+        with torch.inference_mode():
+            ids = torch.from_numpy(layout.input_ids[seen])[None]
+            alone = model.model(ids, output_hidden_states=True).hidden_states[1][0]
         torch.testing.assert_close(states[seen].float(), alone, rtol=1e-2, atol=1e-2)
 
 
@@ -91,6 +105,8 @@ def test_bad_states_are_refused(store, tmp_path):
     compute_states(store, tiny_llama(), tmp_path)
     with pytest.raises(ValueError, match="use another folder"):
         compute_states(store, tiny_llama(seed=1), tmp_path)
+    with pytest.raises(ValueError, match="states of layer None, not 1: use another folder"):
+        compute_states(store, tiny_llama(), tmp_path, layer=1)
     path = states_path(tmp_path, store.shards()[0])
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(OSError, match="truncated or corrupt"):

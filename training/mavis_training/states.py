@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from mavis_logits.fingerprint import weights_fingerprint
+from mavis_logits.hidden import catch_states
 
 from .files import open_safetensors, replace_when_whole
 from .packing import Layout, pack, packed_inputs, require_packable
@@ -24,8 +25,8 @@ from .tree import Tree
 from .tree_store import Shard, TreeStore
 
 
-def compute_states(store: TreeStore, model: PreTrainedModel, folder: str | Path) -> None:
-    """One tree-packed prefill pass over a store: what enters the output embedding, at every token of every tree.
+def compute_states(store: TreeStore, model: PreTrainedModel, folder: str | Path, layer: int | None = None) -> None:
+    """One tree-packed prefill pass over a store: the states at every token of every tree.
 
     One file per shard, written when done, so that a killed pass goes on where it stood. Several processes
     (`mavis_training.ranks`) share the shards.
@@ -34,10 +35,11 @@ def compute_states(store: TreeStore, model: PreTrainedModel, folder: str | Path)
         store: the trees; they need no rewards yet.
         model: the frozen base model, on this process's device.
         folder: for the files.
+        layer: of the model whose states they are; None for what enters the output embedding.
 
     Raises:
         ValueError: the model cannot read packed trees or is not the one they were sampled from, or the folder holds
-            states of another model or other trees.
+            states of another model, of another layer or of other trees.
     """
     require_packable(model.config)
     fingerprint = weights_fingerprint(model)
@@ -45,34 +47,34 @@ def compute_states(store: TreeStore, model: PreTrainedModel, folder: str | Path)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     ranks = join(str(model.device))
-    todo = ranks.share(ranks.agree(lambda: _without_states(store, folder, fingerprint)))
+    todo = ranks.share(ranks.agree(lambda: _without_states(store, folder, fingerprint, layer)))
     started, tokens = time.monotonic(), 0
     with tqdm(todo, desc="hidden states", unit="shard", disable=not ranks.is_main) as progress:
         for shard in progress:
             trees = shard.trees()
-            states = {str(i): tree_states(model, pack(tree)) for i, tree in enumerate(trees)}
+            states = {str(i): tree_states(model, pack(tree), layer) for i, tree in enumerate(trees)}
             with replace_when_whole(states_path(folder, shard)) as temporary:
-                save_file(states, temporary, metadata=_origin(fingerprint, trees))
+                save_file(states, temporary, metadata=_origin(fingerprint, trees, layer))
             tokens += sum(map(len, states.values()))
             progress.set_postfix_str(f"{tokens / (time.monotonic() - started):.0f} tokens/s")
     ranks.wait()
 
 
-def _without_states(store: TreeStore, folder: Path, fingerprint: str) -> list[Shard]:
+def _without_states(store: TreeStore, folder: Path, fingerprint: str, layer: int | None) -> list[Shard]:
     """The shards whose states are still to be computed; those that are there are checked."""
     todo = []
     for shard in store.shards():
         path = states_path(folder, shard)
         if path.exists():
-            _require_same_origin(path, _origin(fingerprint, shard.trees()))
+            _require_same_origin(path, _origin(fingerprint, shard.trees(), layer))
         else:
             todo.append(shard)
     return todo
 
 
-def _origin(fingerprint: str, trees: list[Tree]) -> dict[str, str]:
-    """What a file of states records: the weights and the trees that they are of."""
-    return {"base_fingerprint": fingerprint, "trees": _digest(trees)}
+def _origin(fingerprint: str, trees: list[Tree], layer: int | None) -> dict[str, str]:
+    """What a file of states records: the weights, the layer and the trees that they are of."""
+    return {"base_fingerprint": fingerprint, "layer": str(layer), "trees": _digest(trees)}
 
 
 def read_states(store: TreeStore, folder: str | Path) -> list[Tensor]:
@@ -93,12 +95,28 @@ def states_path(folder: Path, shard: Shard) -> Path:
     return folder / f"{shard.path.stem}.states.safetensors"
 
 
+class _Caught(Exception):
+    """Leaves a forward pass once the layer that is wanted has been computed."""
+
+
 @torch.inference_mode()
-def tree_states(model: PreTrainedModel, layout: Layout) -> Tensor:
-    """States of one packed tree, bfloat16 `[P + N, d]`."""
-    inputs = packed_inputs([layout], model.config, model.dtype)
-    with output_embedding_input(model) as caught:
-        model(**send_to_device(inputs, model.device), use_cache=False)
+def tree_states(model: PreTrainedModel, layout: Layout, layer: int | None = None) -> Tensor:
+    """States of one packed tree after `layer`, bfloat16 `[P + N, d]`; None for what enters the output embedding."""
+    inputs = send_to_device(packed_inputs([layout], model.config, model.dtype), model.device)
+    if layer is None:
+        with output_embedding_input(model) as caught:
+            model(**inputs, use_cache=False)
+    else:
+        caught = []
+
+        def catch(states: Tensor) -> None:
+            caught.append(states)
+            raise _Caught
+
+        handle = catch_states(model, layer, catch)
+        with suppress(_Caught):
+            model.base_model(**inputs, use_cache=False)
+        handle.remove()
     return caught[0][0].to(torch.bfloat16).cpu().contiguous()
 
 
@@ -121,8 +139,9 @@ def output_embedding_input(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 def _require_same_origin(path: Path, origin: dict[str, str]) -> None:
     with open_safetensors(path, "pt") as file:
         found = file.metadata() or {}
-    for name, what in (("base_fingerprint", "a model with weights"), ("trees", "trees")):
-        if found.get(name, origin[name]) != origin[name]:  # the first files did not name their trees
+    found = {"layer": str(None)} | found  # the first files named neither their layer nor their trees
+    for name, what in (("base_fingerprint", "a model with weights"), ("layer", "layer"), ("trees", "trees")):
+        if found.get(name, origin[name]) != origin[name]:
             raise ValueError(f"{path} holds states of {what} {found[name]}, not {origin[name]}: use another folder.")
 
 

@@ -83,7 +83,8 @@ class Teacher:
     def _of_head(self, layout: Layout) -> Array:
         assert isinstance(self.function, ValueHead)
         assert self.base is not None
-        hidden = tree_states(self.base, layout)[layout.previous].to(self.function.device).float()
+        states = tree_states(self.base, layout, self.function.config.layer)
+        hidden = states[layout.previous].to(self.function.device).float()
         tokens = torch.from_numpy(layout.input_ids[layout.new]).to(self.function.device)
         return self.function(hidden, tokens[:, None])[:, 0].float().cpu().numpy()
 

@@ -23,7 +23,7 @@ from .metrics import Prediction, validation_metrics
 from .packing import pack
 from .ranks import join
 from .settings import torch_dtype
-from .states import compute_states, read_states
+from .states import compute_states, read_states, tree_states
 from .targets import Penalty, kept_nodes
 from .tree_store import TreeStore
 
@@ -43,6 +43,8 @@ class TrainHeadConfig:
         states: folder of hidden states, computed if missing, or one for each store; None for `<output>/states`.
         initial: folder or Hub id of a head to go on from (Algorithm 1: that of the iteration before); its base model
             and objectives must be the same. None for a new head.
+        layer: of the base model, whose states a new head reads: after how many of its layers, or None for what enters
+            the output embedding.
         width: of a new head.
         num_layers: residual layers of a new head.
         dropout: while training.
@@ -71,6 +73,7 @@ class TrainHeadConfig:
     model: str = "smollm2"
     states: str | list[str] | None = None
     initial: str | None = None
+    layer: int | None = None
     width: int = 512
     num_layers: int = 1
     dropout: float = 0.5
@@ -135,14 +138,15 @@ def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) ->
     ranks = join(config.device)
     model.to(ranks.device).eval()  # type: ignore[arg-type]
     head = starting_head(config, model, reward_units(training))
-    recipe = recipe_of(asdict(config) | {"width": head.config.width, "num_layers": head.config.num_layers}, stores)
+    of_head = {name: getattr(head.config, name) for name in ("layer", "width", "num_layers")}
+    recipe = recipe_of(asdict(config) | of_head, stores)
     head.config.recipe, head.config.iteration = recipe, config.iteration
     head.config.tokenizer_fingerprint = stores[-1].metadata.tokenizer_fingerprint
     head.config.base_model, head.config.base_revision = stores[-1].metadata.model, stores[-1].metadata.revision
 
     folders = config.states_folders()
     for store, folder in zip(stores, folders, strict=True):
-        compute_states(store, model, folder)
+        compute_states(store, model, folder, head.config.layer)
     if not ranks.is_main:  # the rest is minutes of work for one process: the others wait for its head
         ranks.wait()
         return ValueHead.from_pretrained(config.output)
@@ -183,7 +187,8 @@ def starting_head(
         OSError: there is none.
     """
     if config.initial is None:
-        head = ValueHead.for_model(model, config.objectives, config.width, config.num_layers, config.dropout)
+        shape = config.width, config.num_layers, config.dropout
+        head = ValueHead.for_model(model, config.objectives, *shape, layer=config.layer)
         head.config.reward_mean, head.config.reward_scale = (values.tolist() for values in units)
         return head.float()
     head = ValueHead.from_pretrained(config.initial).to(model.device).bind(model).float()  # type: ignore[arg-type]
@@ -210,15 +215,15 @@ def predict(head: ValueHead, item: LabelledTree, states: Tensor) -> Prediction:
 def steering(
     head: ValueHead, model: PreTrainedModel, trees: Sequence[tuple[LabelledTree, Tensor]], seed: int
 ) -> dict[str, dict[str, float]]:
-    """`steering_efficiency` of a head on up to 64 trees, each with its states `[P + N, d]`; empty if none has the two
-    branches at its prompt which that takes."""
+    """`steering_efficiency` of a head on up to 64 trees, each with the states `[P + N, d]` that it reads; empty if none
+    has the two branches at its prompt which that takes."""
     branching = [(item, states) for item, states in trees if (item.tree.parent == -1).sum() > 1][:_STEERING_TREES]
     embedding = output_embedding(model)
     generator = torch.Generator(embedding.device).manual_seed(seed)
-    parts = [
-        steering_parts(head, item, states, sample_actions(embedding, states, _ACTIONS, generator))
-        for item, states in branching
-    ]
+    parts = []
+    for item, states in branching:
+        final = states if head.config.layer is None else tree_states(model, pack(item.tree))
+        parts.append(steering_parts(head, item, states, sample_actions(embedding, final, _ACTIONS, generator)))
     return steering_efficiency(parts, [item.rewards for item, _ in branching], head.config.objectives) if parts else {}
 
 

@@ -11,7 +11,8 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any, Self
+from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from ..attention import ragged_attention_on
 from ..cache import RaggedCache
 from ..functions import check_context
 from ..fused import FusedValueModel
+from ..hidden import catch_states
 from ..scorer import ValueScorer, make_scorer, ragged_support
 from ..steering import Steering, Step
 from ..value_model import ValueModel
@@ -70,7 +72,7 @@ class Session:
         self._cache = RaggedCache(self._decoder.config.num_hidden_layers, len(input_ids), input_ids.device)
         self._read = [0] * len(input_ids)  # tokens in the base model's cache
         self._scores: Tensor | None = None
-        self._hidden: Tensor | None = None
+        self._hidden: dict[int | None, Tensor] = {}  # [R, d] by layer
         self._scorers: dict[int, ValueScorer] = {}
         self._tried: tuple[Tensor, Tensor | None, list[ValueScorer]] | None = None
         self._logits_to_keep = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
@@ -80,18 +82,17 @@ class Session:
         if self._packed:
             self._stack.enter_context(ragged_attention_on(self._decoder))
         if self._steering is not None and self._steering._functions.heads:
-            thread = threading.get_ident()
-
-            def catch(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-                if threading.get_ident() == thread:
-                    self._hidden = inputs[0].detach()[:, -1] if inputs[0].ndim == 3 else inputs[0].detach()
-
-            handle = self.model.get_output_embeddings().register_forward_pre_hook(catch)
-            self._stack.callback(handle.remove)
+            for layer in {head.config.layer for head in self._steering._functions.heads}:
+                handle = catch_states(self.model, layer, partial(self._keep, threading.get_ident(), layer))
+                self._stack.callback(handle.remove)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+    def _keep(self, thread: int, layer: int | None, states: Tensor) -> None:
+        if threading.get_ident() == thread:
+            self._hidden[layer] = states[:, -1] if states.ndim == 3 else states
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -147,9 +148,8 @@ class Session:
         parts: dict[int, Tensor] = {}
         if functions.heads:
             self.reference()
-            assert self._hidden is not None
             for head in functions.heads:
-                parts[id(head)] = head(self._hidden, None if whole_vocabulary else candidates)
+                parts[id(head)] = head(self._hidden[head.config.layer], None if whole_vocabulary else candidates)
         models = functions.busy_models(self.steering._idle)
         if models:
             fed, columns = candidates, candidates.shape[1]
@@ -210,8 +210,7 @@ class Session:
             scorer.select(rows)
         if self._scores is not None:
             self._scores = self._scores[rows]
-        if self._hidden is not None:
-            self._hidden = self._hidden[rows]
+        self._hidden = {layer: states[rows] for layer, states in self._hidden.items()}
         if self._tried is not None:
             candidates, kept, scorers = self._tried
             self._tried = (candidates[rows], None if kept is None else kept[rows], scorers)
@@ -232,7 +231,8 @@ class Session:
         width = max(padding + length for padding, length in zip(self._padding, self.lengths, strict=True))
         padded = [[pad_token_id] * (width - len(s)) + list(s) for s in sequences]
         self.input_ids = torch.tensor(padded, device=self.input_ids.device)
-        self._scores = self._hidden = self._tried = None
+        self._scores = self._tried = None
+        self._hidden = {}
 
     def by_width(self) -> list[tuple[list[int], Tensor]]:
         """The rows as `generate` would have them, those of one width together: numbers of rows, and ids [n, T].
