@@ -31,7 +31,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
             return module
     raise ValueError(
         f"{type(model).__name__} has no list of {count} layers to read states from: use value heads that read what "
-        "enters the output embedding (layer: null)"
+        "enters the output embedding (layer: output in training)"
     )
 
 

@@ -206,7 +206,7 @@ class ValueHead(PushMixin, PreTrainedModel):
         if hidden.ndim != 2 or hidden.shape[1] != self.config.hidden_size:
             raise ValueError(f"hidden must be [rows, {self.config.hidden_size}], got {list(hidden.shape)}")
         dtype = self.state.weight.dtype
-        state = self.state(_normalised(hidden.to(dtype)))
+        state = self.state(_normalised(hidden.to(self.state.weight)))  # an inner layer may be on another device
         if candidates is None:
             actions = self._actions()
             step = max(1, _CHUNK_ELEMENTS // (len(hidden) * self.config.width))

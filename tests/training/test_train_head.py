@@ -47,8 +47,8 @@ def config(store, tmp_path):
     )
 
 
-@pytest.mark.parametrize("layer", [None, 1])
-def test_training_learns_and_saves(config, layer):
+@pytest.mark.parametrize(("layer", "read"), [("output", None), (2, 2), ("third", 1)])
+def test_training_learns_and_saves(config, layer, read):
     model = tiny_llama()
     head = train_head(dataclasses.replace(config, layer=layer), model)
     metrics = json.loads(Path(config.output, "metrics.json").read_text())
@@ -60,7 +60,7 @@ def test_training_learns_and_saves(config, layer):
     with torch.inference_mode():
         torch.testing.assert_close(loaded(hidden), head(hidden))
     assert loaded.config.objectives == ["low", "high"]
-    assert loaded.config.layer == layer
+    assert loaded.config.layer == read
     assert loaded.config.tokenizer_fingerprint == TOKENIZER
     assert config.store not in json.dumps(loaded.config.to_dict())
 
@@ -126,8 +126,9 @@ def test_early_stopping_keeps_the_best_epoch(config):
 
 def test_going_on_from_a_head_starts_with_what_it_says(config, tmp_path):
     model = tiny_llama()
-    first = train_head(config, model)
+    first = train_head(dataclasses.replace(config, layer=2), model)
     following = dataclasses.replace(config, initial=config.output, output=str(tmp_path / "next"), width=7, dropout=0.3)
+    assert following.layer_of(model) == 2
     units = np.array([5.0, -1.0]), np.array([0.1, 30.0])
     start = starting_head(following, model, units)
     hidden = torch.randn(3, 16)
@@ -192,3 +193,8 @@ def test_bad_input(config):
         train_head(dataclasses.replace(config, objectives=["funny"]), tiny_llama())
     with pytest.raises(ValueError, match="width must be at least 1, got 0"):
         dataclasses.replace(config, width=0)
+    for layer in (0, "middle"):
+        with pytest.raises(ValueError, match=f"a number from 1 on, 'third' or 'output', got {layer!r}"):
+            dataclasses.replace(config, layer=layer)
+    with pytest.raises(ValueError, match="state after layer 5, but LlamaForCausalLM has 2 layers"):
+        train_head(dataclasses.replace(config, layer=5), tiny_llama())

@@ -187,7 +187,7 @@ class Calibration:
         states'), and trees times epochs."""
         model, states, output = self.base[0], self.place(), self.place()
         started = time.monotonic()
-        compute_states(store, model, states, config.layer)
+        compute_states(store, model, states, config.layer_of(model))
         pass_over = Sample(len(store), time.monotonic() - started, size_of(states))
         small = replace(config, **_sampled(config, store), states=str(states), output=str(output), patience=3)
         seconds = {}

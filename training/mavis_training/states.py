@@ -113,10 +113,8 @@ def tree_states(model: PreTrainedModel, layout: Layout, layer: int | None = None
             caught.append(states)
             raise _Caught
 
-        handle = catch_states(model, layer, catch)
-        with suppress(_Caught):
+        with catch_states(model, layer, catch), suppress(_Caught):
             model.base_model(**inputs, use_cache=False)
-        handle.remove()
     return caught[0][0].to(torch.bfloat16).cpu().contiguous()
 
 
