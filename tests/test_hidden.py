@@ -8,10 +8,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import CompileConfig, DynamicCache, PreTrainedModel
+from transformers import (
+    CLIPVisionConfig,
+    CompileConfig,
+    DynamicCache,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+)
 
 from mavis_logits import MavisLogitsProcessor
-from mavis_logits.hidden import HiddenStates
+from mavis_logits.hidden import HiddenStates, decoder_layers
 from tiny import PAD, make_base, make_head
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
@@ -31,6 +39,15 @@ def expected(base: PreTrainedModel, ids: Tensor) -> Tensor:
 def assert_state(states: dict[int | None, Tensor] | None, wanted: Tensor, layer: int | None = None) -> None:
     assert states is not None
     torch.testing.assert_close(states[layer], wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_layers_of_a_model_that_sees_are_those_of_its_decoder() -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(**sizes, image_size=8, patch_size=4)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=LlamaConfig(**sizes, vocab_size=20))
+    )
+    assert [type(layer).__name__ for layer in decoder_layers(model)] == ["LlamaDecoderLayer"] * 2
 
 
 def test_the_state_of_the_last_position_is_handed_out_once() -> None:

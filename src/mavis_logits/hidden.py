@@ -26,7 +26,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
         ValueError: there is no list of as many modules as its configuration has layers.
     """
     count = model.config.get_text_config(decoder=True).num_hidden_layers
-    for module in model.modules():
+    for module in model.get_decoder().modules():  # not those of a vision tower
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise ValueError(

@@ -1,7 +1,8 @@
 """Value heads: Q(s, a) from the hidden state that the base model has just computed. No second language model.
 
-The base model's last hidden state summarises s; a small network over it and the candidate's embedding gives the value
-of choosing a. Nothing is prefilled or cached, so steering costs little more than plain decoding.
+The base model's hidden state after one of its layers summarises s; a small network over it and the candidate's
+embedding gives the value of choosing a. Nothing is prefilled or cached, so steering costs little more than plain
+decoding.
 """
 
 from __future__ import annotations

@@ -145,6 +145,7 @@ def render_card(
         base_weights=details.base_weights,
         load_base=(details.load_base or "").strip() or None,
         layers=(config.get("backbone_config") or {}).get("num_hidden_layers"),
+        state_layer=config.get("layer"),
         iteration=config.get("iteration", 0),
         recipe=yaml.safe_dump(recipe, sort_keys=False).strip() if recipe else "",
         sampling=(recipe.get("data") or {}).get("sampling") or {},
