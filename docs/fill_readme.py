@@ -16,6 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "docs" / "results"
+_VALUES = {"none": "as they are", "minmax": "rescaled to [0, 1]"}
 SHOWN_PROMPTS = 2  # spread over the file, whatever the answers are
 
 
@@ -62,8 +63,8 @@ def demo(results: Path) -> str:
     options = run["options"]
     lines += [
         f"Mean rewards ± standard error of {len(prompts)} questions x {options['seeds']} samples "
-        f"(β {options['beta']:g}, k {options['top_k']}); KL is the distance in nats from what the model would say by "
-        "itself:",
+        f"(β {options['beta']:g}, k {options['top_k']}, values {_VALUES[options['normalize']]}); KL is "
+        "the distance in nats from what the model would say by itself:",
         "",
         *table(["setting", *objectives, "KL"], rows),
         "",

@@ -88,8 +88,9 @@ def test_the_run_is_written_as_json(measured: list[demo.Measured], tmp_path: Pat
 
 
 def test_the_closing_shows_python(tmp_path: Path) -> None:
-    shown = rendered(report.closing("demo.png", "folder"))
+    shown = rendered(report.closing("demo.png", "folder", {"beta": 6.0, "normalize": "none"}))
     assert "MavisLogitsProcessor.from_pretrained" in shown
+    assert "beta=6.0, normalize='none', model=model)" in shown
     assert "demo.png" in shown
 
 
@@ -113,6 +114,12 @@ def test_measuring_answers_judges_and_sums_the_divergence(beta: float, top_k: in
         moved = processor is not None and beta > 0
         assert np.all(one.kl > 0) if moved else np.allclose(one.kl, 0, atol=1e-5)
     assert sum(ticks) == 2 * stage.seeds * stage.max_new_tokens
+
+
+def test_how_to_steer_depends_on_what_steers_unless_it_is_said() -> None:
+    head, model = demo.read_options([]), demo.read_options(["--kind", "model", "--beta", "2"])
+    assert (head.beta, head.top_k, head.normalize) == (6.0, 200, "none")
+    assert (model.beta, model.top_k, model.normalize) == (2.0, 15, "minmax")
 
 
 def test_bad_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,10 @@ VALUE_HEAD = "model_cards/smollm2-135m-value-head"
 VALUE_MODEL = "model_cards/smollm2-135m-value-{objective}"
 REWARD_MODEL = "examples/rewards/{objective}"
 PROMPTS = "examples/data/demo_prompts.jsonl"
+STEERING: dict[str, dict[str, float | int | str]] = {
+    "head": {"beta": 6.0, "top_k": 200, "normalize": "none"},
+    "model": {"beta": 5.0, "top_k": 15, "normalize": "minmax"},  # the paper's
+}
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Measured:
 
 def main(argv: list[str]) -> int:
     """Run the demo: answers side by side, a table of rewards, a figure of the trade-off."""
-    arguments = parser().parse_args(argv)
+    arguments = read_options(argv)
 
     # Imported only here, so that `--help` and a mistyped option answer at once.
     import transformers
@@ -82,7 +86,7 @@ def main(argv: list[str]) -> int:
         model, tokenizer = load_smollm2()
     with console.status("Loading value functions and reward models"):
         judges = {name: load_reward(str(checkout_path(REWARD_MODEL.format(objective=name)))) for name in OBJECTIVES}
-        steer = load_steering(arguments.kind, model, tokenizer, arguments.top_k)
+        steer = load_steering(arguments.kind, model, tokenizer, arguments.top_k, arguments.normalize)
 
     settings = weightings(OBJECTIVES, arguments.beta, arguments.top_k)
     stage = Stage(model, tokenizer, prompts, judges, arguments.seeds, arguments.max_new_tokens)
@@ -100,9 +104,16 @@ def main(argv: list[str]) -> int:
     report.draw(measured, OBJECTIVES, Path(arguments.out))
     if arguments.json:
         report.write_results(Path(arguments.json), prompts, measured, vars(arguments))
-    closing = report.closing(arguments.out, value_sources(arguments.kind))
+    steering = {name: getattr(arguments, name) for name in STEERING[arguments.kind]}
+    closing = report.closing(arguments.out, value_sources(arguments.kind), steering)
     console.print(closing, soft_wrap=True, markup=False, highlight=False)
     return 0
+
+
+def read_options(argv: list[str]) -> argparse.Namespace:
+    """Parse the arguments; how to steer depends on what steers, unless it is said."""
+    arguments = parser().parse_args(argv)
+    return argparse.Namespace(**(STEERING[arguments.kind] | vars(arguments)))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -123,8 +134,20 @@ def parser() -> argparse.ArgumentParser:
     add("--prompts", metavar="FILE", help='questions to answer, one JSON object {"id": ..., "prompt": ...} a line')
     add("--limit", type=positive, default=24, metavar="N", help="answer at most this many questions")
     add("--seeds", type=positive, default=3, metavar="N", help="samples of every answer")
-    add("--beta", type=float, default=5.0, help="strength of the steering")
-    add("--top-k", type=positive, default=15, help="how many of the likeliest tokens to choose among")
+    unsaid = argparse.SUPPRESS
+    add("--beta", type=float, default=unsaid, help="strength of the steering (default: 6; value models: 5)")
+    add(
+        "--top-k",
+        type=positive,
+        default=unsaid,
+        help="how many of the likeliest tokens to choose among (default: 200; value models: 15)",
+    )
+    add(
+        "--normalize",
+        choices=["none", "minmax"],
+        default=unsaid,
+        help="values as they are, or rescaled to [0, 1] at every step (default: none; value models: minmax)",
+    )
     add("--max-new-tokens", type=positive, default=48, help="length at which answers are cut off")
     add("--show", type=int, default=3, metavar="N", help="print the answers to this many questions")
     add("--out", default="demo.png", metavar="PNG", help="where to write the figure")
@@ -161,7 +184,7 @@ def value_sources(kind: str) -> str | dict[str, str]:
 
 
 def load_steering(
-    kind: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, top_k: int
+    kind: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, top_k: int, normalize: str
 ) -> Callable[[Setting], MavisLogitsProcessor]:
     """Load the value head or value models once; the result returns the processor set to the setting asked for."""
     from mavis_logits import MavisLogitsProcessor
@@ -173,7 +196,9 @@ def load_steering(
         if isinstance(sources, str)
         else {name: str(checkout_path(source)) for name, source in sources.items()}
     )
-    mavis = MavisLogitsProcessor.from_pretrained(values, top_k=top_k, model=model, tokenizer=tokenizer, trace=True)
+    mavis = MavisLogitsProcessor.from_pretrained(
+        values, top_k=top_k, normalize=normalize, model=model, tokenizer=tokenizer, trace=True
+    )
 
     def steer(setting: Setting) -> MavisLogitsProcessor:
         mavis.weights, mavis.beta = setting.weights, setting.beta  # type: ignore[assignment]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date
 from importlib.metadata import version
@@ -162,7 +162,7 @@ def write_results(path: Path, prompts: Sequence[str], measured: Sequence[Measure
     write_json(path, content)
 
 
-def closing(out: str, values: str | dict[str, str]) -> str:
+def closing(out: str, values: str | dict[str, str], steering: Mapping[str, object]) -> str:
     """Say where the figure is and how to do the same in Python and on the command line."""
     return "\n".join(
         [
@@ -171,7 +171,8 @@ def closing(out: str, values: str | dict[str, str]) -> str:
             "The same in Python, with a model and tokenized inputs of your own:",
             "    from mavis_logits import MavisLogitsProcessor",
             f"    mavis = MavisLogitsProcessor.from_pretrained({values!r}, "
-            "weights={'helpful': 0.5, 'humour': 0.5}, model=model)",
+            "weights={'helpful': 0.5, 'humour': 0.5}, "
+            f"{', '.join(f'{name}={value!r}' for name, value in steering.items())}, model=model)",
             "    model.generate(**inputs, do_sample=True, max_new_tokens=48, logits_processor=[mavis])",
             "",
             "Your own question:",
