@@ -77,7 +77,7 @@ def test_sections_are_filled_again_without_growing(tmp_path: Path) -> None:
     setting = {"weights": {"helpful": 1.0}, "beta": 5.0, "rewards": {"helpful": {"mean": 0.5, "error": 0.125}}}
     demo = {
         "prompts": ["Why | so?"],
-        "options": {"seeds": 3, "beta": 5.0, "top_k": 15, "max_new_tokens": 48},
+        "options": {"seeds": 3, "beta": 5.0, "top_k": 15, "normalize": "minmax", "max_new_tokens": 48},
         "settings": [{"name": "helpful 1", **setting, "kl": {"mean": 20.0, "error": 1.0}, "answers": ["Because."]}],
     }
     (tmp_path / "demo.json").write_text(json.dumps(demo))
