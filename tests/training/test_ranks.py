@@ -100,6 +100,7 @@ def test_two_ranks_write_the_shards_and_rewards_that_one_writes(folder):
     label(LabelConfig(str(folder / "one"), {"low": "text_rewards:low"}, str(folder / "model")))
     of_two, of_one = (TreeStore.open(folder / name).rewards("low") for name in ("two", "one"))
     assert [rewards.tolist() for rewards in of_two] == [rewards.tolist() for rewards in of_one]
+    print(f"two ranks: {len(of_two)} trees and their rewards, equal to those of one")
 
 
 @pytest.mark.slow
@@ -117,3 +118,4 @@ def test_a_rank_killed_half_way_costs_nothing_but_a_rerun_with_any_number_of_ran
     finish(launch(3, "collect", **flags(folder, "killed")))
     collecting.assert_alike(store, folder / "one")
     assert not list(store.glob("*.tmp"))
+    print(f"one of two ranks killed after {len(begun)} trees, rerun with three: the store that one rank writes")
