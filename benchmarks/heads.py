@@ -206,8 +206,6 @@ VARIANTS = {
     "states of layer 15": Variant(layers=(15,)),
     "states of layer 20": Variant(layers=(20,)),
     "states of layers 20 and 30": Variant(kind=TwoStates, layers=(20, LAST)),
-    "states of layer 10, regularised": Variant(REGULARISED, layers=(10,)),
-    "states of layer 10, bootstrap 0.5": Variant({"bootstrap": 0.5}, layers=(10,)),
     "states of layer 10, bootstrap 0.5, regularised": Variant(REGULARISED | {"bootstrap": 0.5}, layers=(10,)),
     "half of the prompts": Variant(prompts=0.5),
     "a quarter of the prompts": Variant(prompts=0.25),

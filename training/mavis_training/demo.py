@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -134,19 +134,18 @@ def parser() -> argparse.ArgumentParser:
     add("--prompts", metavar="FILE", help='questions to answer, one JSON object {"id": ..., "prompt": ...} a line')
     add("--limit", type=positive, default=24, metavar="N", help="answer at most this many questions")
     add("--seeds", type=positive, default=3, metavar="N", help="samples of every answer")
-    unsaid = argparse.SUPPRESS
-    add("--beta", type=float, default=unsaid, help="strength of the steering (default: 6; value models: 5)")
-    add(
-        "--top-k",
-        type=positive,
-        default=unsaid,
-        help="how many of the likeliest tokens to choose among (default: 200; value models: 15)",
-    )
-    add(
+
+    def add_steering(flag: str, name: str, text: str, **kind: Any) -> None:
+        defaults = f"(default: {STEERING['head'][name]}; value models: {STEERING['model'][name]})"
+        add(flag, default=argparse.SUPPRESS, help=f"{text} {defaults}", **kind)
+
+    add_steering("--beta", "beta", "strength of the steering", type=float)
+    add_steering("--top-k", "top_k", "how many of the likeliest tokens to choose among", type=positive)
+    add_steering(
         "--normalize",
+        "normalize",
+        "values as they are, or rescaled to [0, 1] at every step",
         choices=["none", "minmax"],
-        default=unsaid,
-        help="values as they are, or rescaled to [0, 1] at every step (default: none; value models: minmax)",
     )
     add("--max-new-tokens", type=positive, default=48, help="length at which answers are cut off")
     add("--show", type=int, default=3, metavar="N", help="print the answers to this many questions")

@@ -45,7 +45,7 @@ class TrainHeadConfig:
         initial: folder or Hub id of a head to go on from (Algorithm 1: that of the iteration before); its base model
             and objectives must be the same. None for a new head.
         layer: of the base model, whose states a new head reads: after how many of its layers; "third": after a third of
-            them, which steers best in docs/results and takes a third of the prefill pass; "output": what enters the
+            them, by the study in docs/results, and at a third of the prefill pass; "output": what enters the
             output embedding.
         width: of a new head.
         num_layers: residual layers of a new head.
