@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..attention import ragged_attention_on
 from ..cache import RaggedCache, Windows
-from . import anatomy, probe
+from . import anatomy, probe, weights
 from .anatomy import UnsupportedModel
 from .probe import Reading
 
@@ -82,7 +82,8 @@ class Backbone:
     @property
     def scores(self) -> int:
         """V, how many scores the model gives."""
-        return self.output_embedding.shape[0]
+        rows = getattr(self.output_layer, "out_features", None)
+        return int(rows if rows is not None else self.output_embedding.shape[0])
 
     @property
     def longest(self) -> int | None:
@@ -113,8 +114,15 @@ class Backbone:
 
     @property
     def output_embedding(self) -> Tensor:
-        """The weights [V, d] of the output layer, detached."""
-        return self.output_layer.weight.detach()  # type: ignore[union-attr, operator]
+        """The weights [V, d] of the output layer, detached: as it computes, were they packed, adapted or offloaded.
+
+        Raises:
+            UnsupportedModel: they cannot be told.
+        """
+        weight = weights.weight_of(self.output_layer)
+        if weight is None:
+            raise UnsupportedModel(f"the output embedding of {self.name} cannot be read: load its weights unquantised")
+        return weight
 
     # How it may be read
 
@@ -301,24 +309,35 @@ class _Reached(Exception):
     """Leaves a forward pass at the decoder."""
 
 
+@torch.no_grad()
 def _copy_weights(source: PreTrainedModel, target: PreTrainedModel) -> None:
     """Weights and buffers of `target` become those of the same name in `source`, without adapters.
 
     Raises:
-        ValueError: one has another shape, so that the model cannot be cut.
+        ValueError: one is missing or has another shape, so that the model cannot be cut, or it cannot be read.
     """
-    given = {name.replace(".base_layer", ""): tensor for name, tensor in source.state_dict().items()}
-    wanted = target.state_dict()
-    for name, tensor in wanted.items():
-        found = given.get(name)
-        if found is None or found.shape != tensor.shape:
-            what = "is not there" if found is None else f"is {list(found.shape)}, and would be {list(tensor.shape)}"
+    given = {weight.name: weight for weight in weights.named_weights(source, adapters=False)}
+    name_of = type(source).__name__
+    for own in weights.named_weights(target):
+        if own.name not in given:
             raise ValueError(
-                f"{type(source).__name__} cannot be cut to fewer layers: its {name} {what}. Leave num_layers out"
+                f"{name_of} cannot be cut to fewer layers: its {own.name} is not there. Leave num_layers out"
             )
-    target.load_state_dict({name: given[name] for name in wanted})
-    # Buffers that no state dict holds are made anew by the class; those that were changed since are not those of it.
-    for name, buffer in source.named_buffers():
-        own = dict(target.named_buffers()).get(name)
-        if own is not None and name not in wanted and own.shape == buffer.shape:
-            own.data.copy_(buffer)
+        found, _ = given[own.name].read()
+        if found is None:
+            raise ValueError(
+                f"{name_of} cannot be copied: its {own.name} is packed in a way that is not known, or not loaded. Load "
+                "it unquantised"
+            )
+        if found.shape != own.raw.shape:
+            raise ValueError(
+                f"{name_of} cannot be cut to fewer layers: its {own.name} is {list(found.shape)}, and would be "
+                f"{list(own.raw.shape)}. Leave num_layers out"
+            )
+        own.raw.data.copy_(found)
+    # Other buffers are made anew by the class; those that were changed since are not those of it.
+    buffers = {weights.canonical(name): buffer for name, buffer in source.named_buffers()}
+    for name, buffer in target.named_buffers():
+        found = buffers.get(name)
+        if name not in given and found is not None and found.shape == buffer.shape and found.device.type != "meta":
+            buffer.data.copy_(found)
