@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .backbone import Backbone
-from .backbone.weights import Weight, active_adapters, canonical, loaded_adapters, named_weights
+from .backbone.weights import Weight, active_adapters, canonical, loaded_adapters, named_weights, spread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,15 +44,21 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """16 hex digits of every parameter of a model: of a value function, or a base model's fingerprint of version 1.
+    """The fingerprint of a base model: see `Identity`."""
+    return Identity(model).fingerprint
+
+
+def parameters_fingerprint(model: nn.Module) -> str:
+    """16 hex digits of every parameter of a model: for a value function; of a base model, its fingerprint of version 1.
 
     A strided sample of each, rounded to bfloat16: the same for a checkpoint loaded in float32 or bfloat16.
     """
-    digest, seen = hashlib.sha256(), set[int]()
-    for weight in sorted(named_weights(model), key=lambda weight: weight.name):
-        if not weight.is_parameter or id(weight.raw) in seen:
-            continue
-        seen.add(id(weight.raw))
+    found: dict[int, Weight] = {}
+    for weight in named_weights(model):
+        if weight.is_parameter:
+            found.setdefault(id(weight.raw), weight)  # tied weights count once, under their first name
+    digest = hashlib.sha256()
+    for weight in sorted(found.values(), key=lambda weight: weight.name):
         tensor, _ = weight.read()
         digest.update(weight.name.encode())
         if tensor is not None:
@@ -135,7 +141,7 @@ class Identity:
         """
         if fingerprint is None or self._has(fingerprint):
             return None
-        found = self._unlike(sketch) if sketch is not None else ["its weights are others"]
+        found = self._unlike(sketch) if sketch is not None else [self._others(fingerprint)]
         if not found:
             return None
         if self.adapters and (active := active_adapters(self.model)):
@@ -146,6 +152,11 @@ class Identity:
             found.append(f"of its adapters {', '.join(loaded)} none is active")
         return "; ".join(found)
 
+    def _others(self, fingerprint: str) -> str:
+        if ":" in fingerprint:
+            return "its weights are others, or in another precision (a fingerprint without a sketch cannot tell)"
+        return "its weights are others, or in a precision that a fingerprint of version 1 does not know (float16, int8)"
+
     def _has(self, fingerprint: str) -> bool:
         version, colon, digits = fingerprint.rpartition(":")
         if colon and version != "2":
@@ -153,7 +164,7 @@ class Identity:
                 f"the fingerprint {fingerprint!r} of a base model is of version {version}, which this mavis-logits does "
                 "not know: pip install -U mavis-logits"
             )
-        return (self.fingerprint if colon else weights_fingerprint(self.model)) == fingerprint
+        return (self.fingerprint if colon else parameters_fingerprint(self.model)) == fingerprint
 
     def _unlike(self, sketch: str) -> list[str]:
         """What differs from a sketch, in words."""
@@ -231,15 +242,14 @@ def _sampled(tensor: Tensor, quantised: Tensor | None) -> _Sample:
     values, rounding = flat[places.to(flat.device)].float().cpu().numpy() + 0.0, _ROUNDINGS.get(tensor.dtype, 0)  # no -0
     if quantised is None or not len(flat):
         return _Sample(values, rounding)
-    levels, row = quantised.reshape(-1).float(), quantised.shape[-1]
-    # Scales are for parts of a row (torchao) or parts of the whole (bitsandbytes).
+    levels, row = quantised.reshape(-1), quantised.shape[-1]
     grids = []
+    # Scales are for parts of a row (torchao) or parts of the whole (bitsandbytes).
     for at in places[:_SKETCHED].tolist():
         begin = at - at % row
-        in_row = begin + (at - begin) // _SEGMENT * _SEGMENT
-        in_all = at - at % _SEGMENT
-        grids.append(_grid(levels[in_row : min(in_row + _SEGMENT, begin + row)], at - in_row))
-        grids.append(_grid(levels[in_all : in_all + _SEGMENT], at - in_all))
+        in_row, in_all = begin + (at - begin) // _SEGMENT * _SEGMENT, at - at % _SEGMENT
+        for first, end in ((in_row, min(in_row + _SEGMENT, begin + row)), (in_all, in_all + _SEGMENT)):
+            grids.append(_grid(levels[first:end].float().cpu().numpy(), at - first))
     return _Sample(values, rounding, max(grids))
 
 
@@ -247,27 +257,27 @@ def _places(count: int) -> Tensor:
     """Where in a flat tensor samples are taken: spread by the golden ratio, the first ones as well as all."""
     if count <= _SAMPLES:
         return torch.arange(count)
-    return torch.tensor([(((i * 2654435769 + 0x80000000) & 0xFFFFFFFF) * count) >> 32 for i in range(_SAMPLES)])
+    return torch.tensor(spread(_SAMPLES, count))
 
 
-def _grid(levels: Tensor, at: int) -> float:
+def _grid(neighbours: NDArray[np.float32], at: int) -> float:
     """How far apart the values are that a quantised weight can take, around one of its elements.
 
     The levels are seen in the neighbours that share its scale. Where they are evenly spaced the smallest step counts,
     else the wider of the two beside the element.
 
     Args:
-        levels: the neighbours, in float32.
-        at: which of them the element is.
+        neighbours: the elements around it.
+        at: which of them it is.
     """
-    value, levels = levels[at], levels.unique()
+    levels = np.unique(neighbours)
     if len(levels) < 2:
-        return float(levels.abs().max())
-    steps = levels.diff()
+        return float(np.abs(levels).max())
+    steps = np.diff(levels)
     ratios = steps / steps.min()
-    if bool(((ratios - ratios.round()).abs() < 0.1).all()):
+    if (np.abs(ratios - ratios.round()) < 0.1).all():
         return float(steps.min())
-    index = int((levels - value).abs().argmin())
+    index = int(np.abs(levels - neighbours[at]).argmin())
     return float(steps[max(0, index - 1) : index + 1].max())
 
 

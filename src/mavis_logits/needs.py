@@ -70,10 +70,9 @@ class Needs:
                 "for this base model"
             )
 
-    def check_scores(self, count: int, known: int | None = None) -> None:
-        """Raise `ValueError` if a model gives scores to `count` tokens, more than are known (`known`, if not as here)."""
-        known = known if known is not None else self.vocabulary
-        if known is not None and known < count:
+    def check_scores(self, count: int, known: int) -> None:
+        """Raise `ValueError` if a base model gives scores to `count` tokens, of which a value model knows fewer."""
+        if known < count:
             raise ValueError(
                 f"the value model for {self.objectives} knows {known} tokens, but the base model's scores have {count}: "
                 "it was made for another tokenizer; use one made for this base model"
@@ -111,9 +110,9 @@ class Needs:
         if difference is not None:
             raise ValueError(
                 f"this value head was trained on the hidden states of {self.base_model} (weights {self.fingerprint}), "
-                f"but the model given is another: {difference}. It has weights {found.fingerprint}: load that model, "
-                "train a new head, or bind the head with bind(model, check=False) if you know that the hidden states "
-                "are the same"
+                f"but the model given has weights {found.fingerprint}: load that model, train a new head, or bind the "
+                "head yourself with head.bind(model, check=False) if you know that the hidden states are the same. "
+                f"What is different: {difference}"
             )
 
     def backbone_difference(self, trunk: nn.Module) -> str | None:

@@ -153,7 +153,7 @@ class ValueHead(PushMixin, PreTrainedModel):
             OSError: nothing there, a corrupt or incomplete file, or weights only as a pickle.
         """
         name = str(pretrained_model_name_or_path)
-        return load_complete(super().from_pretrained, name, **kwargs)  # type: ignore[return-value]
+        return load_complete(super().from_pretrained, name, "none", **kwargs)  # type: ignore[no-any-return]
 
     def bind(self, model: PreTrainedModel, check: bool = True) -> ValueHead:
         """Take candidates' embeddings from `model`; returns self.

@@ -285,7 +285,10 @@ class Backbone:
         trunk = type(decoder)._from_config(
             config, attn_implementation=decoder.config._attn_implementation, dtype=dtype or decoder.dtype
         )
-        _copy_weights(decoder, trunk)
+        try:
+            weights.copy_weights(decoder, trunk)
+        except ValueError as error:
+            raise ValueError(f"{type(decoder).__name__} cannot be cut to fewer layers: {error}") from error
         return trunk.eval() if not decoder.training else trunk
 
     def special(
@@ -307,37 +310,3 @@ class Backbone:
 
 class _Reached(Exception):
     """Leaves a forward pass at the decoder."""
-
-
-@torch.no_grad()
-def _copy_weights(source: PreTrainedModel, target: PreTrainedModel) -> None:
-    """Weights and buffers of `target` become those of the same name in `source`, without adapters.
-
-    Raises:
-        ValueError: one is missing or has another shape, so that the model cannot be cut, or it cannot be read.
-    """
-    given = {weight.name: weight for weight in weights.named_weights(source, adapters=False)}
-    name_of = type(source).__name__
-    for own in weights.named_weights(target):
-        if own.name not in given:
-            raise ValueError(
-                f"{name_of} cannot be cut to fewer layers: its {own.name} is not there. Leave num_layers out"
-            )
-        found, _ = given[own.name].read()
-        if found is None:
-            raise ValueError(
-                f"{name_of} cannot be copied: its {own.name} is packed in a way that is not known, or not loaded. Load "
-                "it unquantised"
-            )
-        if found.shape != own.raw.shape:
-            raise ValueError(
-                f"{name_of} cannot be cut to fewer layers: its {own.name} is {list(found.shape)}, and would be "
-                f"{list(own.raw.shape)}. Leave num_layers out"
-            )
-        own.raw.data.copy_(found)
-    # Other buffers are made anew by the class; those that were changed since are not those of it.
-    buffers = {weights.canonical(name): buffer for name, buffer in source.named_buffers()}
-    for name, buffer in target.named_buffers():
-        found = buffers.get(name)
-        if name not in given and found is not None and found.shape == buffer.shape and found.device.type != "meta":
-            buffer.data.copy_(found)

@@ -20,6 +20,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, Tra
 from torch import Tensor, nn
 
 _SEE_THROUGH = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_LOOKED_AT = 64  # parameters of one element each
 _SCALES = ("weight_scale", "weight_scale_inv", "activation_scale", "input_scale", "weight_zero_point")
 
 
@@ -103,17 +104,26 @@ def adapter_state(model: nn.Module) -> tuple[Any, ...]:
 def state_of(model: nn.Module) -> int:
     """A number that is another one when weights have changed, moved or been cast, or other adapters are active.
 
-    It is quick: it looks at one element of every parameter, and says nothing of which model it is.
+    It is quick, and says nothing of which model it is. What was written behind autograd's back is seen by the elements
+    that it looks at.
     """
     state, seen = list[Any](adapter_state(model)), dict[torch.device, list[Tensor]]()
-    for parameter in model.parameters():
+    parameters = list(model.parameters())
+    looked_at = set(spread(_LOOKED_AT, len(parameters)))
+    for number, parameter in enumerate(parameters):
         version = 0 if parameter.is_inference() else parameter._version
         place = None if parameter.device.type == "meta" else id(parameter)  # accelerate makes new ones at every forward
         state.append((place, parameter.dtype, parameter.device, version))
-        if type(parameter) is nn.Parameter and parameter.is_floating_point() and place and parameter.numel():
-            middle = parameter.detach()[tuple(size // 2 for size in parameter.shape)]
-            seen.setdefault(parameter.device, []).append(middle.float())
+        if number in looked_at and type(parameter) is nn.Parameter and parameter.is_floating_point() and place:
+            middle = parameter.detach()[tuple(size // 2 for size in parameter.shape)] if parameter.numel() else None
+            if middle is not None:
+                seen.setdefault(parameter.device, []).append(middle.float())
     return hash((*state, *(tuple(torch.stack(values).tolist()) for values in seen.values())))
+
+
+def spread(places: int, count: int) -> list[int]:
+    """Some numbers below `count`, spread by the golden ratio, any first few of them as well as all."""
+    return [(((i * 2654435769 + 0x80000000) & 0xFFFFFFFF) * count) >> 32 for i in range(places)]
 
 
 class WeakModel:
@@ -160,6 +170,31 @@ def plain(module: nn.Module, attribute: str = "weight") -> tuple[Tensor | None, 
     if tensor.is_floating_point() and tensor.element_size() == 1:
         return _of_float8(module, tensor), True
     return (tensor, False) if tensor.is_floating_point() else (None, True)
+
+
+@torch.no_grad()
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """Weights and buffers of `target`, a plain model, become those of the same name in `source`, without adapters.
+
+    Raises:
+        ValueError: `source` lacks one or has it in another shape, or it cannot be read.
+    """
+    given = {weight.name: weight for weight in named_weights(source, adapters=False)}
+    for own in named_weights(target):
+        there = own.name in given
+        found = given[own.name].read()[0] if there else None
+        if found is None or found.shape != own.raw.shape:
+            what = "is not there" if not there else "is packed in a way that is not known, or not loaded"
+            if found is not None:
+                what = f"is {list(found.shape)}, and would be {list(own.raw.shape)}"
+            raise ValueError(f"its {own.name} {what}")
+        own.raw.data.copy_(found)
+    # Other buffers are made anew by the class; those that were changed since are not those of it.
+    buffers = {canonical(name): buffer for name, buffer in source.named_buffers()}
+    for name, buffer in target.named_buffers():
+        kept = buffers.get(name)
+        if name not in given and kept is not None and kept.shape == buffer.shape and kept.device.type != "meta":
+            buffer.data.copy_(kept)
 
 
 def execution_device(layer: nn.Module) -> torch.device:
