@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 _TRL_HEAD = "v_head.summary."
 _ADAPTER_ARGUMENTS = (
     *HUB_ARGUMENTS, "dtype", "torch_dtype", "attn_implementation", "device_map", "trust_remote_code", "use_safetensors",
-    "low_cpu_mem_usage",
+    "low_cpu_mem_usage", "config", "adapter_kwargs",
 )  # fmt: skip
 
 
@@ -156,7 +156,8 @@ def _load_own_adapter(
     hub: dict[str, Any],
     kwargs: dict[str, Any],
 ) -> ValueModel:
-    config = ValueModelConfig.from_dict(config_json)
+    given = kwargs.get("config")  # AutoModel has read it already
+    config = given if isinstance(given, ValueModelConfig) else ValueModelConfig.from_dict(config_json)
     files = {file: find_file(name, file, hub) for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEAD_WEIGHTS)}
     missing = [file for file, path in files.items() if path is None]
     if missing:
@@ -203,12 +204,16 @@ def _trunk(
     difference = Needs.of(config).backbone_difference(trunk) if options.check else None
     if difference is not None:
         message = (
-            f"{name} was trained on other weights of {config.backbone} than those given; its values will be off: "
-            f"{difference}. Pass the model it was trained on as backbone="
+            f"the adapter {name} does not fit the backbone given: it was trained on other weights "
+            f"({config.backbone or 'of no name'}), and its values would be off. Pass the model it was trained on as "
+            "backbone="
         )
-        if config.backbone_sketch is not None:
-            raise ValueError(f"{message}, or check=False if you know that they are the same")
-        warnings.warn(f"{message}.", stacklevel=5)
+        if config.backbone_sketch is None:  # of version 1, which cannot tell a copy in float16 from another model
+            warnings.warn(f"{message}. {difference[0].upper()}{difference[1:]}.", stacklevel=5)
+        else:
+            raise ValueError(
+                f"{message}, or check=False if you know that they are the same. What is different: {difference}"
+            )
     return trunk
 
 
@@ -318,12 +323,16 @@ def _classifier_base(
             brings one (`score_follows`).
     """
     if isinstance(backbone, str):
-        own = hub | {"num_labels": labels} | ({} if dtype is None else {"dtype": dtype})
-        replaced = ("score.weight",) if score_follows else ()
+        own, replaced = hub | ({} if dtype is None else {"dtype": dtype}), ()
+        if score_follows:
+            own, replaced = own | {"num_labels": labels}, ("score.weight",)  # type: ignore[assignment]
         return load_complete(AutoModelForSequenceClassification.from_pretrained, backbone, replaced=replaced, **own)  # type: ignore[no-any-return]
     scored = hasattr(backbone, "score")
     if not scored and not score_follows:
-        raise OSError("the adapter brings no `score` layer, and the backbone given has none: pass the classifier that it was trained on")
+        raise OSError(
+            "the adapter brings no `score` layer, and the backbone given has none: pass the classifier that it was "
+            "trained on as backbone="
+        )
     config = copy.deepcopy(backbone.config)
     config.num_labels = backbone.config.num_labels if scored else labels
     classifier = AutoModelForSequenceClassification.from_config(

@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from .backbone import Backbone
-from .backbone.anatomy import class_of_config, name_of_class
+from .backbone.anatomy import build, class_of_config, is_quantized, name_of_class
 from .fingerprint import Identity
 from .hub.mixin import PushMixin
 from .loading import WEIGHTS, load_complete
@@ -98,13 +98,12 @@ class ValueModel(PushMixin, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     supports_gradient_checkpointing = True
+    _keep_in_fp32_modules: ClassVar = ["head"]  # in float16; and not quantised, for `values_of` reads its weights
     copies = 1  # of every row in the cache; `FusedValueModel` has one for each adapter
 
     def __init__(self, config: ValueModelConfig) -> None:
         super().__init__(config)
-        self.backbone = class_of_config(config.backbone_config, config.backbone_class)._from_config(
-            config.backbone_config
-        )
+        self.backbone = build(class_of_config(config.backbone_config, config.backbone_class), config.backbone_config)
         self.head = nn.Linear(Backbone.of(self.backbone).output_width, len(config.objectives))
         self._peft: list[PeftModel] = []  # in a list, so that it is no submodule: it wraps the backbone itself
         self.post_init()
@@ -166,6 +165,7 @@ class ValueModel(PushMixin, PreTrainedModel):
 
     @classmethod
     def _assemble(cls, config: ValueModelConfig, backbone: PreTrainedModel) -> ValueModel:
+        config._attn_implementation = backbone.config._attn_implementation  # else a default would be put in its place
         with torch.device("meta"):  # the backbone is at hand: make no second one
             model = cls(config)
         model.backbone = backbone
@@ -245,6 +245,11 @@ class ValueModel(PushMixin, PreTrainedModel):
 
         What a folder held of the other kind goes first: half of each would be read as something that nobody saved.
         """
+        if is_quantized(self) and getattr(self, "hf_quantizer", None) is None:
+            raise ValueError(
+                "this value model was quantised when it was read from another format, and cannot be saved so: load it "
+                "without quantization_config, save that, and give quantization_config when you load what was saved"
+            )
         of_adapter, of_whole = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEAD_WEIGHTS), (WEIGHTS, f"{WEIGHTS}.index.json")
         for file in of_adapter if self.lora is None else of_whole:
             (folder / file).unlink(missing_ok=True)
