@@ -65,7 +65,7 @@ def pasts(draw: Any) -> list[tuple[str, Any]]:
 
 @given(st.integers(1, 3), pasts())
 def test_every_life_of_a_cache_agrees_with_lists_of_tokens(rows: int, past: list[tuple[str, int]]) -> None:
-    cache, lists = RaggedCache(2, rows, capacity=4), Lists(rows)
+    cache, lists = RaggedCache(rows, capacity=4), Lists(rows)
     for step, (action, seed) in enumerate([("feed", 0), *past]):
         generator = torch.Generator().manual_seed(seed)
 
@@ -119,7 +119,7 @@ def test_every_life_of_a_cache_agrees_with_lists_of_tokens(rows: int, past: list
 
 
 def test_buffers_grow_by_doubling_and_keep_what_they_hold() -> None:
-    cache, lists = RaggedCache(1, 2, capacity=4), Lists(2)
+    cache, lists = RaggedCache(2, capacity=4), Lists(2)
     capacities = []
     for token in range(1, 30):
         forward(cache, cache.prepare(torch.full((2, 1), token), torch.ones(2, dtype=torch.long)))
@@ -133,7 +133,7 @@ def test_buffers_grow_by_doubling_and_keep_what_they_hold() -> None:
 
 
 def test_a_cache_frees_its_memory_at_once() -> None:
-    cache = RaggedCache(2, 1)
+    cache = RaggedCache(1)
     forward(cache, cache.prepare(torch.ones(1, 5, dtype=torch.long), torch.tensor([5])))
     buffer = weakref.ref(cache.layers[0].keys)
     gc.disable()  # no help from the collector of cycles
@@ -144,7 +144,7 @@ def test_a_cache_frees_its_memory_at_once() -> None:
 
 
 def test_a_long_prompt_gets_the_room_it_needs_at_once() -> None:
-    cache = RaggedCache(1, 1, capacity=4)
+    cache = RaggedCache(1, capacity=4)
     forward(cache, cache.prepare(torch.ones(1, 50, dtype=torch.long), torch.tensor([50])))
     assert cache.capacity == 50
 
@@ -152,7 +152,7 @@ def test_a_long_prompt_gets_the_room_it_needs_at_once() -> None:
 @pytest.mark.parametrize("window", [1, 3, 4])
 def test_a_sliding_window_hides_what_lies_too_far_back(window: int) -> None:
     config = MistralConfig(sliding_window=window)
-    cache = RaggedCache(1, 2)
+    cache = RaggedCache(2)
     tokens = torch.tensor([[11, 12, 13, 14, 15], [0, 0, 21, 22, 23]])
     feed = cache.prepare(tokens, torch.tensor([5, 3]), torch.tensor([[31, 32], [33, 34]]))
     keys, _ = forward(cache, feed)
@@ -168,7 +168,7 @@ def test_a_sliding_window_hides_what_lies_too_far_back(window: int) -> None:
 def test_every_kind_of_layer_gets_its_own_mask() -> None:
     kinds = ["sliding_attention", "full_attention"]
     config = Gemma2Config(num_hidden_layers=2, layer_types=kinds, sliding_window=2)
-    feed = RaggedCache(2, 1).prepare(torch.tensor([[5, 6, 7]]), torch.tensor([3]), torch.tensor([[8]]))
+    feed = RaggedCache(1).prepare(torch.tensor([[5, 6, 7]]), torch.tensor([3]), torch.tensor([[8]]))
     masks = feed.inputs(config, torch.bfloat16)["attention_mask"]
     assert sorted(masks) == sorted(kinds)
     assert (masks["full_attention"] == 0).sum(-1).tolist() == [[[1, 2, 3, 4]]]
@@ -188,7 +188,7 @@ def test_windows_and_support_by_architecture() -> None:
 
 
 def test_an_empty_cache_can_be_selected_cropped_and_grown() -> None:
-    cache = RaggedCache(2, 3)
+    cache = RaggedCache(3)
     cache.select(torch.tensor([2, 0]))
     cache.crop(torch.zeros(2, dtype=torch.long), 0)
     assert cache.lengths.tolist() == [0, 0]
@@ -199,7 +199,7 @@ def test_an_empty_cache_can_be_selected_cropped_and_grown() -> None:
 def test_selecting_rows_is_indexing_however_few_of_them_move(rows: list[int], still: bool, copies: int) -> None:
     if still:  # all but the first stay where they are
         rows = [rows[0], *range(1, min(len(rows), 6))]
-    cache = RaggedCache(1, 6, copies=copies, capacity=4)
+    cache = RaggedCache(6, copies=copies, capacity=4)
     cache.prepare(torch.zeros(6, 1, dtype=torch.long), torch.ones(6, dtype=torch.long))
     given = torch.randn(6 * copies, 2, 1, 3)
     cache.update(given, -given, 0)

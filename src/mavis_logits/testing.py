@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .backbone import Backbone
 from .rows import RowTracker, Tokens
 from .scorer import ValueScorer
 from .value_head import ValueHead
@@ -42,7 +43,7 @@ def recompute_head_values(
 ) -> Tensor:
     """Q(s, a) of every candidate under a value head, the base model reading s from scratch; float32 [k, M]."""
     caught: list[Tensor] = []
-    hook = base.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    hook = Backbone.of(base).catch(None, caught.append)
     try:
         ids = torch.as_tensor(np.asarray(sequence), dtype=torch.long, device=base.device)[None]
         inner = base(ids, output_hidden_states=True).hidden_states
