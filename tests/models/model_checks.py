@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
 from mavis_logits import MavisLogitsProcessor, MavisSampling, ValueHead, ValueModel
+from mavis_logits.backbone import Backbone
 from mavis_logits.testing import algorithm_2
 from mavis_training.data import LabelledTree
 from mavis_training.packing import (
@@ -59,6 +60,7 @@ class Row:
 
     name: str
     model_class: str = ""
+    readings: dict[str, tuple[str, str]] = field(default_factory=dict)
     cells: dict[str, Cell] = field(default_factory=dict)
 
 
@@ -79,6 +81,7 @@ def sweep(name: str, only: set[str] | None = None) -> Row:
     if subject is None:
         return row
     row.model_class = type(subject.model).__name__
+    row.cells["readings"], row.readings = _try(subject.readings)
     for check, run in CHECKS.items():
         if only is None or check in only:
             torch.manual_seed(0)
@@ -143,10 +146,18 @@ class Subject:
         first = []
         for tokens in (ids, torch.cat([ids[:, :-1].flip(1), ids[:, -1:]], dim=1)):
             states = getattr(self.model(input_ids=tokens, output_hidden_states=True), "hidden_states", None)
-            if not states or not isinstance(states[0], Tensor):
+            if not states:
                 return 0
-            first.append(states[0][:, -1])
+            first.append(_inner(states, 0, 1))
         return int(difference(*first) > 1e-4)
+
+    def readings(self) -> dict[str, tuple[str, str]]:
+        """How the library reads the model as a base, as a value model and in packed trees, each with the reason."""
+        backbone = Backbone.of(self.model)
+        refused = backbone.why_not_handed_on(self.model.device)
+        reading = backbone.reading
+        base = ("generate", refused or reading.reason) if refused or not reading.ragged else reading
+        return {"base": tuple(base), "value": tuple(reading), "trees": tuple(backbone.trees)}
 
     def value_model(self) -> ValueModel:
         """A tiny Llama that values this type's tokens."""
@@ -213,15 +224,18 @@ def read(model: PreTrainedModel, ids: Tensor, layer: int | None = None) -> Readi
     """A plain forward pass over `ids` [1, T], without mask, positions or cache."""
     with _at_output(model) as caught:
         output = model(input_ids=ids, **({} if layer is None else {"output_hidden_states": True}))
-    inner = None if layer is None else _inner(output, layer)[0, -1]
+    inner = None if layer is None else _inner(getattr(output, "hidden_states", None), layer, 1)[0]
     return Reading(_suppressed(output.logits[0, -1]), _last(caught[-1])[0], inner)
 
 
-def _inner(output: Any, layer: int) -> Tensor:
-    states = getattr(output, "hidden_states", None)
+def _inner(states: Any, layer: int, rows: int) -> Tensor:
+    """[R, d] of the last position, of one of a model's hidden states; the mean of parallel residual streams."""
     if states is None:
         raise Nothing("transformers gives no hidden states of this type")
-    return states[layer]
+    found = states[layer]
+    if found.ndim == 4:
+        found = found.mean(dim=2) if found.shape[0] == rows else found.mean(dim=0)
+    return found[:, -1]
 
 
 def _suppressed(logits: Tensor) -> Tensor:
@@ -255,7 +269,7 @@ def decode(
         )  # fmt: skip
     found = []
     for step, logits in enumerate(out.logits):
-        inner = None if layer is None else out.hidden_states[step][layer][:, -1]
+        inner = None if layer is None else _inner(out.hidden_states[step], layer, len(logits))
         output = _last(caught[step])
         found.append(
             [
@@ -371,11 +385,10 @@ def _processor(kind: str) -> Callable[[Subject], str]:
                     return_dict_in_generate=True, output_hidden_states=layer is not None,
                 )  # fmt: skip
             mavis.detach()
-            inner = (
-                None
-                if layer is None
-                else [_generated(out, step)[layer - subject.first][:, -1] for step in range(len(recorder.calls))]
-            )
+            inner = None
+            if layer is not None:
+                states = out.hidden_states or [None] * STEPS
+                inner = [_inner(states[step], layer - subject.first, len(out.sequences)) for step in range(STEPS)]
             for step, row, prefix in _prefixes(inputs, out.sequences):
                 _, scores, tilted = recorder.calls[step]
                 state = None if inner is None else inner[step][row]
@@ -386,12 +399,6 @@ def _processor(kind: str) -> Callable[[Subject], str]:
         return f"off by {worst:.1g}"
 
     return check
-
-
-def _generated(out: Any, step: int) -> Any:
-    if out.hidden_states is None or out.hidden_states[step] is None:
-        raise Nothing("transformers gives no hidden states of this type")
-    return out.hidden_states[step]
 
 
 def _sampling(kind: str) -> Callable[[Subject], str]:
@@ -611,10 +618,9 @@ def _training(packed: bool) -> Callable[[Subject], str]:
         rows = torch.nn.utils.rnn.pad_sequence(alone, batch_first=True)
         values, gradients = _gradients(model, rows, nodes)
         if packed:
-            config = model.config.backbone_config
-            require_packable(config)
+            windows = require_packable(model.backbone, "train it with packing: nodes")
             examples = [tree_example(item, kept, True)]
-            inputs = packed_inputs(examples, config, torch.float32)
+            inputs = packed_inputs(examples, windows, torch.float32)
         else:
             examples, inputs = nodes, plain_inputs(nodes)
         own, own_gradients = _gradients(model, model(**inputs).values, examples)
