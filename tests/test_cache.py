@@ -11,9 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import BloomConfig, Gemma2Config, GPT2Config, LlamaConfig, MambaConfig, MistralConfig
+from transformers import Gemma2Config, Llama4TextConfig, LlamaConfig, MistralConfig
 
-from mavis_logits.cache import Feed, RaggedCache, attention_windows, supports_ragged_cache
+from mavis_logits.backbone.anatomy import attention_windows
+from mavis_logits.cache import Feed, RaggedCache
 
 HEADS, WIDTH = 2, 3
 
@@ -25,8 +26,8 @@ def states(tokens: Tensor, scale: float = 1.0) -> Tensor:
 
 def forward(cache: RaggedCache, feed: Feed) -> tuple[Tensor, Tensor]:
     """What a decoder does with a feed: every layer writes its keys and values, and sees the slots."""
-    for layer in cache.layers:
-        keys, values = layer.update(states(feed.input_ids), states(feed.input_ids, -1.0))
+    for layer in range(2):
+        keys, values = cache.update(states(feed.input_ids), states(feed.input_ids, -1.0), layer)
     return keys, values
 
 
@@ -156,7 +157,7 @@ def test_a_sliding_window_hides_what_lies_too_far_back(window: int) -> None:
     tokens = torch.tensor([[11, 12, 13, 14, 15], [0, 0, 21, 22, 23]])
     feed = cache.prepare(tokens, torch.tensor([5, 3]), torch.tensor([[31, 32], [33, 34]]))
     keys, _ = forward(cache, feed)
-    mask = feed.inputs(config, torch.float32)["attention_mask"]
+    mask = feed.inputs(attention_windows(config), torch.float32)["attention_mask"]
     visible = [[keys[row, 0, mask[row, 0, query] == 0, 0].long().tolist() for query in range(5, 7)] for row in range(2)]
     for row, words in enumerate(([11, 12, 13, 14, 15], [21, 22, 23])):
         near = words[max(0, len(words) - window + 1) :]
@@ -169,7 +170,7 @@ def test_every_kind_of_layer_gets_its_own_mask() -> None:
     kinds = ["sliding_attention", "full_attention"]
     config = Gemma2Config(num_hidden_layers=2, layer_types=kinds, sliding_window=2)
     feed = RaggedCache(1).prepare(torch.tensor([[5, 6, 7]]), torch.tensor([3]), torch.tensor([[8]]))
-    masks = feed.inputs(config, torch.bfloat16)["attention_mask"]
+    masks = feed.inputs(attention_windows(config), torch.bfloat16)["attention_mask"]
     assert sorted(masks) == sorted(kinds)
     assert (masks["full_attention"] == 0).sum(-1).tolist() == [[[1, 2, 3, 4]]]
     assert (masks["sliding_attention"] == 0).sum(-1).tolist() == [[[1, 2, 2, 2]]]
@@ -177,14 +178,15 @@ def test_every_kind_of_layer_gets_its_own_mask() -> None:
     assert all(torch.isfinite(mask).all() for mask in masks.values())
 
 
-def test_windows_and_support_by_architecture() -> None:
+def test_windows_by_architecture() -> None:
     assert attention_windows(LlamaConfig()) == {"full_attention": None}
     assert attention_windows(MistralConfig(sliding_window=7)) == {"sliding_attention": 7}
     assert attention_windows(MistralConfig(sliding_window=None)) == {"full_attention": None}
-    assert supports_ragged_cache(LlamaConfig())
-    assert supports_ragged_cache(GPT2Config())
-    assert supports_ragged_cache(BloomConfig())  # by its config; the scorer finds by trying that it is not
-    assert not supports_ragged_cache(MambaConfig())
+    assert attention_windows(Gemma2Config(num_hidden_layers=2, sliding_window=7)) == {
+        "full_attention": None,
+        "sliding_attention": 7,
+    }
+    assert attention_windows(Llama4TextConfig()) is None  # chunks: a kind whose mask is not known
 
 
 def test_an_empty_cache_can_be_selected_cropped_and_grown() -> None:

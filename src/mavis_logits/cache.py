@@ -49,6 +49,11 @@ class Feed:
     packed: Tensor | None = None
     copies: int = 1
 
+    @property
+    def queries(self) -> int:
+        """Positions of a row as the decoder sees it: columns, or all columns that are not void in one row."""
+        return self.input_ids.shape[1] if self.packed is None else len(self.packed)
+
     def inputs(self, windows: Windows, dtype: torch.dtype) -> dict[str, Any]:
         """Keyword arguments for the decoder: `input_ids`, `position_ids`, `attention_mask`.
 

@@ -394,6 +394,6 @@ class LengthLimitedScorer(ValueScorer):
 def _out_of_memory(cache: RaggedCache, model: Scored) -> MemoryError:
     return MemoryError(
         f"no memory left for the value model's cache: {len(cache.lengths)} rows x {cache.capacity} slots x "
-        f"{len(cache.layers)} layers, {cache.nbytes() / 2**20:.0f} MiB in {model.dtype}. Use fewer rows a batch, "
-        "shorter prompts or load the value model in bfloat16."
+        f"{len(Backbone.of(model.backbone).layers)} layers, {cache.nbytes() / 2**20:.0f} MiB in {model.dtype}. "
+        "Use fewer rows a batch, shorter prompts or load the value model in bfloat16."
     )

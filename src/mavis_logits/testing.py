@@ -43,13 +43,13 @@ def recompute_head_values(
 ) -> Tensor:
     """Q(s, a) of every candidate under a value head, the base model reading s from scratch; float32 [k, M]."""
     caught: list[Tensor] = []
-    hook = Backbone.of(base).catch(None, caught.append)
+    hook = Backbone.of(base).catch(head.config.layer, caught.append)
     try:
         ids = torch.as_tensor(np.asarray(sequence), dtype=torch.long, device=base.device)[None]
-        inner = base(ids, output_hidden_states=True).hidden_states
+        base(ids)
     finally:
         hook.remove()
-    states = caught[0] if head.config.layer is None else inner[head.config.layer]
+    states = caught[0] if caught[0].ndim == 3 else caught[0][:, None]
     return torch.cat([head(states[:, -1], token[None, None])[0] for token in candidates])
 
 

@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from .backbone import Backbone
-from .backbone.anatomy import class_of_config, name_of_class
+from .backbone.anatomy import build, class_of_config, name_of_class
 from .fingerprint import weights_fingerprint
 from .hub.mixin import PushMixin
 from .loading import load_complete
@@ -100,9 +100,7 @@ class ValueModel(PushMixin, PreTrainedModel):
 
     def __init__(self, config: ValueModelConfig) -> None:
         super().__init__(config)
-        self.backbone = class_of_config(config.backbone_config, config.backbone_class)._from_config(
-            config.backbone_config
-        )
+        self.backbone = build(class_of_config(config.backbone_config, config.backbone_class), config.backbone_config)
         self.head = nn.Linear(Backbone.of(self.backbone).output_width, len(config.objectives))
         self._peft: list[PeftModel] = []  # in a list, so that it is no submodule: it wraps the backbone itself
         self.post_init()

@@ -140,11 +140,11 @@ class ReadingSet(torch.utils.data.Dataset[tuple[int, Any, NDArray[np.int64]]]):
         layouts = [pack(item.tree) for item in trees]
         self.sizes = np.array([len(layout) for layout in layouts])
         self.items: list[tuple[int, Any, NDArray[np.int64]]] = []
-        for index, (item, layout) in enumerate(zip(trees, layouts, strict=True)):
+        for index, layout in enumerate(layouts):
             if packing == "trees":
                 self.items.append((index, layout, np.arange(len(layout))))
             else:
-                self.items.extend((index, example, where) for example, where in path_readings(item.tree, layout))
+                self.items.extend((index, example, where) for example, where in path_readings(layout))
         self.lengths = [len(where) for _, _, where in self.items]
 
     def __len__(self) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
@@ -38,8 +39,13 @@ class Arguments:
     others: bool
     cache: str | None
 
-    def bind(self, owner: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    def bind(self, owner: str, given: Mapping[str, Any], handed_on: bool = False) -> dict[str, Any]:
         """`given`, without what is None, under the module's own names: `cache` may be called something else.
+
+        Args:
+            owner: whose arguments these are, for messages.
+            given: arguments by name.
+            handed_on: whether a name that is not the module's own may go on to another (`Backbone.why_not_handed_on`).
 
         Raises:
             UnsupportedModel: something given would not reach the module. `use_cache=False` may be left out.
@@ -49,7 +55,7 @@ class Arguments:
             own = self.cache if name == "cache" else name
             if value is None:
                 continue
-            if own is None or (own not in self.names and not self.others):
+            if own is None or (own not in self.names and not (handed_on and self.others)):
                 if name == "use_cache" and not value:
                     continue
                 raise UnsupportedModel(f"{owner} takes no {name}")
@@ -76,9 +82,13 @@ def given_cache(inputs: Mapping[str, Any]) -> Any:
     return next((inputs[name] for name in _CACHE_NAMES if inputs.get(name) is not None), None)
 
 
-def without_cache(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments without the cache among them."""
-    return {name: value for name, value in inputs.items() if name not in _CACHE_NAMES}
+def holds_tokens(cache: Any) -> bool:
+    """Whether a cache has been written to."""
+    try:
+        return bool(cache.get_seq_length())
+    except ValueError:  # one of recurrent states alone cannot count
+        states = (getattr(layer, "has_previous_state", False) for layer in cache.layers)
+        return any(any(state.values()) if isinstance(state, dict) else bool(np.any(state)) for state in states)
 
 
 def name_of_class(decoder: PreTrainedModel) -> str | None:
@@ -105,6 +115,13 @@ def class_of_config(config: PreTrainedConfig, name: str | None) -> type[PreTrain
     if not isinstance(kind, type) or not issubclass(kind, PreTrainedModel):
         raise ValueError(f"transformers has no decoder {name} for a configuration of the type {config.model_type}")
     return kind
+
+
+def build(kind: type[PreTrainedModel], config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
+    """A decoder of random weights, without a pooling layer for whole texts, which nothing here reads."""
+    if "add_pooling_layer" in inspect.signature(kind.__init__).parameters:
+        settings |= {"add_pooling_layer": False}
+    return kind._from_config(config, **settings)
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:

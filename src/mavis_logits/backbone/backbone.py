@@ -18,6 +18,8 @@ from . import anatomy, probe
 from .anatomy import UnsupportedModel
 from .probe import Reading
 
+_INPUTS = ("input_ids", "attention_mask", "position_ids", "cache", "use_cache")
+
 
 class Backbone:
     """A transformers model: where its parts are, and how it may be read. Make it with `Backbone.of`.
@@ -166,7 +168,7 @@ class Backbone:
         handle = self.decoder.register_forward_pre_hook(cut_off, with_kwargs=True)
         try:
             with torch.no_grad():
-                self.model(**anatomy.arguments_of(type(self.model)).bind(self.name, given))
+                self.model(**self._bound(self.model, {**dict.fromkeys(_INPUTS), **given}, handed_on=True))
         except _Reached:
             pass
         except (UnsupportedModel, TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
@@ -199,7 +201,7 @@ class Backbone:
         Raises:
             UnsupportedModel: an input given is none that the decoder takes. Nothing is dropped in silence.
         """
-        output = self.decoder(**self._bound(self.decoder, locals()), **more)
+        output = self.decoder(**self._bound(self.decoder, locals(), handed_on=False), **more)
         return output.last_hidden_state, anatomy.cache_of(output)
 
     def logits(
@@ -215,12 +217,11 @@ class Backbone:
         """Next-token scores [R, T, V]; unless `every`, of the last position alone where the model can spare others."""
         if self.model._supports_logits_to_keep() and not every:
             more = {"logits_to_keep": 1} | more
-        return self.model(**self._bound(self.model, locals()), **more).logits
+        return self.model(**self._bound(self.model, locals(), handed_on=True), **more).logits
 
-    def _bound(self, module: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
-        names = ("input_ids", "attention_mask", "position_ids", "cache", "use_cache")
-        bound = anatomy.arguments_of(type(module)).bind(type(module).__name__, {name: given[name] for name in names})
-        return bound
+    def _bound(self, module: nn.Module, given: dict[str, Any], handed_on: bool) -> dict[str, Any]:
+        wanted = {name: given[name] for name in _INPUTS}
+        return anatomy.arguments_of(type(module)).bind(type(module).__name__, wanted, handed_on)
 
     def packed_attention(self) -> AbstractContextManager[None]:
         """While it is open, the decoder runs `ragged_attention`."""
@@ -274,8 +275,8 @@ class Backbone:
                 )
             if num_layers < total:
                 anatomy.cut_config(config, total, num_layers)
-        trunk = type(decoder)._from_config(
-            config, attn_implementation=decoder.config._attn_implementation, dtype=dtype or decoder.dtype
+        trunk = anatomy.build(
+            type(decoder), config, attn_implementation=decoder.config._attn_implementation, dtype=dtype or decoder.dtype
         )
         _copy_weights(decoder, trunk)
         return trunk.eval() if not decoder.training else trunk

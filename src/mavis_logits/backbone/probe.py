@@ -99,7 +99,13 @@ def _once(decoder: PreTrainedModel, question: str, trial: Callable[[PreTrainedMo
     if key not in _known:
         with _lock:
             if key not in _known:
-                _known[key] = trial(decoder)
+                with (
+                    torch.device("cpu"),
+                    torch.inference_mode(False),
+                    torch.no_grad(),
+                    torch.autocast("cpu", enabled=False),
+                ):
+                    _known[key] = trial(decoder)
     return _known[key]
 
 

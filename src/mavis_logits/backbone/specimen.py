@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .anatomy import cut_config, layer_count_fields, layer_lists, per_layer_settings, text_config
+from .anatomy import arguments_of, build, cut_config, layer_count_fields, layer_lists, per_layer_settings, text_config
 
 VOCABULARY = 97
 WINDOW = 6  # shorter than the sequences of every trial
@@ -44,7 +44,8 @@ class Specimen:
     @torch.no_grad()
     def states(self, tokens: Tensor, **inputs: Any) -> Tensor:
         """Last hidden states [R, T, d] after reading `tokens` [R, T]."""
-        return self.decoder(input_ids=tokens, **inputs).last_hidden_state.float()
+        given = arguments_of(type(self.decoder)).bind("", {"use_cache": False} if "use_cache" not in inputs else {})
+        return self.decoder(input_ids=tokens, **given, **inputs).last_hidden_state.float()
 
     def tokens(self, rows: int, length: int, seed: int = 0) -> Tensor:
         """[rows, length] random token ids, none of them special."""
@@ -142,15 +143,15 @@ def _cut(config: PreTrainedConfig, layers: int) -> None:
 
 
 def _build(kind: type[PreTrainedModel], config: PreTrainedConfig, implementation: str) -> PreTrainedModel:
-    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
+    with torch.random.fork_rng(devices=[]):
+        if implementation == "sdpa" and not kind._supports_sdpa:
+            implementation = "eager"
+        as_asked = {"attn_implementation": implementation, "dtype": torch.float32}
         with torch.device("meta"):
-            size = sum(p.numel() for p in kind._from_config(copy.deepcopy(config), dtype=torch.float32).parameters())
+            size = sum(p.numel() for p in build(kind, copy.deepcopy(config), **as_asked).parameters())
         if size > _FEW_PARAMETERS:
             raise ValueError(f"it has {size} parameters")
-        with torch.device("cpu"):
-            if implementation == "sdpa" and not kind._supports_sdpa:
-                implementation = "eager"
-            model = kind._from_config(config, attn_implementation=implementation, dtype=torch.float32)
+        model = build(kind, config, **as_asked)
         _enliven(model)
     return model.eval().requires_grad_(False)
 

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteria
 
 from ..backbone import Backbone
-from ..backbone.anatomy import given_cache
+from ..backbone.anatomy import given_cache, holds_tokens
 from ..processor import MavisLogitsProcessor
 from ..steering import Steering
 from .reader import taken
@@ -127,6 +127,7 @@ class MavisStrategy(Steering):
         inputs = model_kwargs if len(rows) == len(input_ids) else taken(model_kwargs, rows, len(input_ids))
         mask = inputs.get("decoder_attention_mask" if backbone.is_encoder_decoder else "attention_mask")
         special = any(value is not None for name, value in inputs.items() if name not in _PREPARED)
+        special = special or inputs.get("use_cache") is False
         with Session(self, model, prompts, mask, processors, inputs, as_generate=special) as session:
             output = self.decode(session, criteria, config)
         if output.values is not None and any(self._idle):
@@ -151,12 +152,10 @@ class MavisStrategy(Steering):
         if input_ids.shape[1] == 0:
             raise ValueError("the prompt is empty: give generate at least one token to go on from")
         cache = given_cache(model_kwargs)
-        if cache is not None and cache.get_seq_length():
+        if cache is not None and holds_tokens(cache):
             raise ValueError(
                 f"{name} keeps caches of its own and cannot go on from past_key_values: give it the whole text so far"
             )
-        if model_kwargs.get("use_cache") is False:
-            raise ValueError(f"{name} always decodes with a cache: leave use_cache out")
         if (config.num_beams or 1) > 1:
             raise ValueError(
                 f"num_beams={config.num_beams} asks for generate's own beam search, not {name}: use "
