@@ -55,16 +55,16 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"num_kv_shared_layers", 0),
     (r"num_global_layers", 1),
     (r"qk_head_dim", 16),
-    (r"(global_|index_|v_|qk_nope_|qk_rope_|linear_(key_|value_)?|mamba_|swa_|swa_v_)?head_?dim|v_head_dim|kv_channels", 8),
+    (r"(global_|index_|v_|qk_nope_|qk_rope_|linear_(key_|value_)?|mamba_|swa_|swa_v_)?head_?dim|kv_channels", 8),
     (r"dim_head|d_head|d_kv|attention_head_(dim|size)|mamba_d_head", 8),
     (r"rotary_dim", 8),
     (r"(\w+_)?(mamba_)?d_state|(ssm_)?state_size", 4),
     (r"(\w+_)?lora_rank|mamba_dt_rank|hc_lowrank|laurel_rank|adapter_rank|d_rel", 4),
     (r"ple_embed_dim|hidden_size_per_layer_input", 8),
-    (r"hidden_size|d_model|n_embd|(emb|embed|embedding)_dim|embedding_size|(input|output)_embedding_size|lru_width", 32),
-    (r"(attention_)?hidden_size(_global)?|cross_hidden_size|backbone_hidden_size|out_hidden_size|query_pre_attn_scalar", 32),
-    (r"(moe_|dense_|expert_|shared_\w*|\w+_)?(intermediate|ffn_hidden|ffn)_(size|dim)(_mlp)?|(\w+_)?ffn_dim|n_inner|dff|d_ff|d_inner|dim_ff", 32),
-    (r"feed_forward_size|router_hidden_size|mlp_dim|prompt_mid_dim", 32),
+    (r"d_model|n_embd|(emb|embed|embedding)_dim|((input|output)_)?embedding_size|lru_width", 32),
+    (r"((attention|cross|backbone|out)_)?hidden_size(_global)?|query_pre_attn_scalar|router_hidden_size", 32),
+    (r"(\w+_)?(intermediate|ffn_hidden|ffn)_(size|dim)(_mlp)?|n_inner|dff|d_ff|d_inner|dim_ff|feed_forward_size", 32),
+    (r"mlp_dim|prompt_mid_dim", 32),
     (r"(num_|n_)?(\w+_)?(hidden_)?layers?|n_layers?|depth|num_blocks|num_layers_per_stack", 2),
     (r"nemo_conv_channels|depthwise_separable_out_channel|ext_pw_out_channel", 32),
     (r"image_size", 16),
@@ -82,12 +82,14 @@ _INDEXER = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, 
 _INDEXER |= {"indexer_compress_ratio": 4}
 _MIXED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 _SWITCHED = {"use_sliding_window": True, **_MIXED}
+# Rotary frequencies of a head are split between positions in time, height and width.
+_SPLIT = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
 _SHARED = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
 TWEAKS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {
         "layer_types": ["full_attention", "sliding_attention"],
-        "rope_parameters": {k: {"rope_type": "default", "rope_theta": 1e4} for k in ("full_attention", "sliding_attention")},
+        "rope_parameters": {f"{k}_attention": {"rope_type": "default", "rope_theta": 1e4} for k in ("full", "sliding")},
     },
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
     "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}},
@@ -121,12 +123,26 @@ TWEAKS: dict[str, dict[str, Any]] = {
     "smollm3": _SWITCHED,
     "starcoder2": {"sliding_window": WINDOW},
     "xmod": {"default_language": "en_XX"},
+    "glm4v_moe_text": {"rope_parameters": _SPLIT["rope_parameters"] | {"mrope_section": [1, 1, 0]}},
     "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "num_hidden_layers": 4,
               "layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16, "mamba_headdim": 8, "num_hidden_layers": 4,
                "layers_block_type": ["linear_attention", "hybrid"] * 2, "hybrid_layer_ids": [1, 3]},
     "zaya": {"num_experts_per_tok": 1, "sliding_window": WINDOW, "layer_types": ["hybrid_sliding", "hybrid"]},
+} | {
+    f"{name}_text": _SPLIT
+    for name in ("glm4v", "glm_ocr", "glm_image", "glmga", "paddleocr_vl", "qwen2_vl", "qwen2_5_vl")
 }  # fmt: skip
+# What has a vision or audio tower beside a decoder that writes text from ids alone, and is tiny when shrunk.
+WRAPPERS = (
+    "aria", "aya_vision", "cohere2_vision", "cohere_compass", "cosmos3_edge", "cosmos3_omni", "deepseek_vl",
+    "exaone4_5", "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmasr", "glmga", "granite_docling",
+    "hyperclovax_vision_v2", "idefics2", "idefics3", "internvl", "kimi_k25", "kosmos-2.5", "lfm2_vl", "lfm3_vl",
+    "lighton_ocr", "llava", "llava_next", "llava_next_video", "llava_onevision", "minicpm_ocr", "minicpmv4_6",
+    "minicpmv4_7", "minimax_m3_vl", "mistral3", "ovis2", "paddleocr_vl", "paligemma", "pp_chart2table", "qianfan_ocr",
+    "qwen2_5_vl", "qwen2_audio", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "shieldgemma2", "smolvlm", "video_llama_3",
+    "video_llava", "vipllava", "voxtral",
+)  # fmt: skip
 # Settings of a type that change how its attention works, as `type+name`.
 VARIANTS: dict[str, dict[str, Any]] = {
     "falcon+alibi": {"alibi": True},
@@ -140,8 +156,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama+dynamicntk": {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
                          "max_position_embeddings": PROMPT + 2},
     "llama+eager": {"attn_implementation": "eager"},
-    "llama+llama3": {"rope_parameters": {"rope_type": "llama3", "factor": 4.0, "rope_theta": 1e4, "low_freq_factor": 1.0,
-                                         "high_freq_factor": 4.0, "original_max_position_embeddings": 16}},
+    "llama+llama3": {"rope_parameters": {"rope_type": "llama3", "factor": 4.0, "rope_theta": 1e4,
+                                         "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                         "original_max_position_embeddings": 16}},
     "llama+pad128": {"vocab_size": 128},
     "llama+tied": {"tie_word_embeddings": True},
     "llama+yarn": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4,
@@ -154,8 +171,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def types() -> list[str]:
-    """The names of all causal types, in order, then of all variants."""
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) + sorted(VARIANTS)
+    """The names of all causal types, in order, then of wrappers and variants that this transformers has."""
+    wrappers = [name for name in WRAPPERS if name in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES]
+    variants = [name for name in VARIANTS if name.split("+")[0] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) + wrappers + sorted(variants)
+
+
+def group(name: str) -> str:
+    """What a name is of: "causal", "wrapper" or "variant"."""
+    return "variant" if "+" in name else "wrapper" if name in WRAPPERS else "causal"
 
 
 def tiny_config(name: str, **settings: Any) -> PreTrainedConfig:

@@ -39,16 +39,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--checks", help="only these checks, with commas between")
     options = parser.parse_args(argv)
     _be_quiet()
-    from model_types import types
+    from model_types import group, types
+    from model_verdicts import unexpected, why
 
     started = time.time()
     names = options.types or types()
     rows = run(names, options.processes, set(options.checks.split(",")) if options.checks else None, options.show)
     rows.sort(key=lambda row: names.index(row["name"]))
+    for row in rows:
+        row["group"] = group(row["name"])
+        for check, cell in row["cells"].items():
+            cell |= {"why": why(row["name"], check)} if cell["verdict"] != "exact" else {}
     if options.out:
         options.out.write_text(json.dumps(_about(time.time() - started) | {"rows": rows}, indent=1) + "\n")
     print(summary(rows))
-    return 0
+    surprises = [f"{row['name']}: {line}" for row in rows for line in unexpected(row)]
+    print("\n".join(["", f"{len(surprises)} not as expected", *surprises]))
+    return int(bool(surprises))
 
 
 def run(names: Sequence[str], processes: int, checks: set[str] | None, show: bool) -> list[dict[str, Any]]:
@@ -102,7 +109,12 @@ class Worker:
             return None
         self.gone = True
         self.process.kill()
-        return {"name": self.name, "model_class": "", "cells": {"built": {"verdict": "crash", "detail": problem}}}
+        return {
+            "name": self.name,
+            "model_class": "",
+            "readings": None,
+            "cells": {"built": {"verdict": "crash", "detail": problem}},
+        }
 
     def end(self) -> None:
         self.process.kill()
