@@ -177,3 +177,6 @@ def _is_chat(inputs: Any) -> bool:
 PIPELINE_REGISTRY.register_pipeline(
     TASK, pipeline_class=MavisTextGenerationPipeline, pt_model=AutoModelForCausalLM, type="text"
 )
+# `save_pretrained` would copy this file into the folder, without the package that it is a part of, and write the task
+# into the model's config.
+del MavisTextGenerationPipeline._registered_impl  # type: ignore[attr-defined]
