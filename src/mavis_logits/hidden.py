@@ -15,44 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The layers of a language model, in order.
-
-    Raises:
-        ValueError: there is no list of as many modules as its configuration has layers.
-    """
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
-    for module in model.get_decoder().modules():  # not those of a vision tower
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise ValueError(
-        f"{type(model).__name__} has no list of {count} layers to read states from: use value heads that read what "
-        "enters the output embedding (layer: output in training)"
-    )
-
-
-def catch_states(model: PreTrainedModel, layer: int | None, catch: Callable[[Tensor], None]) -> RemovableHandle:
-    """Have `catch` called with the states of every forward pass.
-
-    Args:
-        model: the base model.
-        layer: after how many of its layers the states are read; None: what enters the output embedding.
-        catch: given [R, T, d], or [R, d] where only the last position goes on to the output embedding.
-
-    Returns:
-        What takes the hook off again.
-    """
-    if layer is None:
-        output = model.get_output_embeddings()
-        if output is None:
-            raise ValueError(f"{type(model).__name__} has no output embedding; steering needs a causal language model")
-        return output.register_forward_pre_hook(lambda _, args: catch(args[0].detach()))
-    after = decoder_layers(model)[layer - 1]
-    return after.register_forward_hook(lambda _, __, out: catch((out[0] if isinstance(out, tuple) else out).detach()))
+from .backbone import Backbone
+from .backbone.anatomy import given_cache
 
 
 class HiddenStates:
@@ -60,17 +26,18 @@ class HiddenStates:
 
     Args:
         model: the base model.
-        layers: which are wanted, as for `catch_states`.
+        layers: which are wanted, as for `Backbone.catch`.
     """
 
     def __init__(self, model: PreTrainedModel, layers: Iterable[int | None] = (None,)) -> None:
         inner = {layer for layer in layers if layer is not None}
-        handles = [catch_states(model, layer, self._catcher(layer)) for layer in inner]
-        handles.append(catch_states(model, None, self._at_output))
+        backbone = Backbone.of(model)
+        handles = [backbone.catch(layer, self._catcher(layer)) for layer in inner]
+        handles.append(backbone.catch(None, self._at_output))
         _let_compiled_code_see_hooks()
         self.model = model
         self._local = threading.local()
-        self._handles = [model.register_forward_pre_hook(self._before_model, with_kwargs=True), *handles]
+        self._handles = [backbone.model.register_forward_pre_hook(self._before_model, with_kwargs=True), *handles]
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -97,7 +64,7 @@ class HiddenStates:
     def _before_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = kwargs.get("input_ids", args[0] if args else None)
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-        past = kwargs.get("past_key_values")
+        past = given_cache(kwargs)
         self._local.states, self._local.inner = None, {}
         if tokens is not None and tokens.shape[1] > 1:  # a single position needs no counting
             self._local.read = tokens.shape[1] + (int(past.get_seq_length()) if past is not None else 0)

@@ -178,7 +178,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         """This thread's cache for `model`. It outlives a `generate` call: a next chat turn goes on from it."""
         sessions = self._local.__dict__.setdefault("sessions", {})
         if id(model) not in sessions:
-            sessions[id(model)] = (RowTracker(), make_scorer(model, self.compile))
+            sessions[id(model)] = (RowTracker(), make_scorer(model, self.compile, self.reading))
         return sessions[id(model)]
 
     def _leaves_scores_alone(self, k: int, vocabulary: int) -> bool:
