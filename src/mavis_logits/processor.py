@@ -90,8 +90,8 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
                 raise ValueError(
                     "a value head needs the base model's hidden states: pass model=model, or use mavis.attach(model)"
                 )
-            hidden = self._hidden.take(input_ids.shape[1])
-            if hidden is None or len(hidden[None]) != len(scores):
+            hidden = self._hidden.take(input_ids)
+            if hidden is None:
                 self._pass_through()
                 return scores
             self._local.passed = 0

@@ -12,7 +12,7 @@ import copy
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .attention import IMPLEMENTATION, ragged_attention_on
+from .attention import IMPLEMENTATION, holding
 from .cache import RaggedCache, supports_ragged_cache
 from .fused import FusedValueModel
 from .rows import Plan
@@ -169,8 +169,6 @@ class RaggedScorer(ValueScorer):
         mode = "reduce-overhead" if model.device.type == "cuda" else None
         self._compiled = torch.compile(model.forward, mode=mode) if compile else None
         self._cache: RaggedCache | None = None
-        if self.packed:  # it computes what sdpa computes, so this may stay
-            model.backbone.config._attn_implementation = IMPLEMENTATION
 
     @property
     def cache(self) -> RaggedCache:
@@ -211,7 +209,8 @@ class RaggedScorer(ValueScorer):
             feed = cache.prepare(tokens, new, candidates, kept=kept, pack=self.packed)
             inputs = feed.inputs(self.model.backbone.config, self.model.dtype)
             forward = self.model if self._compiled is None or most > 1 else self._compiled
-            values = forward(**inputs, past_key_values=cache, use_cache=True).values
+            with holding(self.model.backbone) if self.packed else nullcontext():
+                values = forward(**inputs, past_key_values=cache, use_cache=True).values
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not isinstance(error, torch.OutOfMemoryError) and "memory" not in str(error):
                 raise
@@ -305,7 +304,7 @@ def _agrees_with_plain_forward(decoder: PreTrainedModel, packed: bool) -> bool:
     try:
         with ExitStack() as stack:
             if packed:
-                stack.enter_context(ragged_attention_on(decoder))
+                stack.enter_context(holding(decoder))
             cache = RaggedCache(decoder.config.num_hidden_layers, 2, device, copies=getattr(decoder, "copies", 1))
             feed = cache.prepare(tokens, torch.tensor([3, 6], device=device), candidates, pack=packed)
             inputs = feed.inputs(decoder.config, decoder.dtype)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessorList, PreTrainedModel
 
-from ..attention import ragged_attention_on
+from ..attention import holding
 from ..cache import RaggedCache
 from ..functions import check_context
 from ..fused import FusedValueModel
@@ -78,13 +78,14 @@ class Session:
         self._logits_to_keep = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
 
     def __enter__(self) -> Self:
-        self._stack = ExitStack()
-        if self._packed:
-            self._stack.enter_context(ragged_attention_on(self._decoder))
-        if self._steering is not None and self._steering._functions.heads:
-            for layer in {head.config.layer for head in self._steering._functions.heads}:
-                handle = catch_states(self.model, layer, partial(self._keep, threading.get_ident(), layer))
-                self._stack.callback(handle.remove)
+        with ExitStack() as stack:  # what fails half way leaves nothing behind
+            if self._packed:
+                stack.enter_context(holding(self._decoder))
+            if self._steering is not None and self._steering._functions.heads:
+                for layer in {head.config.layer for head in self._steering._functions.heads}:
+                    handle = catch_states(self.model, layer, partial(self._keep, threading.get_ident(), layer))
+                    stack.callback(handle.remove)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
