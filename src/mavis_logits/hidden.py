@@ -197,7 +197,10 @@ class _Forward:
         rows, length = input_ids.shape
         if len(self.states[None]) != rows or (self.count > 1 and self.read is None):
             return None
-        index = 0 if self.count == 1 else self.count - 1 - (self.read - length)
+        if self.count == 1 or self.tokens is None:  # embeddings (a soft prompt) are none of the sequences' tokens
+            index = self.count - 1
+        else:
+            index = self.count - 1 - (self.read - length)
         return index if self.next <= index < self.count else None
 
     def replaces(self, other: _Forward) -> bool:
