@@ -18,6 +18,8 @@ from peft import LoraConfig, PeftModel
 from safetensors import safe_open
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from .backbone import Backbone
+from .backbone.anatomy import name_of_class
 from .fingerprint import weights_fingerprint
 from .loading import commit_of, damage_is_os_error, find_file, find_weights, hub_arguments, load_complete, read_json
 from .value_model import (
@@ -27,7 +29,6 @@ from .value_model import (
     ValueModel,
     ValueModelConfig,
     load_adapter,
-    truncated_backbone,
 )
 
 if TYPE_CHECKING:
@@ -123,7 +124,8 @@ def _load_own_adapter(
                 f"{name} is an adapter on the first layers of {source}, which could not be loaded: pass the loaded "
                 "model as backbone= (a processor that is given model= does so), or download it first"
             ) from error
-    trunk = truncated_backbone(source, config.backbone_config.num_hidden_layers, kwargs.get("dtype") or torch.float32)
+    layers = config.backbone_config.num_hidden_layers
+    trunk = Backbone.of(source).truncated(layers, kwargs.get("dtype") or torch.float32)
     if config.backbone_fingerprint not in (None, weights_fingerprint(trunk)):
         warnings.warn(
             f"{name} was trained on other weights of {config.backbone} than those given; its values will be off. Pass "
@@ -162,7 +164,7 @@ def _load_sequence_classifier(
             f"{name}: {type(classifier).__name__} has no linear `score` layer on a decoder; it cannot be read"
         )
     names = _names(classifier, objectives, name)
-    return _with_head(cls, classifier.base_model, score_layer.weight, score_layer.bias, names)
+    return _with_head(cls, Backbone.of(classifier).decoder, score_layer.weight, score_layer.bias, names)
 
 
 def _classifier_base(
@@ -177,7 +179,7 @@ def _classifier_base(
     config = copy.deepcopy(backbone.config)
     config.num_labels = labels
     classifier = AutoModelForSequenceClassification.from_config(config, dtype=backbone.dtype)
-    classifier.base_model.load_state_dict(backbone.base_model.state_dict())
+    Backbone.of(classifier).decoder.load_state_dict(Backbone.of(backbone).decoder.state_dict())
     return classifier
 
 
@@ -217,14 +219,19 @@ def _load_trl(
     causal = load_complete(
         AutoModelForCausalLM.from_pretrained, name, **{"key_mapping": {r"^pretrained_model\.": ""}} | kwargs
     )
-    return _with_head(cls, causal.base_model, head["weight"], head.get("bias"), list(objectives or ["reward"]))
+    return _with_head(
+        cls, Backbone.of(causal).decoder, head["weight"], head.get("bias"), list(objectives or ["reward"])
+    )
 
 
 def _with_head(
     cls: type[ValueModel], trunk: PreTrainedModel, weight: Tensor, bias: Tensor | None, objectives: list[str]
 ) -> ValueModel:
     config = ValueModelConfig(
-        backbone_config=trunk.config, objectives=objectives, pad_token_id=trunk.config.pad_token_id
+        backbone_config=trunk.config,
+        backbone_class=name_of_class(trunk),
+        objectives=objectives,
+        pad_token_id=trunk.config.pad_token_id,
     )
     model = cls._assemble(config, trunk)
     with torch.no_grad():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .backbone import Backbone
 from .fingerprint import tokenizer_fingerprint
 from .fused import FusedValueModel, fusable_groups, why_not_fused
 from .loading import Source, find_file, hub_arguments, read_json
@@ -112,7 +113,7 @@ class ValueFunctions:
     def check_vocabulary(self, size: int) -> None:
         """Raise `ValueError` if a value model's vocabulary is smaller than the scores' (`size` tokens)."""
         for model in self.models:
-            own = model.backbone.config.vocab_size
+            own = Backbone.of(model.backbone).vocabulary
             if own < size:
                 raise ValueError(
                     f"the value model for {model.config.objectives} knows {own} tokens, but the base model's scores "
@@ -131,7 +132,7 @@ class ValueFunctions:
         Raises:
             ValueError: one of them may be a token. Waits for the device if there is no tokenizer to tell.
         """
-        own = min((model.backbone.config.vocab_size for model in self.models), default=scores.shape[1])
+        own = min((Backbone.of(model.backbone).vocabulary for model in self.models), default=scores.shape[1])
         if own >= scores.shape[1] or (tokenizer is None and torch.isneginf(scores[:, own:]).all()):
             return scores
         if tokenizer is None or len(tokenizer) > own:
@@ -317,7 +318,7 @@ def special_tokens(
 
 def check_context(model: ValueModel | FusedValueModel, length: int) -> None:
     """Raise `ValueError` if the value model cannot read sequences of `length` tokens."""
-    limit = getattr(model.backbone.config, "max_position_embeddings", None)
+    limit = Backbone.of(model.backbone).longest
     if limit is not None and length > limit:
         raise ValueError(
             f"a sequence of {length} tokens is longer than the {limit} that the value model for "

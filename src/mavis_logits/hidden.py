@@ -15,52 +15,14 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .hooks import after, before, drop_compiled_code
+from .backbone import Backbone
+from .hooks import before, drop_compiled_code
 
 _REMEMBERED = 3  # forward passes, all of them on other caches, that one call of a processor may have to choose from
-
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The layers of a language model, in order.
-
-    Raises:
-        ValueError: there is no list of as many modules as its configuration has layers.
-    """
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
-    for module in model.get_decoder().modules():  # not those of a vision tower
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise ValueError(
-        f"{type(model).__name__} has no list of {count} layers to read states from: use value heads that read what "
-        "enters the output embedding (layer: output in training)"
-    )
-
-
-def catch_states(model: PreTrainedModel, layer: int | None, catch: Callable[[Tensor], None]) -> RemovableHandle:
-    """Have `catch` called with the states of every forward pass.
-
-    Args:
-        model: the base model.
-        layer: after how many of its layers the states are read; None: what enters the output embedding.
-        catch: given [R, T, d], or [R, d] where only the last position goes on to the output embedding.
-
-    Returns:
-        What takes the hook off again.
-    """
-    if layer is None:
-        output = model.get_output_embeddings()
-        if output is None:
-            raise ValueError(f"{type(model).__name__} has no output embedding; steering needs a causal language model")
-        return before(output, lambda args: catch(args[0].detach()))
-    return after(
-        decoder_layers(model)[layer - 1],
-        lambda _, out: catch((out[0] if isinstance(out, tuple) else out).detach()),
-    )
 
 
 class HiddenStates:
@@ -72,20 +34,21 @@ class HiddenStates:
 
     Args:
         model: the base model.
-        layers: which are wanted, as for `catch_states`.
+        layers: which are wanted, as for `Backbone.catch`.
     """
 
     def __init__(self, model: PreTrainedModel, layers: Iterable[int | None] = (None,)) -> None:
         self._inner = sorted({layer for layer in layers if layer is not None})
         self._local = threading.local()
+        backbone = Backbone.of(model)
         with ExitStack() as stack:  # what fails half way leaves no hook
             for layer in self._inner:
-                stack.callback(catch_states(model, layer, self._weakly(HiddenStates._at_layer, layer)).remove)
-            stack.callback(catch_states(model, None, self._weakly(HiddenStates._at_output)).remove)
-            stack.callback(before(model, self._weakly(HiddenStates._before_model), with_kwargs=True).remove)
+                stack.callback(backbone.catch(layer, self._weakly(HiddenStates._at_layer, layer)).remove)
+            stack.callback(backbone.catch(None, self._weakly(HiddenStates._at_output)).remove)
+            stack.callback(before(backbone.model, self._weakly(HiddenStates._before_model), with_kwargs=True).remove)
             self._remove = weakref.finalize(self, stack.pop_all().close)
         self._remove.atexit = False
-        drop_compiled_code(model)
+        drop_compiled_code(backbone.model)
 
     def remove(self) -> None:
         """Take the hooks off, and forget all states."""
@@ -197,10 +160,9 @@ class _Forward:
         rows, length = input_ids.shape
         if len(self.states[None]) != rows or (self.count > 1 and self.read is None):
             return None
-        if self.count == 1 or self.tokens is None:  # embeddings (a soft prompt) are none of the sequences' tokens
-            index = self.count - 1
-        else:
-            index = self.count - 1 - (self.read - length)
+        # Embeddings (a soft prompt) are none of the sequences' tokens: they were read just before the first.
+        behind = 0 if self.count == 1 or self.tokens is None or self.read is None else self.read - length
+        index = self.count - 1 - behind
         return index if self.next <= index < self.count else None
 
     def replaces(self, other: _Forward) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from .backbone import Backbone
 from .functions import check_context
 from .given import Given
 from .hidden import HiddenStates
@@ -38,8 +39,8 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
     be compared by their sums. One object serves any number of `generate` calls, and threads.
 
     Put constraints (grammars, banned words) in front of it: they choose among what it then values. One behind it may
-    forbid all of its candidates; the likeliest token under the reference that is allowed is then taken. For this, tokens
-    that are no candidates get scores below -1e9 in the order of the reference, whose probability is exactly 0.
+    forbid all of its candidates; the token that is likeliest under the reference of those allowed is then taken. For
+    this, tokens that are no candidates get scores below -1e9, in the order of the reference. Their probability is 0.
 
     Without `model=` the tokens alone must tell what is padding and which rows `generate` has closed (`rows.py`), and
     nothing tells that a prompt was given as embeddings or images, or to an encoder, which value models cannot read.
@@ -62,7 +63,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         super().attach(model)
         if self._functions.heads:
             self._hidden = HiddenStates(model, [head.config.layer for head in self._functions.heads])
-        self._given = Given(model)
+        self._given = Given(Backbone.of(model).model)
         return self
 
     def detach(self) -> None:
@@ -125,7 +126,8 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         self._check_values(values, scored)
         step = self.tilt(choice, values.masked_fill(~scored[..., None], 0.0))
 
-        counted = live & ~torch.isin(input_ids[:, -1:], torch.tensor(sorted(self._eos), device=scores.device)).any(dim=1)
+        eos = torch.tensor(sorted(self._eos), device=scores.device)
+        counted = live & ~torch.isin(input_ids[:, -1:], eos).any(dim=1)
         step = replace(step, kl=torch.where(counted, step.kl, 0.0))
         with self._lock:
             self.stats.add(len(scores), step.kl, seconds)
@@ -138,7 +140,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
             return scores
         log_probs = step.log_probs(scores.shape[1])
         if step.everything is None:
-            far = torch.log_softmax(scores.float(), dim=-1) * _SPREAD - _FAR
+            far = torch.log_softmax(scores.float() / self.config.reference_temperature, dim=-1) * _SPREAD - _FAR
             log_probs = torch.where(torch.isneginf(log_probs), far, log_probs)
         return torch.where(live[:, None], log_probs.to(scores.dtype), scores)
 
@@ -229,7 +231,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         """This thread's cache for `model`. It outlives a `generate` call: a next chat turn goes on from it."""
         sessions = self._local.__dict__.setdefault("sessions", {})
         if id(model) not in sessions:
-            sessions[id(model)] = (RowTracker(), make_scorer(model, self.compile))
+            sessions[id(model)] = (RowTracker(), make_scorer(model, self.compile, self.reading))
         return sessions[id(model)]
 
     def _leaves_scores_alone(self, k: int, vocabulary: int) -> bool:

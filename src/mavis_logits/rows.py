@@ -176,9 +176,7 @@ def strip_padding(input_ids: Tokens, pad_token_id: int | None) -> list[Tokens]:
     return LeftPadding().strip(input_ids, None, pad_token_id, frozenset())
 
 
-def ended_rows(
-    input_ids: Tensor, eos_token_ids: frozenset[int], pad_token_id: int | None, begun: int = 0
-) -> Tensor:
+def ended_rows(input_ids: Tensor, eos_token_ids: frozenset[int], pad_token_id: int | None, begun: int = 0) -> Tensor:
     """[R] bool, whether `generate` has closed the row: its last token is padding that follows EOS or other padding.
 
     A lone EOS is no proof (a prompt, or a chat turn, may end with it), so a row is scored once more after its EOS. If

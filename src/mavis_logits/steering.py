@@ -7,15 +7,17 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 import torch
 from torch import Tensor
 
+from .backbone import Backbone
 from .bundle import load_bundle
 from .config import MavisConfig
 from .functions import ValueFunctions, load_value_functions, special_tokens
 from .loading import LOADING_ARGUMENTS
+from .scorer import WantedReading
 from .tilting import combine, kl_divergence, normalize, solve_beta, tilt
 from .trace import MavisStats, MavisTrace
 from .value_head import ValueHead
@@ -104,6 +106,8 @@ class Steering:
         fuse: whether value models that are LoRA adapters on one backbone are run in one forward: None where it is
             possible, True to insist, False for one forward each.
         compile: compile the value models' steps, on a GPU into CUDA graphs (`mavis_logits.scorer.RaggedScorer`).
+        reading: how value models (and by a strategy the base model) read candidates: "auto", the fastest way that is
+            right; "packed" to insist on one packed forward, and be told why it cannot be; "repeated" to do without.
         config: all other settings; see `MavisConfig`, whose fields may also be given by name.
 
     Attributes:
@@ -130,6 +134,7 @@ class Steering:
         trace: bool = False,
         fuse: bool | None = None,
         compile: bool = False,
+        reading: WantedReading = "auto",
         config: MavisConfig | None = None,
         **settings: Any,
     ) -> None:
@@ -141,7 +146,9 @@ class Steering:
         self.pad_token_id, self._eos, self._borders = special_tokens(
             self._functions.models, model, tokenizer, pad_token_id, eos_token_id
         )
-        self.tokenizer, self.compile = tokenizer, compile
+        if reading not in get_args(WantedReading):
+            raise ValueError(f"reading must be one of {', '.join(get_args(WantedReading))}, got {reading!r}")
+        self.tokenizer, self.compile, self.reading = tokenizer, compile, reading
         self.stats = MavisStats()
         self.trace = MavisTrace(self.objectives, self._eos) if trace else None
         if model is not None:
@@ -230,7 +237,7 @@ class Steering:
         Raises:
             ValueError: a value head was trained on another model, or a value model cannot read what `model` is given.
         """
-        if model.config.is_encoder_decoder and self._functions.models:
+        if Backbone.of(model).is_encoder_decoder and self._functions.models:
             names = [value_model.config.objectives for value_model in self._functions.models]
             raise ValueError(
                 f"{type(model).__name__} reads its prompts with an encoder, which the value models for {names} never "

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
+from .backbone import Backbone
 from .fingerprint import weights_fingerprint
 from .hub.mixin import PushMixin
 from .loading import load_complete
@@ -114,10 +115,11 @@ class ValueHead(PushMixin, PreTrainedModel):
             config: further fields of `ValueHeadConfig`.
         """
         check_objectives(objectives)
-        embedding = output_embedding(model)
+        backbone = Backbone.of(model)
+        embedding = backbone.output_embedding
         settings = {"base_model": model.config.name_or_path or None} | config
         head_config = ValueHeadConfig(
-            hidden_size=embedding.shape[1] if config.get("layer") is None else _decoder_config(model).hidden_size,
+            hidden_size=embedding.shape[1] if config.get("layer") is None else backbone.width,
             embedding_size=embedding.shape[1],
             vocab_size=embedding.shape[0],
             width=width,
@@ -155,7 +157,8 @@ class ValueHead(PushMixin, PreTrainedModel):
         Raises:
             ValueError: another width, vocabulary, device or (with `check`) other weights.
         """
-        embedding = output_embedding(model)
+        backbone = Backbone.of(model)
+        embedding = backbone.output_embedding
         config = self.config
         if embedding.shape != (config.vocab_size, config.embedding_size):
             raise ValueError(
@@ -163,8 +166,8 @@ class ValueHead(PushMixin, PreTrainedModel):
                 f"{type(model).__name__} has {embedding.shape[0]} x {embedding.shape[1]}: use the head's own base "
                 f"model, {config.base_model}"
             )
-        layers = _decoder_config(model).num_hidden_layers
-        if config.layer is not None and not 1 <= config.layer <= layers:
+        layers = None if config.layer is None else len(backbone.layers)
+        if layers is not None and not 1 <= config.layer <= layers:
             raise ValueError(
                 f"this value head reads the state after layer {config.layer}, but {type(model).__name__} has {layers} "
                 f"layers: name one of 1 to {layers}, or none for what enters the output embedding"
@@ -237,22 +240,6 @@ class ValueHead(PushMixin, PreTrainedModel):
             table = torch.cat([self.action(_normalised(rows.to(weight.dtype))) for rows in embedding.split(8192)])
             self._table = (version, table)
         return self._table[1]
-
-
-def _decoder_config(model: PreTrainedModel) -> PreTrainedConfig:
-    return model.config.get_text_config(decoder=True)
-
-
-def output_embedding(model: PreTrainedModel) -> Tensor:
-    """The weights [V, d] of a causal language model's output embedding.
-
-    Raises:
-        ValueError: the model has none.
-    """
-    layer = model.get_output_embeddings()
-    if layer is None or getattr(layer, "weight", None) is None:
-        raise ValueError(f"{type(model).__name__} has no output embedding; a value head needs a causal language model")
-    return layer.weight.detach()
 
 
 def _normalised(x: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ is a deterministic transition, Q_m(s, a) = V_m(s + a), so a decoder that reads s
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
+from .backbone import Backbone
+from .backbone.anatomy import build, class_of_config, name_of_class
 from .fingerprint import weights_fingerprint
 from .hub.mixin import PushMixin
 from .loading import load_complete
@@ -37,6 +38,7 @@ class ValueModelConfig(ObjectivesMixin, PreTrainedConfig):
     Args:
         backbone_config: configuration of the decoder, or the same as a dictionary.
         backbone: Hub id of the model that an adapter repo's backbone is taken from (its first layers).
+        backbone_class: name of the decoder's class where `AutoModel` would make another of its configuration.
         backbone_fingerprint: of those weights before training, so that an adapter on other weights is noticed.
         pad_token_id: of the tokenizer; tells left padding apart.
         objectives, reward_mean, reward_scale, tokenizer_fingerprint, base_model, base_revision, recipe, iteration:
@@ -50,6 +52,7 @@ class ValueModelConfig(ObjectivesMixin, PreTrainedConfig):
         self,
         backbone_config: PreTrainedConfig | dict[str, Any] | None = None,
         backbone: str | None = None,
+        backbone_class: str | None = None,
         backbone_fingerprint: str | None = None,
         pad_token_id: int | None = None,
         **kwargs: Any,
@@ -58,7 +61,7 @@ class ValueModelConfig(ObjectivesMixin, PreTrainedConfig):
             settings = dict(backbone_config)
             backbone_config = CONFIG_MAPPING[settings.pop("model_type")](**settings)
         self.backbone_config: PreTrainedConfig = backbone_config or CONFIG_MAPPING["llama"]()
-        self.backbone = backbone
+        self.backbone, self.backbone_class = backbone, backbone_class
         self.backbone_fingerprint = backbone_fingerprint
         kwargs = self._take_objectives(kwargs)
         super().__init__(pad_token_id=pad_token_id, **kwargs)
@@ -97,10 +100,9 @@ class ValueModel(PushMixin, PreTrainedModel):
 
     def __init__(self, config: ValueModelConfig) -> None:
         super().__init__(config)
-        self.backbone = AutoModel.from_config(config.backbone_config)
-        self.head = nn.Linear(config.backbone_config.hidden_size, len(config.objectives))
+        self.backbone = build(class_of_config(config.backbone_config, config.backbone_class), config.backbone_config)
+        self.head = nn.Linear(Backbone.of(self.backbone).output_width, len(config.objectives))
         self._peft: list[PeftModel] = []  # in a list, so that it is no submodule: it wraps the backbone itself
-        self._arguments = frozenset(inspect.signature(self.backbone.forward).parameters)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -133,11 +135,15 @@ class ValueModel(PushMixin, PreTrainedModel):
             ValueError: `num_layers` out of range, or objectives that are no list of distinct names.
         """
         check_objectives(objectives)
-        source = load_complete(AutoModel.from_pretrained, backbone) if isinstance(backbone, str) else backbone
-        trunk = truncated_backbone(source, num_layers)
-        settings = {"pad_token_id": trunk.config.pad_token_id, "backbone": source.config.name_or_path or None} | config
+        source = Backbone.of(
+            load_complete(AutoModel.from_pretrained, backbone) if isinstance(backbone, str) else backbone
+        )
+        source.require_causal()
+        trunk = source.truncated(num_layers)
+        settings = {"pad_token_id": source.special()[0], "backbone": source.model.config.name_or_path or None} | config
         value_config = ValueModelConfig(
             backbone_config=trunk.config,
+            backbone_class=name_of_class(trunk),
             backbone_fingerprint=weights_fingerprint(trunk),
             objectives=list(objectives),
             **settings,
@@ -190,18 +196,20 @@ class ValueModel(PushMixin, PreTrainedModel):
         Returns:
             `ValueModelOutput` with `values` [R, T, M] in float32.
         """
+        backbone, shift = Backbone.of(self.backbone), None
         if position_ids is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-            position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
-            if input_ids is not None:
-                position_ids = position_ids[:, -input_ids.shape[1] :]
-        cache_name = "past_key_values" if "past_key_values" in self._arguments else "cache_params"
-        inputs = {
-            "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
-            cache_name: past_key_values, "use_cache": use_cache,
-        }  # fmt: skip
-        inputs = {k: v for k, v in inputs.items() if v is not None and k in self._arguments}
-        output = self.backbone(**inputs, **kwargs)
-        return ValueModelOutput(self.values_of(output.last_hidden_state), getattr(output, cache_name, None))
+            assert input_ids is not None
+            if backbone.takes("position_ids"):
+                position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+            elif past_key_values is None and not attention_mask[:, 0].all():
+                # It counts positions by itself, from the left: then padding goes to the right, where nothing sees it.
+                shift = attention_mask.argmax(dim=1)
+                input_ids, attention_mask = _rolled(input_ids, -shift), _rolled(attention_mask, -shift)
+        hidden, cache = backbone.states(
+            input_ids, attention_mask, position_ids, cache=past_key_values, use_cache=use_cache, **kwargs
+        )
+        values = self.values_of(hidden)
+        return ValueModelOutput(values if shift is None else _rolled(values, shift), cache)
 
     def join(self, values: Tensor) -> Tensor:
         """[1, R, k, M] -> [R, k, M]: what a scorer makes of `forward`'s values."""
@@ -279,30 +287,10 @@ class ValueModel(PushMixin, PreTrainedModel):
         return super().from_pretrained(name, **kwargs)
 
 
-def truncated_backbone(
-    model: PreTrainedModel, num_layers: int | None, dtype: torch.dtype | None = None
-) -> PreTrainedModel:
-    """A copy of the decoder inside `model` (without its language-model head), of only its first `num_layers` layers.
-
-    Its weights are in `dtype`, by default that of `model`.
-    """
-    decoder = model.base_model if isinstance(model.base_model, PreTrainedModel) else model
-    config = copy.deepcopy(decoder.config)
-    total = config.num_hidden_layers
-    if num_layers is not None and not 1 <= num_layers <= total:
-        raise ValueError(
-            f"num_layers must be 1 to {total} (the layers that {type(decoder).__name__} has), got {num_layers}"
-        )
-    if num_layers is not None:
-        config.num_hidden_layers = num_layers
-        if "layer_types" in vars(config):  # some configs derive it from the number of layers
-            config.layer_types = config.layer_types[:num_layers]
-    trunk = type(decoder)._from_config(
-        config, attn_implementation=decoder.config._attn_implementation, dtype=dtype or decoder.dtype
-    )
-    wanted = trunk.state_dict().keys()
-    trunk.load_state_dict({k: v for k, v in decoder.state_dict().items() if k in wanted})
-    return trunk
+def _rolled(x: Tensor, shift: Tensor) -> Tensor:
+    """[R, T, ...] with row r moved by `shift[r]` places to the right, around the end."""
+    places = (torch.arange(x.shape[1], device=x.device) - shift[:, None]) % x.shape[1]
+    return x[torch.arange(len(x), device=x.device)[:, None], places]
 
 
 def load_adapter(model: ValueModel, lora: LoraConfig, folder: Path, merge: bool) -> ValueModel:

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
-from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaModel, Qwen2Config, Qwen2ForCausalLM
 
+from mavis_logits.backbone import Backbone
 from mavis_logits.value_model import ValueModel
 from mavis_training.data import LabelledTree
 from mavis_training.packing import (
@@ -108,7 +109,7 @@ def assert_same_loss_and_gradients(model, packed, plain):
     """Of a batch of whole trees and of one of a sequence per node."""
     found = []
     for inputs, examples in (
-        (packed_inputs(packed, model.config.backbone_config, torch.float32), packed),
+        (packed_inputs(packed, Backbone.of(model.backbone).windows, torch.float32), packed),
         (plain_inputs(plain), plain),
     ):
         model.zero_grad()
@@ -130,7 +131,7 @@ def test_values_at_every_token_are_those_of_its_path(seed, layers):
     layout = pack(tree)
     model = value_model(tiny_llama()).double()  # in which rounding is no excuse
     with torch.inference_mode():
-        values = model(**packed_inputs([layout], model.config.backbone_config, torch.float64)).values[0]
+        values = model(**packed_inputs([layout], Backbone.of(model.backbone).windows, torch.float64)).values[0]
         for leaf in tree.leaves():
             seen = np.flatnonzero(layout.visible()[layout.last[leaf]])
             alone = model(torch.from_numpy(layout.input_ids[seen])[None]).values[0]
@@ -142,5 +143,6 @@ def test_refusals():
     tree.prompt_tokens = tree.prompt_tokens[:0]
     with pytest.raises(ValueError, match="empty prompt"):
         pack(tree)
-    with pytest.raises(ValueError, match=r"mamba backbone cannot .* \(recurrent state\): choose one with attention"):
-        require_packable(MambaConfig())
+    mamba = MambaModel(MambaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1))
+    with pytest.raises(ValueError, match=r"MambaModel cannot .* tree \(.*recurrent state.*\): choose another"):
+        require_packable(mamba, "choose another")

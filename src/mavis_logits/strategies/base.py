@@ -13,15 +13,21 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteria
 
+from ..backbone import Backbone
+from ..backbone.anatomy import given_cache, holds_tokens
 from ..processor import MavisLogitsProcessor
 from ..steering import Steering
-from .session import Session, check_support
+from .reader import taken
+from .session import Session
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
 # What `generate` prepares for every decoder-only model; a strategy keeps caches and positions of its own.
-_PREPARED = {"attention_mask", "position_ids", "logits_to_keep", "past_key_values", "use_cache", "cache_position"}
+_PREPARED = {
+    "attention_mask", "position_ids", "logits_to_keep", "past_key_values", "cache_params", "cache", "use_cache",
+    "cache_position",
+}  # fmt: skip
 
 
 @dataclass
@@ -108,7 +114,8 @@ class MavisStrategy(Steering):
         if self._attached is None or self._attached() is not model:
             self.attach(model)
             self._attached = weakref.ref(model)
-        self._check_devices(input_ids[:, :1].expand(-1, model.config.get_text_config().vocab_size))
+        backbone = Backbone.of(model)
+        self._check_devices(input_ids[:, :1].expand(-1, backbone.scores))
         if self.stop_strings is not None:
             criteria.append(StopStringCriteria(self.tokenizer, self.stop_strings))
         if self.trace is not None:
@@ -116,8 +123,12 @@ class MavisStrategy(Steering):
         if self.streamer is not None:
             self.streamer.put(input_ids.cpu())
         prompts = self.prompts(input_ids, config)
-        mask = model_kwargs.get("attention_mask")
-        with Session(self, model, prompts, None if mask is None else self.prompts(mask, config), processors) as session:
+        rows = self.prompts(torch.arange(len(input_ids), device=input_ids.device), config)
+        inputs = model_kwargs if len(rows) == len(input_ids) else taken(model_kwargs, rows, len(input_ids))
+        mask = inputs.get("decoder_attention_mask" if backbone.is_encoder_decoder else "attention_mask")
+        special = any(value is not None for name, value in inputs.items() if name not in _PREPARED)
+        special = special or inputs.get("use_cache") is False
+        with Session(self, model, prompts, mask, processors, inputs, as_generate=special) as session:
             output = self.decode(session, criteria, config)
         if output.values is not None and any(self._idle):
             output.values[:, self._idle] = torch.nan
@@ -138,21 +149,13 @@ class MavisStrategy(Steering):
         model_kwargs: dict[str, Any],
     ) -> None:
         name = type(self).__name__
-        if model.config.is_encoder_decoder:
-            raise ValueError(f"{name} decodes with decoder-only models, got {type(model).__name__}")
-        check_support(model.base_model)
         if input_ids.shape[1] == 0:
             raise ValueError("the prompt is empty: give generate at least one token to go on from")
-        for key, value in model_kwargs.items():
-            if key not in _PREPARED and value is not None:
-                raise ValueError(f"{name} cannot pass {key} on to the model; it decodes from token ids alone")
-        cache = model_kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length():
+        cache = given_cache(model_kwargs)
+        if cache is not None and holds_tokens(cache):
             raise ValueError(
                 f"{name} keeps caches of its own and cannot go on from past_key_values: give it the whole text so far"
             )
-        if model_kwargs.get("use_cache") is False:
-            raise ValueError(f"{name} always decodes with a cache: leave use_cache out")
         if (config.num_beams or 1) > 1:
             raise ValueError(
                 f"num_beams={config.num_beams} asks for generate's own beam search, not {name}: use "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList
 
+from ..backbone import Backbone
 from ..steering import Choice, check_scores
 from ..tilting import combine
 from .base import MavisOutput, MavisStrategy, pad_token
@@ -91,7 +92,7 @@ class MavisBlockwise(MavisStrategy):
         self, session: Session, stopping_criteria: StoppingCriteriaList, config: GenerationConfig
     ) -> MavisOutput:
         sample, pad = bool(config.do_sample), pad_token(config, self)
-        self._check_settings(session.model.config.get_text_config().vocab_size, sample)
+        self._check_settings(Backbone.of(session.model).scores, sample)
         written = session.input_ids
         count, device = len(written), written.device
         live = torch.arange(count, device=device)
