@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ..attention import ragged_attention_on
+from ..attention import holding
 from ..cache import RaggedCache, attention_masks
 from .anatomy import arguments_of, attention_windows, layer_lists, states_of, text_config
 from .specimen import WINDOW, Specimen, take_specimen
@@ -196,7 +196,7 @@ def _ragged_error(specimen: Specimen, packed: bool) -> tuple[float, float]:
     tokens = specimen.tokens(2, max(_LENGTHS))
     rows = [row[len(row) - n :] for row, n in zip(tokens, _LENGTHS, strict=True)]
     off = moved = 0.0
-    with ragged_attention_on(decoder) if packed else nullcontext():
+    with holding(decoder) if packed else nullcontext():
         cache, broken = (RaggedCache(2) for _ in range(2))
         for step in range(2):
             fresh = tokens if step == 0 else tokens[:, :0]
