@@ -220,7 +220,7 @@ def _trunk(
 def _may_be_in(config: ValueModelConfig, base: PreTrainedModel) -> bool:
     """Whether a model is worth comparing with the layers that an adapter was trained on."""
     if config.backbone_fingerprint is None:  # nothing to compare: the name must do
-        return config.backbone == base.config.name_or_path
+        return config.backbone == Backbone.of(base).model.config.name_or_path
     found, wanted = Backbone.of(base).config, config.backbone_config
     names = ("model_type", "hidden_size", "intermediate_size", "num_attention_heads")
     return all(getattr(found, name, None) == getattr(wanted, name, None) for name in names)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _SAMPLES = 64  # of every weight in a fingerprint
 _SKETCHED = 4  # of these in a sketch
 _SEGMENT = 32  # neighbours with one scale in all ways of quantising
+_FEW = 24  # different values among these, where floating-point numbers have as many as there are
 _ENTRY = struct.Struct(f"<4sBBf{_SKETCHED}f")  # of a sketch: name, number of samples, rounding, grid, samples
 _ROUNDINGS = {torch.float16: 1, torch.bfloat16: 2}  # all other dtypes are finer: 0
 _ROUNDED_BY = (0.0, 2.0**-11, 2.0**-8)  # relatively at most
@@ -240,10 +241,10 @@ def _sampled(tensor: Tensor, quantised: Tensor | None) -> _Sample:
     flat = tensor.reshape(-1)
     places = _places(len(flat))
     values, rounding = flat[places.to(flat.device)].float().cpu().numpy() + 0.0, _ROUNDINGS.get(tensor.dtype, 0)  # no -0
-    if quantised is None or not len(flat):
+    if not len(flat) or (quantised is None and not _has_few_levels(flat, int(places[0]))):
         return _Sample(values, rounding)
-    levels, row = quantised.reshape(-1), quantised.shape[-1]
-    grids = []
+    levels = flat if quantised is None else quantised.reshape(-1)
+    row, grids = tensor.shape[-1], []
     # Scales are for parts of a row (torchao) or parts of the whole (bitsandbytes).
     for at in places[:_SKETCHED].tolist():
         begin = at - at % row
@@ -251,6 +252,13 @@ def _sampled(tensor: Tensor, quantised: Tensor | None) -> _Sample:
         for first, end in ((in_row, min(in_row + _SEGMENT, begin + row)), (in_all, in_all + _SEGMENT)):
             grids.append(_grid(levels[first:end].float().cpu().numpy(), at - first))
     return _Sample(values, rounding, max(grids))
+
+
+def _has_few_levels(flat: Tensor, at: int) -> bool:
+    """Whether a weight has been quantised and taken back, as GGUF files are when they are loaded."""
+    start = at - at % _SEGMENT
+    neighbours = flat[start : start + _SEGMENT].float().cpu().numpy()
+    return len(neighbours) == _SEGMENT and 1 < len(np.unique(neighbours)) <= _FEW
 
 
 def _places(count: int) -> Tensor:

@@ -129,8 +129,6 @@ class Needs:
             words["vocabulary"] = f"{self.vocabulary} tokens" + ("" if self.reads_states else " at most")
         if not self.reads_states:
             words["weights"] = "any: it reads tokens only"
-            if self.fingerprint is not None:
-                words["weights of its backbone"] = self._weights()
             return words
         place = "what enters the output embedding" if self.layer is None else f"the state after layer {self.layer}"
         words["hidden state"] = f"{place}, of width {self.width}"
