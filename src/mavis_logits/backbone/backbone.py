@@ -275,11 +275,16 @@ class Backbone:
                     f"num_layers must be 1 to {total} (the layers that {type(decoder).__name__} has), got {num_layers}"
                 )
             if num_layers < total:
+                why = probe.cut_of(decoder, total, num_layers)
+                if why is not None:
+                    raise ValueError(
+                        f"{type(decoder).__name__} cannot be cut to {num_layers} layers ({why}): leave num_layers out"
+                    )
                 anatomy.cut_config(config, total, num_layers)
         trunk = anatomy.build(
             type(decoder), config, attn_implementation=decoder.config._attn_implementation, dtype=dtype or decoder.dtype
         )
-        _copy_weights(decoder, trunk)
+        anatomy.copy_weights(decoder, trunk)
         return trunk.eval() if not decoder.training else trunk
 
     def special(
@@ -301,26 +306,3 @@ class Backbone:
 
 class _Reached(Exception):
     """Leaves a forward pass at the decoder."""
-
-
-def _copy_weights(source: PreTrainedModel, target: PreTrainedModel) -> None:
-    """Weights and buffers of `target` become those of the same name in `source`, without adapters.
-
-    Raises:
-        ValueError: one has another shape, so that the model cannot be cut.
-    """
-    given = {name.replace(".base_layer", ""): tensor for name, tensor in source.state_dict().items()}
-    wanted = target.state_dict()
-    for name, tensor in wanted.items():
-        found = given.get(name)
-        if found is None or found.shape != tensor.shape:
-            what = "is not there" if found is None else f"is {list(found.shape)}, and would be {list(tensor.shape)}"
-            raise ValueError(
-                f"{type(source).__name__} cannot be cut to fewer layers: its {name} {what}. Leave num_layers out"
-            )
-    target.load_state_dict({name: given[name] for name in wanted})
-    # Buffers that no state dict holds are made anew by the class; those that were changed since are not those of it.
-    for name, buffer in source.named_buffers():
-        own = dict(target.named_buffers()).get(name)
-        if own is not None and name not in wanted and own.shape == buffer.shape:
-            own.data.copy_(buffer)
