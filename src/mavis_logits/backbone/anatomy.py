@@ -187,11 +187,11 @@ def find_decoder(model: PreTrainedModel) -> PreTrainedModel:
     head = output_layer(model)
     body = model.base_model
     if text_config(model) is model.config and not model.config.is_encoder_decoder:
-        if head is None and not model.can_generate():
-            return model
         # What AutoModel makes of the configuration, so that it can be made again.
         if body is not model and isinstance(body, PreTrainedModel) and name_of_class(body) is None:
             return body
+        if head is None and not model.can_generate():
+            return model
     decoder = _named_decoder(model)
     if isinstance(decoder, PreTrainedModel) and (head is None or not _contains(decoder, head)):
         return decoder
@@ -331,32 +331,6 @@ def cut_config(config: PreTrainedConfig, layers: int, keep: int) -> None:
     shared = field(config, "num_kv_shared_layers")
     if shared:  # the last layers, counted from the end, use keys of earlier ones
         config.num_kv_shared_layers = max(0, keep - (layers - shared))
-
-
-def copy_weights(source: PreTrainedModel, target: PreTrainedModel) -> None:
-    """Weights and buffers of `target`, which has fewer layers, become those of `source`, without adapters.
-
-    A weight that has a part for every layer, layer after layer, is cut to the first of them.
-
-    Raises:
-        ValueError: one is not there, or has another shape.
-    """
-    given = {name.replace(".base_layer", ""): tensor for name, tensor in source.state_dict().items()}
-    wanted = target.state_dict()
-    for name, tensor in wanted.items():
-        found = given.get(name)
-        if found is not None and found.ndim == tensor.ndim:
-            found = found[tuple(slice(size) for size in tensor.shape)]
-        if found is None or found.shape != tensor.shape:
-            raise ValueError(f"{type(source).__name__} has no {name} of shape {list(tensor.shape)}")
-        given[name] = found
-    target.load_state_dict({name: given[name] for name in wanted})
-    # Buffers that no state dict holds are made anew by the class; those that were changed since are not those of it.
-    buffers = dict(target.named_buffers())
-    for name, buffer in source.named_buffers():
-        own = buffers.get(name)
-        if own is not None and name not in wanted and own.shape == buffer.shape:
-            own.data.copy_(buffer)
 
 
 def states_of(output: Any) -> Tensor:

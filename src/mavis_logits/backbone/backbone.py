@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..attention import holding
 from ..cache import RaggedCache, Windows
 from ..hooks import after, before
-from . import anatomy, probe
+from . import anatomy, probe, weights
 from .anatomy import UnsupportedModel
 from .probe import Reading
 
@@ -85,7 +85,8 @@ class Backbone:
     @property
     def scores(self) -> int:
         """V, how many scores the model gives."""
-        return self.output_embedding.shape[0]
+        rows = getattr(self.output_layer, "out_features", None)
+        return int(rows if rows is not None else self.output_embedding.shape[0])
 
     @property
     def longest(self) -> int | None:
@@ -116,8 +117,15 @@ class Backbone:
 
     @property
     def output_embedding(self) -> Tensor:
-        """The weights [V, d] of the output layer, detached."""
-        return self.output_layer.weight.detach()  # type: ignore[union-attr, operator]
+        """The weights [V, d] of the output layer, detached: as it computes, were they packed, adapted or offloaded.
+
+        Raises:
+            UnsupportedModel: they cannot be told.
+        """
+        weight = weights.weight_of(self.output_layer)
+        if weight is None:
+            raise UnsupportedModel(f"the output embedding of {self.name} cannot be read: load its weights unquantised")
+        return weight
 
     # How it may be read
 
@@ -284,7 +292,10 @@ class Backbone:
         trunk = anatomy.build(
             type(decoder), config, attn_implementation=decoder.config._attn_implementation, dtype=dtype or decoder.dtype
         )
-        anatomy.copy_weights(decoder, trunk)
+        try:
+            weights.copy_weights(decoder, trunk)
+        except ValueError as error:
+            raise ValueError(f"{type(decoder).__name__} cannot be cut to fewer layers: {error}") from error
         return trunk.eval() if not decoder.training else trunk
 
     def special(

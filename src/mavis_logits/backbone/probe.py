@@ -25,7 +25,6 @@ from .anatomy import (
     arguments_of,
     attention_windows,
     build,
-    copy_weights,
     cut_config,
     field,
     layer_lists,
@@ -33,6 +32,7 @@ from .anatomy import (
     text_config,
 )
 from .specimen import WINDOW, Specimen, take_specimen
+from .weights import copy_weights
 
 Kind = Literal["packed", "masked", "repeated", "plain"]
 _SHARE = 0.02  # of what the broken law moves
