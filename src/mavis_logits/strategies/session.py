@@ -20,7 +20,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 
 from ..attention import holding
 from ..cache import RaggedCache
-from ..functions import check_context
+from ..functions import ValueFunction, check_context
 from ..fused import FusedValueModel
 from ..hidden import catch_states
 from ..scorer import ValueScorer, make_scorer, ragged_support
@@ -73,7 +73,7 @@ class Session:
         self._read = [0] * len(input_ids)  # tokens in the base model's cache
         self._scores: Tensor | None = None
         self._hidden: dict[int | None, Tensor] = {}  # [R, d] by layer
-        self._scorers: dict[int, ValueScorer] = {}
+        self._scorers: dict[ValueFunction, ValueScorer] = {}
         self._tried: tuple[Tensor, Tensor | None, list[ValueScorer]] | None = None
         self._logits_to_keep = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
 
@@ -81,7 +81,9 @@ class Session:
         with ExitStack() as stack:  # what fails half way leaves nothing behind
             if self._packed:
                 stack.enter_context(holding(self._decoder))
-            if self._steering is not None and self._steering._functions.heads:
+            if self._steering is not None:
+                stack.enter_context(self._steering._functions.reading())
+                self._steering._functions.refresh()
                 for layer in {head.config.layer for head in self._steering._functions.heads}:
                     handle = catch_states(self.model, layer, partial(self._keep, threading.get_ident(), layer))
                     stack.callback(handle.remove)
@@ -146,11 +148,11 @@ class Session:
             MemoryError: no room for a value model's cache.
         """
         functions = self.steering._functions
-        parts: dict[int, Tensor] = {}
+        parts: dict[ValueFunction, Tensor] = {}
         if functions.heads:
             self.reference()
             for head in functions.heads:
-                parts[id(head)] = head(self._hidden[head.config.layer], None if whole_vocabulary else candidates)
+                parts[head] = head(self._hidden[head.config.layer], None if whole_vocabulary else candidates)
         models = functions.busy_models(self.steering._idle)
         if models:
             fed, columns = candidates, candidates.shape[1]
@@ -163,7 +165,7 @@ class Session:
                     check_context(model, max(self.lengths) + 1)
                     values = self._read_along(scorer, fed, kept)
                     missing = candidates.shape[1] - columns
-                    parts[id(model)] = nn.functional.pad(values, (0, 0, 0, missing)) if missing else values
+                    parts[model] = nn.functional.pad(values, (0, 0, 0, missing)) if missing else values
                 self._tried = (fed, kept, scorers)
         if not parts:
             return candidates.new_zeros(*candidates.shape, len(self.steering.objectives), dtype=torch.float32)
@@ -270,10 +272,10 @@ class Session:
         return output.logits[:, -1].float()
 
     def _scorer(self, model: ValueModel | FusedValueModel) -> ValueScorer:
-        if id(model) not in self._scorers:
-            self._scorers[id(model)] = scorer = make_scorer(model, self.steering.compile)
+        if model not in self._scorers:
+            self._scorers[model] = scorer = make_scorer(model, self.steering.compile)
             scorer.begin(len(self))
-        return self._scorers[id(model)]
+        return self._scorers[model]
 
     def _read_along(self, scorer: ValueScorer, candidates: Tensor, kept: Tensor | None) -> Tensor:
         """Values [R, k, M] from one value model, which first reads the tokens that it has not seen."""
