@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,7 +68,6 @@ class MavisStrategy(Steering):
         stop_strings: str | Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        self._attached: weakref.ref[PreTrainedModel] | None = None  # whose weights have been checked
         super().__init__(*args, **kwargs)
         name = type(self).__name__
         if streamer is not None and not self.streams:
@@ -111,9 +109,8 @@ class MavisStrategy(Steering):
         processors = logits_processor if logits_processor is not None else LogitsProcessorList()
         criteria = StoppingCriteriaList(stopping_criteria or [])
         self._check_call(model, input_ids, processors, config, model_kwargs)
-        if self._attached is None or self._attached() is not model:
+        if self.base is not model:
             self.attach(model)
-            self._attached = weakref.ref(model)
         backbone = Backbone.of(model)
         self._check_devices(input_ids[:, :1].expand(-1, backbone.scores))
         if self.stop_strings is not None:

@@ -92,7 +92,7 @@ class MavisBestOfN(MavisSearch):
         completions = self.tokenizer.batch_decode(beams.completions(), skip_special_tokens=True)
         columns = {"prompts": self.tokenizer.batch_decode(prompts, skip_special_tokens=True), **self.reward_columns}
         columns = {name: [x for x in column for _ in range(beams.size)] for name, column in columns.items()}
-        total = torch.zeros(len(prompts), beams.size, device=beams.scores.device)
+        total = torch.zeros(len(prompts), beams.size, device=beams.scores.device, dtype=torch.float32)
         for name, function in self.reward_functions.items():
             rewards = list(function(completions=completions, **columns))
             _check_rewards(name, rewards, len(completions))
@@ -102,7 +102,7 @@ class MavisBestOfN(MavisSearch):
     def _reward_weight(self, name: str) -> Tensor:
         """[1], or [P, 1] where every request has its own."""
         if self.reward_weights is not None:
-            return torch.tensor([float(self.reward_weights[name])])
+            return torch.tensor([float(self.reward_weights[name])], dtype=torch.float32)
         place = self.objectives.index(name)
         return self.weights[..., place : place + 1]
 

@@ -35,7 +35,7 @@ class MavisSampling(MavisStrategy):
         keep_logits = bool(config.return_dict_in_generate and config.output_logits)
         scores: list[Tensor] = []
         logits: list[Tensor] = []
-        last_values = torch.zeros(count, len(self.objectives), device=device)
+        last_values = torch.zeros(count, len(self.objectives), device=device, dtype=torch.float32)
         while len(live):
             step = session.score()
             chosen, tokens = draw(step, bool(config.do_sample))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from ..backbone import Backbone
-from ..functions import check_context
+from ..functions import ValueFunction, check_context
 from ..fused import FusedValueModel
 from ..scorer import ValueScorer, make_scorer
 from ..steering import Steering, Step
@@ -93,7 +93,7 @@ class Session:
             self._packed = reading.kind == "packed"
         self._scores: Tensor | None = None
         self._hidden: dict[int | None, Tensor] = {}  # [R, d] by layer
-        self._scorers: dict[int, ValueScorer] = {}
+        self._scorers: dict[ValueFunction, ValueScorer] = {}
         self._tried: tuple[Tensor, Tensor | None, list[ValueScorer]] | None = None
         self._listening = False  # whether a forward pass is the session's own
 
@@ -101,7 +101,9 @@ class Session:
         with ExitStack() as stack:  # what fails half way leaves nothing behind
             if self._packed:
                 stack.enter_context(self._backbone.packed_attention())
-            if self._steering is not None and self._steering._functions.heads:
+            if self._steering is not None:
+                stack.enter_context(self._steering._functions.reading())
+                self._steering._functions.refresh()
                 for layer in {head.config.layer for head in self._steering._functions.heads}:
                     handle = self._backbone.catch(layer, partial(self._keep, threading.get_ident(), layer))
                     stack.callback(handle.remove)
@@ -166,11 +168,11 @@ class Session:
             MemoryError: no room for a value model's cache.
         """
         functions = self.steering._functions
-        parts: dict[int, Tensor] = {}
+        parts: dict[ValueFunction, Tensor] = {}
         if functions.heads:
             self.reference()
             for head in functions.heads:
-                parts[id(head)] = head(self._hidden[head.config.layer], None if whole_vocabulary else candidates)
+                parts[head] = head(self._hidden[head.config.layer], None if whole_vocabulary else candidates)
         models = functions.busy_models(self.steering._idle)
         if models:
             fed, columns = candidates, candidates.shape[1]
@@ -183,7 +185,7 @@ class Session:
                     check_context(model, max(self.lengths) + 1)
                     values = self._read_along(scorer, fed, kept)
                     missing = candidates.shape[1] - columns
-                    parts[id(model)] = nn.functional.pad(values, (0, 0, 0, missing)) if missing else values
+                    parts[model] = nn.functional.pad(values, (0, 0, 0, missing)) if missing else values
                 self._tried = (fed, kept, scorers)
         if not parts:
             return candidates.new_zeros(*candidates.shape, len(self.steering.objectives), dtype=torch.float32)
@@ -297,10 +299,10 @@ class Session:
         return GenerateReader(self._backbone.model, inputs, input_ids.shape[1], len(input_ids))
 
     def _scorer(self, model: ValueModel | FusedValueModel) -> ValueScorer:
-        if id(model) not in self._scorers:
-            self._scorers[id(model)] = scorer = make_scorer(model, self.steering.compile, self.steering.reading)
+        if model not in self._scorers:
+            self._scorers[model] = scorer = make_scorer(model, self.steering.compile, self.steering.reading)
             scorer.begin(len(self))
-        return self._scorers[id(model)]
+        return self._scorers[model]
 
     def _read_along(self, scorer: ValueScorer, candidates: Tensor, kept: Tensor | None) -> Tensor:
         """Values [R, k, M] from one value model, which first reads the tokens that it has not seen."""
