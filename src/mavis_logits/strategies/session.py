@@ -6,7 +6,6 @@ so that rows may leave, multiply, change places or go back, and nothing is ever 
 
 from __future__ import annotations
 
-import copy
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from ..fused import FusedValueModel
 from ..scorer import ValueScorer, make_scorer
 from ..steering import Steering, Step
 from ..value_model import ValueModel
+from .processors import RowProcessors
 from .reader import BaseReader, GenerateReader, RaggedReader, prepared_inputs
 
 
@@ -60,7 +60,7 @@ class Session:
         model: PreTrainedModel,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        processors: LogitsProcessorList | None = None,
+        processors: LogitsProcessorList | RowProcessors | None = None,
         inputs: Mapping[str, Any] | None = None,
         as_generate: bool = False,
     ) -> None:
@@ -70,7 +70,9 @@ class Session:
         self.given = len(input_ids)
         self.requests = torch.arange(self.given, device=input_ids.device)
         self._padding = [input_ids.shape[1] - length for length in self.lengths]
-        self._processors = processors or LogitsProcessorList()
+        if not isinstance(processors, RowProcessors):
+            processors = RowProcessors(processors or LogitsProcessorList(), self.given)
+        self._processors = processors
         self._backbone = Backbone.of(model)
         self._given = (input_ids, attention_mask, inputs)
         self._stable_length = self._backbone.stable_length
@@ -217,6 +219,7 @@ class Session:
                 for scorer in scorers:
                     scorer.commit(chosen if rows is None else chosen[rows], rows)
         self.input_ids = torch.cat([self.input_ids, tokens[:, None]], dim=1)
+        self._processors.append(tokens, self.requests)
         self.lengths = [length + 1 for length in self.lengths]
         self._scores = self._tried = None
 
@@ -269,10 +272,10 @@ class Session:
         """The base model's `logits` [R, V] after all processors."""
         groups = self.by_width()
         if len(groups) == 1:
-            return _for_requests(self._processors, self.requests, self.given)(groups[0][1], logits)
+            return self._processors(groups[0][1], logits, self.requests)
         scores = torch.empty_like(logits)
         for rows, ids in groups:
-            scores[rows] = _for_requests(self._processors, self.requests[rows], self.given)(ids, logits[rows])
+            scores[rows] = self._processors(ids, logits[rows], self.requests[rows])
         return scores
 
     def _forward(self) -> Tensor:
@@ -333,18 +336,6 @@ def _joined(parts: Sequence[tuple[list[int], Tensor]]) -> Tensor:
     for rows, part in parts:
         whole[rows] = part
     return whole
-
-
-def _for_requests(processors: LogitsProcessorList, requests: Tensor, given: int) -> LogitsProcessorList:
-    """`processors` for the rows of `requests` out of `given`: the repetition penalty knows the padding of each row."""
-    own = LogitsProcessorList()
-    for processor in processors:
-        padding = getattr(processor, "prompt_ignore_length", None)
-        if isinstance(padding, Tensor):
-            processor = copy.copy(processor)
-            processor.prompt_ignore_length = padding.to(requests.device)[requests * (len(padding) // given)]
-        own.append(processor)
-    return own
 
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:
