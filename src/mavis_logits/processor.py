@@ -135,6 +135,9 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
                 raise ValueError(
                     "a value head needs the base model's hidden states: pass model=model, or use mavis.attach(model)"
                 )
+            if self._hidden.moved and (base := self.base) is not None:
+                super().attach(base)
+                self._hidden.moved = False
             hidden = self._hidden.take(input_ids)
             if hidden is None:
                 self._pass_through()

@@ -75,7 +75,7 @@ class Backbone:
 
     def takes(self, name: str) -> bool:
         """Whether the decoder's forward has an argument of this name."""
-        return name in anatomy.arguments_of(type(self.decoder)).names
+        return name in anatomy.arguments_of(self.decoder).names
 
     @property
     def vocabulary(self) -> int:
@@ -222,7 +222,7 @@ class Backbone:
 
     def _bound(self, module: nn.Module, given: dict[str, Any], handed_on: bool) -> dict[str, Any]:
         wanted = {name: given[name] for name in _INPUTS}
-        return anatomy.arguments_of(type(module)).bind(type(module).__name__, wanted, handed_on)
+        return anatomy.arguments_of(module).bind(type(module).__name__, wanted, handed_on)
 
     def packed_attention(self) -> AbstractContextManager[None]:
         """While it is open, the decoder runs `ragged_attention`."""

@@ -154,7 +154,7 @@ def _try_causality(decoder: PreTrainedModel) -> bool:
 
 def _not_ragged(decoder: PreTrainedModel, cached: bool = True) -> str | None:
     """What the class and its configuration say against 4-D masks, positions and a cache addressed by token."""
-    config, arguments = text_config(decoder), arguments_of(type(decoder))
+    config, arguments = text_config(decoder), arguments_of(decoder)
     if getattr(decoder, "_is_stateful", False):
         return "it keeps a recurrent state, which has no branches"
     implementation = config._attn_implementation or ""
@@ -189,7 +189,7 @@ def _tried(error: Callable[[], tuple[float, float]]) -> str | None:
 @torch.no_grad()
 def _ragged_error(specimen: Specimen, packed: bool) -> tuple[float, float]:
     """Two rows, two steps: candidates beside new tokens, then candidates after one was committed."""
-    decoder, arguments = specimen.decoder, arguments_of(type(specimen.decoder))
+    decoder, arguments = specimen.decoder, arguments_of(specimen.decoder)
     windows = attention_windows(specimen.config)
     assert windows is not None
     lengths = torch.tensor(_LENGTHS)
@@ -230,7 +230,7 @@ def _ragged_error(specimen: Specimen, packed: bool) -> tuple[float, float]:
 @torch.no_grad()
 def _repeated_error(specimen: Specimen) -> tuple[float, float]:
     """One row, two steps: its state repeated for every candidate; the broken law leaves the context out."""
-    decoder, arguments = specimen.decoder, arguments_of(type(specimen.decoder))
+    decoder, arguments = specimen.decoder, arguments_of(specimen.decoder)
     if arguments.cache is None:
         raise ValueError("its forward takes no cache")
     row = specimen.tokens(1, max(_LENGTHS))
@@ -256,7 +256,7 @@ def _tree_error(specimen: Specimen) -> tuple[float, float]:
     """A prompt and two branches as one sequence; the broken law lets the second branch see the first."""
     windows = attention_windows(specimen.config)
     assert windows is not None
-    arguments = arguments_of(type(specimen.decoder))
+    arguments = arguments_of(specimen.decoder)
     prompt, branch = _LENGTHS
     size = prompt + 2 * branch
     tokens = specimen.tokens(1, size)
