@@ -60,7 +60,7 @@ class ValueModelConfig(ObjectivesMixin, PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         if isinstance(backbone_config, dict):
-            settings = dict(backbone_config)
+            settings = self._decode_special_floats(dict(backbone_config))
             backbone_config = CONFIG_MAPPING[settings.pop("model_type")](**settings)
         self.backbone_config: PreTrainedConfig = backbone_config or CONFIG_MAPPING["llama"]()
         self.backbone, self.backbone_class = backbone, backbone_class
@@ -205,7 +205,7 @@ class ValueModel(PushMixin, PreTrainedModel):
                 backbones with several kinds of attention).
             position_ids: [R, T]; counted from the first unmasked token if a 2-D mask is given without them.
             past_key_values: cache of the tokens before `input_ids`.
-            use_cache: whether to return the cache.
+            use_cache: whether to return the cache; by default if one is given.
 
         Returns:
             `ValueModelOutput` with `values` [R, T, M] in float32.
@@ -220,7 +220,12 @@ class ValueModel(PushMixin, PreTrainedModel):
                 shift = attention_mask.argmax(dim=1)
                 input_ids, attention_mask = _rolled(input_ids, -shift), _rolled(attention_mask, -shift)
         hidden, cache = backbone.states(
-            input_ids, attention_mask, position_ids, cache=past_key_values, use_cache=use_cache, **kwargs
+            input_ids,
+            attention_mask,
+            position_ids,
+            cache=past_key_values,
+            use_cache=False if past_key_values is None and use_cache is None else use_cache,
+            **kwargs,
         )
         values = self.values_of(hidden)
         return ValueModelOutput(values if shift is None else _rolled(values, shift), cache)

@@ -283,6 +283,11 @@ class Backbone:
                     f"num_layers must be 1 to {total} (the layers that {type(decoder).__name__} has), got {num_layers}"
                 )
             if num_layers < total:
+                why = probe.cut_of(decoder, total, num_layers)
+                if why is not None:
+                    raise ValueError(
+                        f"{type(decoder).__name__} cannot be cut to {num_layers} layers ({why}): leave num_layers out"
+                    )
                 anatomy.cut_config(config, total, num_layers)
         trunk = anatomy.build(
             type(decoder), config, attn_implementation=decoder.config._attn_implementation, dtype=dtype or decoder.dtype

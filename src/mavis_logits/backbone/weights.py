@@ -176,6 +176,8 @@ def plain(module: nn.Module, attribute: str = "weight") -> tuple[Tensor | None, 
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
     """Weights and buffers of `target`, a plain model, become those of the same name in `source`, without adapters.
 
+    Where `target` has fewer layers, a weight that has a part for every layer is cut to the first parts.
+
     Raises:
         ValueError: `source` lacks one or has it in another shape, or it cannot be read.
     """
@@ -183,6 +185,8 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
     for own in named_weights(target):
         there = own.name in given
         found = given[own.name].read()[0] if there else None
+        if found is not None and found.ndim == own.raw.ndim:
+            found = found[tuple(slice(size) for size in own.raw.shape)]
         if found is None or found.shape != own.raw.shape:
             what = "is not there" if not there else "is packed in a way that is not known, or not loaded"
             if found is not None:
