@@ -221,6 +221,12 @@ def test_a_value_head_is_read_whole_or_not_at_all(
         ValueHead.from_pretrained(tmp_path)
 
 
+def test_a_value_head_is_not_quantised(tmp_path: Path) -> None:
+    make_head(make_base(), "a").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is not quantised: leave quantization_config out"):
+        ValueHead.from_pretrained(tmp_path, quantization_config={"load_in_8bit": True})
+
+
 @pytest.mark.parametrize("save", ADAPTERS)
 @pytest.mark.parametrize("damage", ["lost", "extra", "misshapen"])
 def test_an_adapters_tensors_must_be_those_of_its_config(save: Any, damage: str, tmp_path: Path) -> None:

@@ -306,7 +306,9 @@ def _adapted_classifier(
         base.set_attn_implementation(attention)
     lora = PeftConfig.from_pretrained(name, **hub)
     if lora.is_prompt_learning:
-        raise ValueError(f"{name} is a soft prompt ({lora.peft_type}), which cannot be folded into a value model's weights")
+        raise ValueError(
+            f"{name} is a soft prompt ({lora.peft_type}), which cannot be folded into a value model's weights"
+        )
     model = get_peft_model(base, lora)
     _check_tensors(name, tensors, get_peft_model_state_dict(model, save_embedding_layers=False))  # type: ignore[arg-type]
     set_peft_model_state_dict(model, tensors)  # type: ignore[arg-type]
