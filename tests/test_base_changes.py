@@ -1,4 +1,4 @@
-"""Value heads and adapters beside a base model that is another one, or becomes one: followed, or refused with reason."""
+"""Value heads and adapters by a base model that is another one, or becomes one: followed, or refused with reason."""
 
 from __future__ import annotations
 
@@ -317,8 +317,8 @@ def test_the_needs_of_a_head_and_of_a_model_are_told(tmp_path: Path) -> None:
         "vocabulary": "97 tokens",
         "hidden state": "the state after layer 1, of width 32",
         "output embedding": "97 x 32",
-        "weights": f"fingerprint `{head.config.base_fingerprint}`, in any precision, or quantised; adapters that are not "
-        "active do not count",
+        "weights": f"fingerprint `{head.config.base_fingerprint}`, in any precision, or quantised; adapters that are "
+        "not active do not count",
     }
     model = ValueModel.from_backbone(make_base(), ["a"])
     assert Needs.of(model.config).in_words() == {

@@ -1,4 +1,4 @@
-"""Value models in files that are damaged, stale or half of something else, and settings that must reach every format."""
+"""Value models in files that are damaged, stale or half of something else; settings that must reach every format."""
 
 from __future__ import annotations
 

@@ -220,7 +220,8 @@ def _walk(module: nn.Module, prefix: str, adapters: bool, changes: tuple[Any, ..
     inner = _inside(module)
     if inner is not None:
         for name in _soft_prompts(module) if adapters else ():
-            yield from _walk(module.prompt_encoder[name], f"{prefix}prompt_encoder.", False, ())  # type: ignore[index]
+            encoder: Any = module.prompt_encoder
+            yield from _walk(encoder[name], f"{prefix}prompt_encoder.", False, ())
         yield from _walk(inner, prefix, adapters, changes)
     elif isinstance(module, TrainableTokensWrapper):
         yield from _walk(module.token_adapter, prefix, adapters, changes)
@@ -250,8 +251,9 @@ def _own(module: nn.Module, prefix: str, changes: tuple[Any, ...]) -> Iterator[W
             mine = tuple(change for target, change in changes if target == name)
             yield Weight(prefix + name, module, name, mine)
     for name, buffer in module._buffers.items():
-        saved = buffer is not None and name not in module._non_persistent_buffers_set
-        if saved and buffer.is_floating_point() and name not in _SCALES and not packed:
+        if buffer is None or name in module._non_persistent_buffers_set:
+            continue
+        if buffer.is_floating_point() and name not in _SCALES and not packed:
             yield Weight(prefix + name, module, name, is_parameter=False)
 
 
