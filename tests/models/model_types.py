@@ -94,6 +94,8 @@ TWEAKS: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
     "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}},
     "doge": {"keep_window_size": WINDOW},
+    "dory": {"n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1, "num_hidden_layers": 4,
+             "layer_types": ["sliding_attention", "full_attention"] * 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, **_MIXED},
     "dots3_note_text": {"swa_q_lora_rank": 4, "swa_kv_lora_rank": 4, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8,
                         "swa_v_head_dim": 8},
@@ -233,6 +235,8 @@ def _shrunk(config: PreTrainedConfig, given: Mapping[str, Any]) -> PreTrainedCon
             settings[name] = _SPECIAL[name]
         elif isinstance(value, int) and re.search(r"token_(id|index)$", name):
             settings[name] = min(value, VOCABULARY - 1)
+        elif name == "rope_parameters" and value and "mrope_section" in value:
+            settings[name] = value | {"mrope_section": _SPLIT["rope_parameters"]["mrope_section"]}
         elif isinstance(value, list | tuple) and value and kept:
             settings[name] = _of_layers(name, value, layers, kept)
         elif isinstance(value, int | float) and not isinstance(value, bool):
