@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,26 +12,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
-    BartConfig,
-    BartForCausalLM,
     BertConfig,
     BertLMHeadModel,
-    CLIPVisionConfig,
-    GPTNeoConfig,
-    GPTNeoForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    MptConfig,
-    MptForCausalLM,
-    OpenAIGPTConfig,
-    OpenAIGPTLMHeadModel,
-    OPTConfig,
-    OPTForCausalLM,
     PreTrainedModel,
-    Qwen3NextConfig,
-    Qwen3NextForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -43,43 +27,9 @@ from mavis_logits.backbone.anatomy import arguments_of
 from mavis_logits.doctor import report
 from mavis_logits.scorer import LengthLimitedScorer, PlainScorer, RaggedScorer, RepeatedStateScorer, make_scorer
 from mavis_logits.testing import check_scorer, recompute_values
+from rare_models import IDS, RARE, SHAPE, make
 from tiny import ARCHITECTURES, PAD, VOCABULARY, make_base, make_head, make_value_model
 
-SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-IDS = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": 2, "eos_token_id": 1}
-VISION = CLIPVisionConfig(**(SHAPE | {"num_hidden_layers": 3}), image_size=8, patch_size=4)
-RARE: dict[str, Callable[[], PreTrainedModel]] = {
-    "mpt": lambda: MptForCausalLM(MptConfig(**IDS, d_model=32, n_heads=4, n_layers=2, max_seq_len=256)),
-    "gpt_neo": lambda: GPTNeoForCausalLM(
-        GPTNeoConfig(**IDS, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]])
-    ),
-    "openai-gpt": lambda: OpenAIGPTLMHeadModel(
-        OpenAIGPTConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128)
-    ),
-    "opt": lambda: OPTForCausalLM(OPTConfig(**IDS, **SHAPE, ffn_dim=48, word_embed_proj_dim=32)),
-    "bert": lambda: BertLMHeadModel(BertConfig(**IDS, **SHAPE, is_decoder=True)),
-    "bart": lambda: BartForCausalLM(
-        BartConfig(**IDS, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48)
-    ),
-    "llava": lambda: LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=VISION, text_config=LlamaConfig(**IDS, **SHAPE), image_token_index=96)
-    ),
-    "qwen3_next": lambda: Qwen3NextForCausalLM(
-        Qwen3NextConfig(
-            **IDS,
-            **SHAPE,
-            num_key_value_heads=2,
-            head_dim=8,
-            num_experts=2,
-            num_experts_per_tok=1,
-            layer_types=["linear_attention", "full_attention"],
-            linear_num_value_heads=2,
-            linear_num_key_heads=2,
-            linear_key_head_dim=8,
-            linear_value_head_dim=8,
-        )
-    ),
-}
 KINDS = {
     "llama": "packed", "gpt2": "packed", "qwen2": "packed", "qwen3": "packed", "mistral": "packed", "gemma3": "packed",
     "opt": "packed", "bert": "packed", "llava": "packed",
@@ -89,18 +39,6 @@ KINDS = {
     "openai-gpt": "plain",
 }  # fmt: skip
 SCORERS = {"packed": RaggedScorer, "masked": RaggedScorer, "repeated": RepeatedStateScorer, "plain": PlainScorer}
-
-
-def make(architecture: str, scale: float = 0.3) -> PreTrainedModel:
-    if architecture in ARCHITECTURES:
-        return make_base(architecture)
-    torch.manual_seed(0)
-    model = RARE[architecture]().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=scale)
-    return model
 
 
 def values_on(base: PreTrainedModel) -> ValueModel:
@@ -228,7 +166,7 @@ def test_an_argument_that_would_be_dropped_is_an_error() -> None:
     gpt = Backbone.of(make("openai-gpt"))
     with pytest.raises(UnsupportedModel, match="takes no cache"):
         gpt.states(ids, cache=object())
-    assert arguments_of(type(gpt.decoder)).bind("gpt", {"use_cache": False}) == {}
+    assert arguments_of(gpt.decoder).bind("gpt", {"use_cache": False}) == {}
 
 
 @pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) | set(RARE)))

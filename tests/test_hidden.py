@@ -37,6 +37,11 @@ def expected(base: PreTrainedModel, ids: Tensor) -> Tensor:
         return base.base_model(ids).last_hidden_state
 
 
+def upto(length: int) -> Tensor:
+    """The first tokens of every sequence; more than there are, with others behind."""
+    return torch.cat([IDS, torch.full((len(IDS), 8), 13)], dim=1)[:, :length]
+
+
 def assert_state(states: dict[int | None, Tensor] | None, wanted: Tensor, layer: int | None = None) -> None:
     assert states is not None
     torch.testing.assert_close(states[layer], wanted, atol=1e-5, rtol=1e-5)
@@ -54,10 +59,10 @@ def test_layers_of_a_model_that_sees_are_those_of_its_decoder() -> None:
 def test_the_state_of_the_last_position_is_handed_out_once() -> None:
     base = make_base()
     hidden = HiddenStates(base)
-    assert hidden.take(4) is None  # nothing was read yet
+    assert hidden.take(upto(4)) is None  # nothing was read yet
     run(base, IDS, logits_to_keep=1)
-    assert_state(hidden.take(4), expected(base, IDS)[:, -1])
-    assert hidden.take(4) is None
+    assert_state(hidden.take(upto(4)), expected(base, IDS)[:, -1])
+    assert hidden.take(upto(4)) is None
 
 
 def test_a_step_with_a_cache_follows_the_prompt() -> None:
@@ -65,9 +70,9 @@ def test_a_step_with_a_cache_follows_the_prompt() -> None:
     hidden = HiddenStates(base)
     cache = DynamicCache(config=base.config)
     run(base, IDS[:, :3], past_key_values=cache, logits_to_keep=1)
-    assert_state(hidden.take(3), expected(base, IDS)[:, 2])
+    assert_state(hidden.take(upto(3)), expected(base, IDS)[:, 2])
     run(base, IDS[:, 3:], past_key_values=cache)
-    assert_state(hidden.take(4), expected(base, IDS)[:, 3])
+    assert_state(hidden.take(upto(4)), expected(base, IDS)[:, 3])
 
 
 def test_positions_of_one_forward_are_told_apart_by_length() -> None:
@@ -79,24 +84,24 @@ def test_positions_of_one_forward_are_told_apart_by_length() -> None:
     run(base, IDS[:, 1:], past_key_values=cache)
     states = expected(base, IDS)
     for length in (2, 3, 4):
-        assert_state(hidden.take(length), states[:, length - 1])
-    assert hidden.take(5) is None
+        assert_state(hidden.take(upto(length)), states[:, length - 1])
+    assert hidden.take(upto(5)) is None
 
 
 def test_lengths_that_the_forward_has_not_read_get_nothing() -> None:
     base = make_base()
     hidden = HiddenStates(base)
     run(base, IDS)
-    assert hidden.take(9) is None
-    assert_state(hidden.take(3), expected(base, IDS)[:, 2])
-    assert hidden.take(2) is None  # an earlier position than one handed out already
+    assert hidden.take(upto(9)) is None
+    assert_state(hidden.take(upto(3)), expected(base, IDS)[:, 2])
+    assert hidden.take(upto(2)) is None  # an earlier position than one handed out already
 
 
 def test_another_models_forward_leaves_no_state() -> None:
     base, assistant = make_base(), make_base(seed=1)
     hidden = HiddenStates(base)
     run(assistant, IDS)
-    assert hidden.take(4) is None
+    assert hidden.take(upto(4)) is None
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom"])
@@ -106,15 +111,15 @@ def test_states_of_inner_layers_come_with_those_of_the_output(architecture: str)
         wanted = base.base_model(IDS, output_hidden_states=True).hidden_states
     hidden = HiddenStates(base, [1, None, 1])
     run(base, IDS, logits_to_keep=1)
-    assert_state(hidden.take(4), wanted[1][:, -1], layer=1)
+    assert_state(hidden.take(upto(4)), wanted[1][:, -1], layer=1)
     run(base, IDS, logits_to_keep=3)
     for length in (2, 3, 4):
-        taken = hidden.take(length)
+        taken = hidden.take(upto(length))
         assert_state(taken, wanted[1][:, length - 1], layer=1)
         assert_state(taken, wanted[-1][:, length - 1])
     hidden.remove()
     run(base, IDS)
-    assert hidden.take(4) is None
+    assert hidden.take(upto(4)) is None
 
 
 def test_threads_do_not_see_each_others_states() -> None:
@@ -122,11 +127,11 @@ def test_threads_do_not_see_each_others_states() -> None:
     hidden = HiddenStates(base)
     run(base, IDS)
     seen: list[Any] = []
-    thread = threading.Thread(target=lambda: seen.append(hidden.take(4)))
+    thread = threading.Thread(target=lambda: seen.append(hidden.take(upto(4))))
     thread.start()
     thread.join()
     assert seen == [None]
-    assert hidden.take(4) is not None
+    assert hidden.take(upto(4)) is not None
 
 
 def test_removed_hooks_leave_nothing_behind() -> None:
@@ -135,7 +140,7 @@ def test_removed_hooks_leave_nothing_behind() -> None:
     hidden.remove()
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in base.modules())
     run(base, IDS)
-    assert hidden.take(4) is None
+    assert hidden.take(upto(4)) is None
 
 
 def test_a_model_without_output_embedding_is_refused() -> None:

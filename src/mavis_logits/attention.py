@@ -6,22 +6,19 @@ own `sdpa`, so a model that is switched to it computes the same as before.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from .holds import Hold, Holds, Undo
 
 if TYPE_CHECKING:
     from .cache import Feed
 
 IMPLEMENTATION = "mavis_ragged"
-_lock = threading.Lock()
-_users: dict[int, int] = {}
 
 
 def ragged_attention(
@@ -71,21 +68,28 @@ def ragged_attention(
     return output.contiguous(), None
 
 
-@contextmanager
-def ragged_attention_on(decoder: PreTrainedModel) -> Iterator[None]:
-    """Have `decoder` run `ragged_attention` in place of sdpa; users in several threads share the switch."""
-    with _lock:
-        _users[id(decoder)] = _users.get(id(decoder), 0) + 1
-        decoder.config._attn_implementation = IMPLEMENTATION
-    try:
-        yield
-    finally:
-        with _lock:
-            _users[id(decoder)] -= 1
-            if not _users[id(decoder)]:
-                del _users[id(decoder)]
-                decoder.config._attn_implementation = "sdpa"
+def holding(decoder: PreTrainedModel) -> Hold:
+    """Have `decoder` run `ragged_attention` from now on, until the hold is released and nobody else has one.
+
+    Use it in a `with` block around forward passes, or keep it and `release` it. Users in several threads share the
+    switch, which is in the config; afterwards it is as it was.
+    """
+    return _switched.hold(decoder.config)
 
 
+def _switch(config: PreTrainedConfig) -> Undo:
+    parts = [config, *(part for name in config.sub_configs if (part := getattr(config, name, None)) is not None)]
+    before = [(part, part._attn_implementation) for part in parts]
+    config._attn_implementation = IMPLEMENTATION
+
+    def undo() -> None:
+        for part, implementation in before:
+            if part._attn_implementation == IMPLEMENTATION:  # else the user has set another meanwhile
+                part._attn_implementation = implementation
+
+    return undo
+
+
+_switched = Holds(_switch)
 AttentionInterface.register(IMPLEMENTATION, ragged_attention)
 AttentionMaskInterface.register(IMPLEMENTATION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,8 +117,27 @@ class ValueFunctions:
             if own < size:
                 raise ValueError(
                     f"the value model for {model.config.objectives} knows {own} tokens, but the base model's scores "
-                    f"have {size}: it was made for another tokenizer; use one made for this base model"
+                    f"have {size}: it was made for another tokenizer; use one made for this base model. If the others "
+                    "only pad the base model's table, pass tokenizer=, or forbid them "
+                    f"(suppress_tokens=list(range({own}, {size})))"
                 )
+
+    def known(self, scores: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+        """`scores` [R, V] without the ids that only pad the base model's table and that a value model does not know.
+
+        Args:
+            scores: next-token scores.
+            tokenizer: of the base model; without it the ids must be forbidden already.
+
+        Raises:
+            ValueError: one of them may be a token. Waits for the device if there is no tokenizer to tell.
+        """
+        own = min((Backbone.of(model.backbone).vocabulary for model in self.models), default=scores.shape[1])
+        if own >= scores.shape[1] or (tokenizer is None and torch.isneginf(scores[:, own:]).all()):
+            return scores
+        if tokenizer is None or len(tokenizer) > own:
+            self.check_vocabulary(scores.shape[1])
+        return torch.cat([scores[:, :own], torch.full_like(scores[:, own:], -torch.inf)], dim=1)
 
 
 def _outputs(given: Any) -> Outputs:
@@ -257,26 +276,44 @@ def _load(
     return ValueModel.from_pretrained(name, backbone=backbone, **arguments)
 
 
+class SpecialTokens(NamedTuple):
+    """Attributes:
+    pad: fills up rows; None if there is none.
+    eos: ends texts.
+    borders: begins or ends texts.
+    """
+
+    pad: int | None
+    eos: frozenset[int]
+    borders: frozenset[int]
+
+
 def special_tokens(
     models: Sequence[ValueModel | FusedValueModel],
-    base: PreTrainedModel | None,
-    pad_token_id: int | None,
-    eos_token_id: int | Iterable[int] | None,
-) -> tuple[int | None, frozenset[int]]:
-    """The padding token and the EOS tokens: as given, else the base model's, else the value models'."""
-    configs = [base.generation_config, base.config] if base is not None else []
+    base: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    pad_token_id: int | None = None,
+    eos_token_id: int | Iterable[int] | None = None,
+) -> SpecialTokens:
+    """The special tokens: as given, else the tokenizer's, else the base model's, else the value models'.
+
+    Texts also end with what `generate` stops at, whatever the tokenizer says. Padding is never made up of EOS.
+    """
+    configs: list[Any] = [] if base is None else [base.generation_config, base.config]
     configs += [model.config for model in models] + [model.backbone.config for model in models]
 
-    def first(name: str, given: Any) -> Any:
-        found = (getattr(config, name, None) for config in configs)
+    def first(name: str, given: Any = None, places: Sequence[Any] = configs) -> Any:
+        found = (getattr(place, name, None) for place in places)
         return given if given is not None else next((value for value in found if value is not None), None)
 
-    eos = first("eos_token_id", eos_token_id)
-    eos_ids = [eos] if isinstance(eos, int) else list(eos or ())
-    pad = first("pad_token_id", pad_token_id)
-    if pad is None and eos_ids:
-        pad = eos_ids[0]  # as generate does
-    return pad, frozenset(eos_ids)
+    def ids(given: Any) -> frozenset[int]:
+        return frozenset([given] if isinstance(given, int) else given or ())
+
+    eos = ids(first("eos_token_id", eos_token_id, [tokenizer, *configs]))
+    if eos_token_id is None and base is not None:
+        eos |= ids(getattr(base.generation_config, "eos_token_id", None))
+    pad = first("pad_token_id", pad_token_id, [tokenizer, *configs])
+    return SpecialTokens(pad, eos, eos | ids(first("bos_token_id", None, [tokenizer, *configs])))
 
 
 def check_context(model: ValueModel | FusedValueModel, length: int) -> None:

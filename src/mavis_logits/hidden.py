@@ -1,28 +1,36 @@
 """Catching the hidden states that the base model has just computed on its way to the logits.
 
-What enters the output embedding is caught by a forward pre-hook; how many tokens the base model has read by then, by
-another on the model. Together they tell, for every call of a logits processor, whether its scores come from the base
-model at all, and from which of the positions of its last forward pass. States of inner layers, for value heads that
-read those, are caught by forward hooks on the layers.
+What enters the output embedding is caught by a forward pre-hook; which tokens the base model was given, by another on
+the model. Together they tell, for every call of a logits processor, whether its scores come from the base model at all,
+and from which position of which of its forward passes. States of inner layers, for value heads that read those, are
+caught by forward hooks on the layers.
 """
 
 from __future__ import annotations
 
-import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from .backbone import Backbone
-from .backbone.anatomy import given_cache
+from .hooks import before, drop_compiled_code
+
+_REMEMBERED = 3  # forward passes, all of them on other caches, that one call of a processor may have to choose from
 
 
 class HiddenStates:
-    """The states of the base model's latest forward pass, each handed out once. Every thread has its own.
+    """The states of the base model's latest forward passes, each handed out once. Every thread has its own.
+
+    The hooks go when this object does. Where the model has been run more than once since the last call of the processor
+    (classifier-free guidance runs it on another prompt), the pass that read the sequences in question is found by its
+    cache, and else by its tokens.
 
     Args:
         model: the base model.
@@ -30,65 +38,144 @@ class HiddenStates:
     """
 
     def __init__(self, model: PreTrainedModel, layers: Iterable[int | None] = (None,)) -> None:
-        inner = {layer for layer in layers if layer is not None}
-        backbone = Backbone.of(model)
-        handles = [backbone.catch(layer, self._catcher(layer)) for layer in inner]
-        handles.append(backbone.catch(None, self._at_output))
-        _let_compiled_code_see_hooks()
-        self.model = model
+        self._inner = sorted({layer for layer in layers if layer is not None})
         self._local = threading.local()
-        self._handles = [backbone.model.register_forward_pre_hook(self._before_model, with_kwargs=True), *handles]
+        backbone = Backbone.of(model)
+        with ExitStack() as stack:  # what fails half way leaves no hook
+            for layer in self._inner:
+                stack.callback(backbone.catch(layer, self._weakly(HiddenStates._at_layer, layer)).remove)
+            stack.callback(backbone.catch(None, self._weakly(HiddenStates._at_output)).remove)
+            stack.callback(before(backbone.model, self._weakly(HiddenStates._before_model), with_kwargs=True).remove)
+            self._remove = weakref.finalize(self, stack.pop_all().close)
+        self._remove.atexit = False
+        drop_compiled_code(backbone.model)
 
     def remove(self) -> None:
-        """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
+        """Take the hooks off, and forget all states."""
+        self._remove()
+        self._local = threading.local()
 
-    def take(self, length: int) -> dict[int | None, Tensor] | None:
-        """The states [R, d] behind the scores of sequences of `length` tokens (padding included), by layer.
+    @property
+    def guided(self) -> bool:
+        """Whether the model ran once more after the pass whose states were handed out last, on other sequences.
+
+        So it does in classifier-free guidance, whose scores are not those of the pass alone.
+        """
+        return getattr(self._local, "guided", False)
+
+    def take(self, input_ids: Tensor) -> dict[int | None, Tensor] | None:
+        """The states [R, d] behind the scores of the sequences `input_ids` [R, T] (padding included), by layer.
 
         None if no forward pass of the base model has led to these scores: then they are an assistant's, or a probe's.
         """
-        states: dict[int | None, Tensor] | None = getattr(self._local, "states", None)
-        if states is None:
+        forwards = self._recent()
+        fitting = [f for f in forwards if f.index(input_ids) is not None]
+        if not fitting:
             return None
-        count = states[None].shape[1]
-        index = 0 if count == 1 else count - 1 - (self._local.read - length)
-        if not self._local.next <= index < count:
-            return None
-        self._local.next = index + 1
-        if index == count - 1:
-            self._local.states = None
-        return {layer: tensor[:, index - count] for layer, tensor in states.items()}
+        taken = fitting[0] if len(fitting) == 1 else self._behind(input_ids, fitting)
+        self._local.guided = taken is not forwards[-1]
+        self._local.past = taken.past
+        index = taken.index(input_ids)
+        assert index is not None
+        taken.next = index + 1
+        count = taken.count
+        self._local.forwards = [taken] if taken.next < count else []
+        return {layer: states[:, index - count] for layer, states in taken.states.items()}
 
-    def _before_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tokens = kwargs.get("input_ids", args[0] if args else None)
-        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-        past = given_cache(kwargs)
-        self._local.states, self._local.inner = None, {}
-        if tokens is not None and tokens.shape[1] > 1:  # a single position needs no counting
-            self._local.read = tokens.shape[1] + (int(past.get_seq_length()) if past is not None else 0)
+    def _weakly(self, method: Callable[..., None], *first: Any) -> Callable[..., None]:
+        """A method of this object that does not keep it alive."""
+        reference = weakref.ref(self)
 
-    def _catcher(self, layer: int) -> Callable[[Tensor], None]:
-        def catch(states: Tensor) -> None:
-            self._local.__dict__.setdefault("inner", {})[layer] = states
+        def call(*given: Any) -> None:
+            own = reference()
+            if own is not None:
+                method(own, *first, *given)
 
-        return catch
+        return call
+
+    # Compiled forward passes run these too. They only ever write what they do not read, so that the compiler has
+    # nothing to watch.
+
+    def _before_model(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        named = kwargs or {}
+        tokens = named.get("decoder_input_ids", named.get("input_ids", args[0] if args else None))
+        read = tokens if tokens is not None else named.get("inputs_embeds")
+        past = next((given for given in (*args, *named.values()) if isinstance(given, Cache)), None)
+        count = None
+        if read is not None and (read.shape[1] > 1 or past is None):  # else a single position, which needs no counting
+            count = read.shape[1] + (int(past.get_seq_length()) if past is not None else 0)
+        self._local.tokens, self._local.read = tokens, count
+        self._local.current = None if past is None or torch.compiler.is_compiling() else weakref.ref(past)
+
+    def _at_layer(self, layer: int, states: Tensor) -> None:
+        setattr(self._local, f"layer{layer}", states)
 
     def _at_output(self, states: Tensor) -> None:
         # Often the last positions only go on to the output embedding; those of inner layers are counted from the end.
-        output = states if states.ndim == 3 else states[:, None]
-        self._local.states = {None: output, **self._local.__dict__.get("inner", {})}
-        self._local.next = 0
+        local = self._local
+        every: dict[int | None, Tensor] = {None: states if states.ndim == 3 else states[:, None]}
+        for layer in self._inner:
+            every[layer] = getattr(local, f"layer{layer}")
+            setattr(local, f"layer{layer}", None)
+        forward = _Forward(every, local.tokens, local.read, local.current)
+        if torch.compiler.is_compiling():
+            local.compiled = forward
+        else:
+            local.forwards = [*(f for f in self._recent() if not forward.replaces(f)), forward][-_REMEMBERED:]
+
+    def _recent(self) -> list[_Forward]:
+        """The forward passes since the last call, and that which it asked for if there is more to be had of it."""
+        known = self._local.__dict__.setdefault("forwards", [])
+        compiled = self._local.__dict__.pop("compiled", None)
+        return [*known, compiled] if compiled is not None else list(known)
+
+    def _behind(self, input_ids: Tensor, fitting: list[_Forward]) -> _Forward:
+        """That of several forward passes that has read `input_ids`."""
+        found = [f for f in fitting if f.has_read(input_ids)] or fitting
+        past = getattr(self._local, "past", None)
+        followed = [f for f in found if past is not None and f.past is not None and f.past() is past()]
+        if len(found) > 1 and not followed:
+            # Compiled passes are those of generate, and so is one with a cache; guidance begins without.
+            followed = [f for f in found if f.past is not None] or [f for f in found if f.read is None]
+        return (followed or found)[-1]
 
 
-def _let_compiled_code_see_hooks() -> None:
-    """Have compiled forwards (generate's static cache) check which hooks are set.
+class _Forward:
+    """A forward pass of the base model, and how far its states have been handed out.
 
-    By default torch.compile takes hooks as they were when it first compiled: a model compiled before would go on
-    without ours, and its sequences unsteered. What was compiled so is dropped, and compiled again when used.
+    Args:
+        states: [R, T, d] by layer; of inner layers there may be more positions, the last of which are the same.
+        tokens: [R, n] that it was given; None if it was given none.
+        read: positions read by then, padding included; None if not counted.
+        past: the cache that it went on from, if that is known.
     """
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None:
-        dynamo.config.skip_nnmodule_hook_guards = False
-        torch.compiler.reset()
+
+    def __init__(self, states: dict[int | None, Tensor], tokens: Tensor | None, read: int | None, past: Any) -> None:
+        self.states, self.tokens, self.read, self.past = states, tokens, read, past
+        self.count = states[None].shape[1]
+        self.next = 0
+
+    def index(self, input_ids: Tensor) -> int | None:
+        """The position at the end of the sequences; None if it is not there, or has been handed out."""
+        rows, length = input_ids.shape
+        if len(self.states[None]) != rows or (self.count > 1 and self.read is None):
+            return None
+        # Embeddings (a soft prompt) are none of the sequences' tokens: they were read just before the first.
+        behind = 0 if self.count == 1 or self.tokens is None or self.read is None else self.read - length
+        index = self.count - 1 - behind
+        return index if self.next <= index < self.count else None
+
+    def replaces(self, other: _Forward) -> bool:
+        """Whether nobody will ask for the `other`, earlier pass: it was over the same cache, or over one since gone."""
+        return other.past is not None and other.past() in (None, self.past() if self.past is not None else None)
+
+    def has_read(self, input_ids: Tensor) -> bool:
+        """Whether it may have read these sequences. Waits for the device."""
+        past = self.past() if self.past is not None else None
+        read = self.read if self.read is not None or past is None else int(past.get_seq_length())
+        if self.tokens is None or read is None:
+            return True
+        length = input_ids.shape[1]
+        end = self.tokens.shape[1] - (read - length)
+        seen = self.tokens[:, max(0, end - length) : max(0, end)]
+        return 0 < end <= self.tokens.shape[1] and torch.equal(seen, input_ids[:, length - seen.shape[1] :])

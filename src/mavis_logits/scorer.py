@@ -13,6 +13,7 @@ import copy
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
-from .attention import IMPLEMENTATION
+from .attention import holding
 from .backbone import Backbone
 from .cache import RaggedCache
 from .fused import FusedValueModel
@@ -156,8 +157,6 @@ class RaggedScorer(ValueScorer):
         self._compiled = torch.compile(model.forward, mode=mode) if compile else None
         self._cache: RaggedCache | None = None
         self._windows = Backbone.of(model.backbone).windows
-        if self.packed:  # it computes what sdpa computes, so this may stay
-            model.backbone.config._attn_implementation = IMPLEMENTATION
 
     @property
     def cache(self) -> RaggedCache:
@@ -197,7 +196,8 @@ class RaggedScorer(ValueScorer):
             feed = cache.prepare(tokens, new, candidates, kept=kept, pack=self.packed)
             inputs = feed.inputs(self._windows, self.model.dtype)
             forward = self.model if self._compiled is None or most > 1 or not cache.layers else self._compiled
-            values = forward(**inputs, past_key_values=cache, use_cache=True).values
+            with holding(self.model.backbone) if self.packed else nullcontext():
+                values = forward(**inputs, past_key_values=cache, use_cache=True).values
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not isinstance(error, torch.OutOfMemoryError) and "memory" not in str(error):
                 raise

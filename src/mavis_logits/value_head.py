@@ -166,8 +166,8 @@ class ValueHead(PushMixin, PreTrainedModel):
                 f"{type(model).__name__} has {embedding.shape[0]} x {embedding.shape[1]}: use the head's own base "
                 f"model, {config.base_model}"
             )
-        layers = None if config.layer is None else len(backbone.layers)
-        if layers is not None and not 1 <= config.layer <= layers:
+        layers = 0 if config.layer is None else len(backbone.layers)
+        if config.layer is not None and not 1 <= config.layer <= layers:
             raise ValueError(
                 f"this value head reads the state after layer {config.layer}, but {type(model).__name__} has {layers} "
                 f"layers: name one of 1 to {layers}, or none for what enters the output embedding"

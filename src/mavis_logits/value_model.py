@@ -135,12 +135,14 @@ class ValueModel(PushMixin, PreTrainedModel):
             ValueError: `num_layers` out of range, or objectives that are no list of distinct names.
         """
         check_objectives(objectives)
-        source = Backbone.of(
-            load_complete(AutoModel.from_pretrained, backbone) if isinstance(backbone, str) else backbone
-        )
+        given = load_complete(AutoModel.from_pretrained, backbone) if isinstance(backbone, str) else backbone
+        source = Backbone.of(given)
         source.require_causal()
         trunk = source.truncated(num_layers)
-        settings = {"pad_token_id": source.special()[0], "backbone": source.model.config.name_or_path or None} | config
+        settings: dict[str, Any] = {
+            "pad_token_id": source.special()[0],
+            "backbone": source.model.config.name_or_path or None,
+        } | config
         value_config = ValueModelConfig(
             backbone_config=trunk.config,
             backbone_class=name_of_class(trunk),

@@ -23,8 +23,11 @@ from mavis_training.packing import (
 from mavis_training.targets import kept_nodes, node_targets
 from mavis_training.value_trainer import value_loss
 from random_trees import random_tree
+from rare_models import RARE, make
+from tiny import ARCHITECTURES
 from tiny_models import tiny_llama
 
+UNPACKED = {"bart", "bloom", "gpt_neo", "mamba", "mpt", "openai-gpt", "qwen3_next"}
 SCALE = torch.tensor([0.7, 1.9])
 
 
@@ -83,6 +86,22 @@ def test_packed_loss_and_gradients_equal_one_sequence_per_node(kind, attention, 
     model = value_model(backbones()[kind])
     model.backbone.set_attn_implementation(attention)
     assert_same_loss_and_gradients(model, packed, plain)
+
+
+@pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) | set(RARE)))
+def test_every_family_is_packed_right_or_not_at_all(architecture):
+    """MPT and GPT-Neo accept a packed tree and give other gradients: those are told apart by trial."""
+    model = value_model(make(architecture))
+    trees = Backbone.of(model.backbone).trees
+    if trees.kind != "packed":
+        assert architecture in UNPACKED
+        with pytest.raises(ValueError, match=r"cannot read a packed tree .*: set packing"):
+            require_packable(model.backbone, "set packing to 'nodes'")
+        return
+    assert architecture not in UNPACKED
+    item = labelled(1, layers=4)
+    parts = (item, kept_nodes(item.tree, 0.5, 0), True)
+    assert_same_loss_and_gradients(model, [tree_example(*parts)], node_examples(*parts))
 
 
 @settings(max_examples=15, deadline=None)

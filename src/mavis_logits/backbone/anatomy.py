@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -63,10 +63,14 @@ class Arguments:
         return bound
 
 
+def arguments_of(module: nn.Module) -> Arguments:
+    """The arguments of a module's class."""
+    return _arguments_of(type(module).forward)
+
+
 @lru_cache(maxsize=256)
-def arguments_of(kind: type[nn.Module]) -> Arguments:
-    """The arguments of a class of modules."""
-    parameters = inspect.signature(kind.forward).parameters.values()
+def _arguments_of(forward: Callable[..., Any]) -> Arguments:
+    parameters = inspect.signature(forward).parameters.values()
     names = frozenset(p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
     others = any(p.kind is p.VAR_KEYWORD for p in parameters)
     return Arguments(names, others, next((name for name in _CACHE_NAMES if name in names), None))
@@ -241,14 +245,14 @@ def frequencies_change_at(config: PreTrainedConfig) -> int | None:
     """
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, Mapping)] or [parameters]
-    lengths = []
+    lengths: list[int] = []
     for one in nested:
         kind = str(one.get("rope_type", one.get("type", "default")))
         if "dynamic" in kind or kind == "longrope":
             length = one.get("original_max_position_embeddings") or getattr(
                 config, "original_max_position_embeddings", None
             )
-            lengths.append(length or getattr(config, "max_position_embeddings", 0))
+            lengths.append(int(length or getattr(config, "max_position_embeddings", 0)))
     return min(lengths, default=None)
 
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..attention import ragged_attention_on
+from ..attention import holding
 from ..cache import RaggedCache, Windows
+from ..hooks import after, before
 from . import anatomy, probe
 from .anatomy import UnsupportedModel
 from .probe import Reading
@@ -74,7 +75,7 @@ class Backbone:
 
     def takes(self, name: str) -> bool:
         """Whether the decoder's forward has an argument of this name."""
-        return name in anatomy.arguments_of(type(self.decoder)).names
+        return name in anatomy.arguments_of(self.decoder).names
 
     @property
     def vocabulary(self) -> int:
@@ -221,11 +222,11 @@ class Backbone:
 
     def _bound(self, module: nn.Module, given: dict[str, Any], handed_on: bool) -> dict[str, Any]:
         wanted = {name: given[name] for name in _INPUTS}
-        return anatomy.arguments_of(type(module)).bind(type(module).__name__, wanted, handed_on)
+        return anatomy.arguments_of(module).bind(type(module).__name__, wanted, handed_on)
 
     def packed_attention(self) -> AbstractContextManager[None]:
         """While it is open, the decoder runs `ragged_attention`."""
-        return ragged_attention_on(self.decoder)
+        return holding(self.decoder)
 
     def catch(self, layer: int | None, catch: Callable[[Tensor], None]) -> RemovableHandle:
         """Have `catch` called with the states of every forward pass.
@@ -239,12 +240,12 @@ class Backbone:
             What takes the hook off again.
         """
         if layer is None:
-            return self.output_layer.register_forward_pre_hook(lambda _, args: catch(args[0].detach()))
+            return before(self.output_layer, lambda args: catch(args[0].detach()))
         place = self._place
         if not 1 <= layer <= len(self.layers):
             raise UnsupportedModel(f"{self.name} has {len(self.layers)} layers: name one of 1 to {len(self.layers)}")
-        return self.layers[layer - 1].register_forward_hook(
-            lambda _, __, output: catch(place.arranged(anatomy.states_of(output)).detach())
+        return after(
+            self.layers[layer - 1], lambda _, output: catch(place.arranged(anatomy.states_of(output)).detach())
         )
 
     @property

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ..attention import ragged_attention_on
+from ..attention import holding
 from ..cache import RaggedCache, attention_masks
 from .anatomy import arguments_of, attention_windows, layer_lists, states_of, text_config
 from .specimen import WINDOW, Specimen, take_specimen
@@ -154,7 +154,7 @@ def _try_causality(decoder: PreTrainedModel) -> bool:
 
 def _not_ragged(decoder: PreTrainedModel, cached: bool = True) -> str | None:
     """What the class and its configuration say against 4-D masks, positions and a cache addressed by token."""
-    config, arguments = text_config(decoder), arguments_of(type(decoder))
+    config, arguments = text_config(decoder), arguments_of(decoder)
     if getattr(decoder, "_is_stateful", False):
         return "it keeps a recurrent state, which has no branches"
     implementation = config._attn_implementation or ""
@@ -189,14 +189,14 @@ def _tried(error: Callable[[], tuple[float, float]]) -> str | None:
 @torch.no_grad()
 def _ragged_error(specimen: Specimen, packed: bool) -> tuple[float, float]:
     """Two rows, two steps: candidates beside new tokens, then candidates after one was committed."""
-    decoder, arguments = specimen.decoder, arguments_of(type(specimen.decoder))
+    decoder, arguments = specimen.decoder, arguments_of(specimen.decoder)
     windows = attention_windows(specimen.config)
     assert windows is not None
     lengths = torch.tensor(_LENGTHS)
     tokens = specimen.tokens(2, max(_LENGTHS))
     rows = [row[len(row) - n :] for row, n in zip(tokens, _LENGTHS, strict=True)]
     off = moved = 0.0
-    with ragged_attention_on(decoder) if packed else nullcontext():
+    with holding(decoder) if packed else nullcontext():
         cache, broken = (RaggedCache(2) for _ in range(2))
         for step in range(2):
             fresh = tokens if step == 0 else tokens[:, :0]
@@ -230,7 +230,7 @@ def _ragged_error(specimen: Specimen, packed: bool) -> tuple[float, float]:
 @torch.no_grad()
 def _repeated_error(specimen: Specimen) -> tuple[float, float]:
     """One row, two steps: its state repeated for every candidate; the broken law leaves the context out."""
-    decoder, arguments = specimen.decoder, arguments_of(type(specimen.decoder))
+    decoder, arguments = specimen.decoder, arguments_of(specimen.decoder)
     if arguments.cache is None:
         raise ValueError("its forward takes no cache")
     row = specimen.tokens(1, max(_LENGTHS))
@@ -256,7 +256,7 @@ def _tree_error(specimen: Specimen) -> tuple[float, float]:
     """A prompt and two branches as one sequence; the broken law lets the second branch see the first."""
     windows = attention_windows(specimen.config)
     assert windows is not None
-    arguments = arguments_of(type(specimen.decoder))
+    arguments = arguments_of(specimen.decoder)
     prompt, branch = _LENGTHS
     size = prompt + 2 * branch
     tokens = specimen.tokens(1, size)

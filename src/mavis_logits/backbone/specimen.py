@@ -44,7 +44,7 @@ class Specimen:
     @torch.no_grad()
     def states(self, tokens: Tensor, **inputs: Any) -> Tensor:
         """Last hidden states [R, T, d] after reading `tokens` [R, T]."""
-        given = arguments_of(type(self.decoder)).bind("", {"use_cache": False} if "use_cache" not in inputs else {})
+        given = arguments_of(self.decoder).bind("", {"use_cache": False} if "use_cache" not in inputs else {})
         return self.decoder(input_ids=tokens, **given, **inputs).last_hidden_state.float()
 
     def tokens(self, rows: int, length: int, seed: int = 0) -> Tensor:
@@ -85,7 +85,7 @@ def _configs(decoder: PreTrainedModel) -> Iterator[PreTrainedConfig]:
         _set(text, _SPECIAL_TOKENS)
         if inner:
             _set(text, dict.fromkeys(_VOCABULARIES, VOCABULARY), only_int=True)
-            _set(text, {name: min(48, getattr(text, name, 0) or 0) for name in _INNER_SIZES}, only_int=True)
+            _set(text, dict.fromkeys(_INNER_SIZES, 48), only_int=True)
         if narrow:
             _set(text, _narrow(text))
         _lift_rope_limits(text)

@@ -160,7 +160,9 @@ class MavisBlockwise(MavisStrategy):
             candidates = step.candidates if step.everything is None else None
             self._check_step(step)
         else:
-            log_probs = torch.log_softmax(session.reference(), dim=-1)
+            scores = self._within(session.reference())
+            forbidden = torch.isneginf(scores.amax(dim=1, keepdim=True))
+            log_probs = torch.log_softmax(scores, dim=-1).masked_fill(forbidden, -torch.inf)
             check_scores(log_probs)
         if sample:
             drawn = sample_index(log_probs.repeat_interleave(copies, dim=0)).view(-1, copies)

@@ -98,13 +98,14 @@ class Session:
         self._listening = False  # whether a forward pass is the session's own
 
     def __enter__(self) -> Self:
-        self._stack = ExitStack()
-        if self._packed:
-            self._stack.enter_context(self._backbone.packed_attention())
-        if self._steering is not None and self._steering._functions.heads:
-            for layer in {head.config.layer for head in self._steering._functions.heads}:
-                handle = self._backbone.catch(layer, partial(self._keep, threading.get_ident(), layer))
-                self._stack.callback(handle.remove)
+        with ExitStack() as stack:  # what fails half way leaves nothing behind
+            if self._packed:
+                stack.enter_context(self._backbone.packed_attention())
+            if self._steering is not None and self._steering._functions.heads:
+                for layer in {head.config.layer for head in self._steering._functions.heads}:
+                    handle = self._backbone.catch(layer, partial(self._keep, threading.get_ident(), layer))
+                    stack.callback(handle.remove)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
