@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     if "--check" in argv:
         same = PAGE.exists() and PAGE.read_text(encoding="utf-8") == text
         if not same:
-            print("docs/models.md differs from docs/results/models.json. Run: make models-page", file=sys.stderr)
+            print("docs/models.md differs from docs/results/models.json. Run: python docs/models_page.py", file=sys.stderr)
         return int(not same)
     PAGE.write_text(text, encoding="utf-8")
     return 0
@@ -59,8 +59,7 @@ def rendered(results: Mapping[str, Any]) -> str:
     lines = [
         "# Which models work",
         "",
-        "Made by `python tests/models/sweep.py --out docs/results/models.json` and `python docs/models_page.py`: a",
-        "tiny random model of every type that transformers knows, its windows shorter than the prompts, against slow",
+        "Made by `make models`: a tiny random model of every type that transformers knows, its windows shorter than the prompts, against slow",
         f"twins that read everything from scratch. {versions}; {results['date']}, {results['machine']}, seed "
         f"{results['seed']}, {results['seconds'] // 60} minutes.",
         "",

@@ -50,9 +50,9 @@ class Subject:
         self._fresh: dict[Any, Reading] = {}
         self._decoded: dict[Any, Any] = {}
         self.vocabulary = self.model.get_output_embeddings().weight.shape[0]
-        self.layer = max(1, self.model.config.get_text_config(decoder=True).num_hidden_layers // 2)
         self.read(rows[0])  # what cannot run at all is not built
-        self.first = self._first_state()
+        self.first, count = self._states()
+        self.layer = max(1, count // 2)
 
     def read(self, tokens: Tensor, layer: int | None = None) -> Reading:
         """The model after `tokens`, read from scratch."""
@@ -70,16 +70,19 @@ class Subject:
         return self._decoded[key]
 
     @torch.no_grad()
-    def _first_state(self) -> int:
-        """Which layer's output comes first in `hidden_states`: 0 (the embedding), or 1 if it knows other tokens."""
-        ids = self.single["input_ids"]
-        first = []
+    def _states(self) -> tuple[int, int]:
+        """Which layer's output comes first in `hidden_states`, and how many layers there are.
+
+        It is 0 (the embedding), or 1 if it knows other tokens than its own.
+        """
+        ids, first = self.single["input_ids"], []
         for tokens in (ids, torch.cat([ids[:, :-1].flip(1), ids[:, -1:]], dim=1)):
             states = getattr(self.model(input_ids=tokens, output_hidden_states=True), "hidden_states", None)
             if not states:
-                return 0
+                return 0, self.model.config.get_text_config(decoder=True).num_hidden_layers
             first.append(inner_state(states, 0, 1))
-        return int(difference(*first) > 1e-4)
+        knows = int(difference(*first) > 1e-4)
+        return knows, len(states) - 1 + knows
 
     def readings(self) -> dict[str, tuple[str, str]]:
         """How the library reads the model as a base, as a value model and in packed trees, each with the reason."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -129,11 +130,14 @@ def truncated(subject: Subject) -> str:
 
 
 def lora(subject: Subject) -> None:
+    """An adapter on every linear layer."""
     try:
         model = subject.own_value_model(lora=LoraConfig(r=2, target_modules="all-linear"))
-    except ValueError as error:
-        if any("peft" in frame.filename for frame in traceback.extract_tb(error.__traceback__)):
-            raise Nothing(f"PEFT: {str(error)[:200]}") from error
+        with torch.no_grad():
+            model(subject.single["input_ids"])
+    except Exception as error:
+        if any(f"{os.sep}peft{os.sep}" in frame.filename for frame in traceback.extract_tb(error.__traceback__)[-2:]):
+            raise Nothing(f"PEFT's LoRA does not fit: {' '.join(str(error).split())[:200]}") from error
         raise
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
