@@ -77,6 +77,11 @@ class Given:
         self.remove = weakref.finalize(self, before(model, note, with_kwargs=True).remove)
         self.remove.atexit = False
 
+    @property
+    def waiting(self) -> bool:
+        """Whether there is something for `take`."""
+        return bool(self._local.__dict__.get("prompts"))
+
     def take(self) -> list[Prompt]:
         """What was read since the last call, each handed out once."""
         found: list[Prompt] = self._local.__dict__.pop("prompts", [])

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .backbone import Backbone
+from .backbone.anatomy import tokens_in
 from .hooks import before, drop_compiled_code
 
 _REMEMBERED = 3  # forward passes, all of them on other caches, that one call of a processor may have to choose from
@@ -103,7 +104,7 @@ class HiddenStates:
         past = next((given for given in (*args, *named.values()) if isinstance(given, Cache)), None)
         count = None
         if read is not None and (read.shape[1] > 1 or past is None):  # else a single position, which needs no counting
-            count = read.shape[1] + (int(past.get_seq_length()) if past is not None else 0)
+            count = read.shape[1] + (0 if past is None else tokens_in(past) or 0)
         self._local.tokens, self._local.read = tokens, count
         self._local.current = None if past is None or torch.compiler.is_compiling() else weakref.ref(past)
 

@@ -1,4 +1,4 @@
-"""Changes to a user's objects that last no longer than someone needs them, in any number of threads and after a fork."""
+"""Changes to a user's objects that last only as long as someone needs them, in any number of threads, after a fork."""
 
 from __future__ import annotations
 

@@ -106,6 +106,8 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
                 raise ValueError(
                     "a value head needs the base model's hidden states: pass model=model, or use mavis.attach(model)"
                 )
+            if input_ids.shape[1] < 2 or (self._given is not None and self._given.waiting):  # another text
+                self._follow_base()
             hidden = self._hidden.take(input_ids)
             if hidden is None:
                 self._pass_through()

@@ -255,6 +255,11 @@ class Steering:
             )
         return self
 
+    def _follow_base(self) -> None:
+        """Raise `ValueError` if the base model has become one that the value heads are not for."""
+        for head in self._functions.heads:
+            head.follow()
+
     def reset(self) -> None:
         """Begin `stats` and `trace` anew."""
         self.stats = MavisStats()

@@ -114,6 +114,8 @@ class MavisStrategy(Steering):
         if self._attached is None or self._attached() is not model:
             self.attach(model)
             self._attached = weakref.ref(model)
+        else:
+            self._follow_base()
         backbone = Backbone.of(model)
         self._check_devices(input_ids[:, :1].expand(-1, backbone.scores))
         if self.stop_strings is not None:
