@@ -13,7 +13,6 @@ from mavis_logits import MavisLogitsProcessor, MavisSampling
 from model_twins import (
     BETA,
     GREEDY,
-    STEPS,
     TOLERANCE,
     K,
     Reading,
@@ -23,7 +22,6 @@ from model_twins import (
     difference,
     fresh_values,
     hold,
-    inner_state,
     last_position,
     policy,
     prefixes,
@@ -85,10 +83,9 @@ def processor(kind: str) -> Callable[[Subject], str]:
                     return_dict_in_generate=True, output_hidden_states=layer is not None,
                 )  # fmt: skip
             mavis.detach()
-            inner = None
-            if layer is not None:
-                states = out.hidden_states or [None] * STEPS
-                inner = [inner_state(states[step], layer - subject.first, len(out.sequences)) for step in range(STEPS)]
+            inner, take = None, subject.inner(layer)
+            if take is not None:
+                inner = [take(states, len(out.sequences)) for states in out.hidden_states or [None]]
             for step, row, prefix in prefixes(inputs, out.sequences):
                 _, scores, tilted = recorder.calls[step]
                 state = None if inner is None else inner[step][row]

@@ -124,6 +124,7 @@ TWEAKS: dict[str, dict[str, Any]] = {
     "reformer": {"axial_pos_embds": False, "local_attn_chunk_length": 4},
     "smollm3": _SWITCHED,
     "starcoder2": {"sliding_window": WINDOW},
+    "xlm": {"causal": True, "pad_index": PAD, "eos_index": EOS, "bos_index": BOS, "mask_index": 5, "mask_token_id": 5},
     "xmod": {"default_language": "en_XX"},
     "glm4v_moe_text": {"rope_parameters": _SPLIT["rope_parameters"] | {"mrope_section": [1, 1, 0]}},
     "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "num_hidden_layers": 4,
@@ -229,6 +230,8 @@ def _shrunk(config: PreTrainedConfig, given: Mapping[str, Any]) -> PreTrainedCon
             settings[name] = _shrunk(value, TWEAKS.get(value.model_type, {}) | (own or {}))
         elif name == "is_decoder":
             settings[name] = True
+        elif re.search(r"drop|jitter", name) and isinstance(value, float):
+            settings[name] = 0.0
         elif value is None and name in _UNSET:
             settings[name] = _UNSET[name]
         elif name in _SPECIAL:

@@ -36,6 +36,7 @@ from model_twins import (
     Subject,
     Wrong,
     difference,
+    forget,
     fresh_values,
     hold,
     prefixes,
@@ -109,6 +110,8 @@ def same_states(subject: Subject) -> str:
 @torch.no_grad()
 def _same_values(subject: Subject, model: ValueModel, other: ValueModel) -> None:
     for ids in (subject.single["input_ids"], subject.prompts["input_ids"][:1]):
+        forget(model)
+        forget(other)
         mine, theirs = model(ids).values, other(ids).values
         hold(difference(mine, theirs) / max(1.0, float(mine.std())), "values after loading", 1e-4)
 
@@ -170,7 +173,13 @@ def training(packed: bool) -> Callable[[Subject], str]:
     """Values and gradients of a batch of our making against those of every sequence alone."""
 
     def check(subject: Subject) -> str:
-        model = subject.own
+        model = subject.own.train()  # no dropout: tiny configurations have none
+        try:
+            return compare(model)
+        finally:
+            model.eval()
+
+    def compare(model: ValueModel) -> str:
         item = _tree()
         kept = np.ones(len(item.tree), dtype=bool)
         nodes = node_examples(item, kept, True)
