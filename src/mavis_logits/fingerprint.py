@@ -159,11 +159,11 @@ class Identity:
         return "its weights are others, or in a precision that a fingerprint of version 1 does not know (float16, int8)"
 
     def _has(self, fingerprint: str) -> bool:
-        version, colon, digits = fingerprint.rpartition(":")
+        version, colon, _ = fingerprint.rpartition(":")
         if colon and version != "2":
             raise ValueError(
-                f"the fingerprint {fingerprint!r} of a base model is of version {version}, which this mavis-logits does "
-                "not know: pip install -U mavis-logits"
+                f"the fingerprint {fingerprint!r} of a base model is of version {version}, which this mavis-logits "
+                "does not know: pip install -U mavis-logits"
             )
         return (self.fingerprint if colon else parameters_fingerprint(self.model)) == fingerprint
 

@@ -74,9 +74,9 @@ class Needs:
         """Raise `ValueError` if a base model gives scores to `count` tokens, of which a value model knows fewer."""
         if known < count:
             raise ValueError(
-                f"the value model for {self.objectives} knows {known} tokens, but the base model's scores have {count}: "
-                "it was made for another tokenizer; use one made for this base model. If the others only pad the base "
-                f"model's table, pass tokenizer=, or forbid them (suppress_tokens=list(range({known}, {count})))"
+                f"the value model for {self.objectives} knows {known} tokens, but the base model's scores have "
+                f"{count}: it was made for another tokenizer; use one made for this base model. If the others only pad "
+                f"the base model's table, pass tokenizer=, or forbid them (suppress_tokens=list(range({known}, {count})))"
             )
 
     def check_shape(self, model: nn.Module) -> None:

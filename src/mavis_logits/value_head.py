@@ -7,6 +7,7 @@ decoding.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ class ValueHead(PushMixin, PreTrainedModel):
         self.dropout = nn.Dropout(config.dropout)
         self.out = nn.Linear(config.width, len(config.objectives))
         self._embedding: list[Tensor] = []  # in a list, so that it is no parameter: it belongs to the base model
-        self._table: tuple[Any, Tensor] | None = None
+        self._table: tuple[Any, Tensor, list[Tensor]] | None = None
         self._base = WeakModel()
         self._base_state: tuple[int, torch.device] | None = None  # when it was bound
         self._vouched: tuple[str, str] | None = None  # weights that the user has said are right
@@ -237,15 +238,52 @@ class ValueHead(PushMixin, PreTrainedModel):
         mean, scale = self.config.reward_units(features.device)
         return mean + scale * self.out(features).float()
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _actions(self) -> Tensor:
         """W_e e_a of every token, [V, width]: computed once, and again when the weights have changed."""
         weight, embedding = self.action.weight, self._embedding[0]
-        version = (weight._version, embedding._version, embedding.data_ptr(), weight.dtype, weight.device)
-        if self._table is None or self._table[0] != version:
-            table = torch.cat([self.action(_normalised(rows.to(weight))) for rows in embedding.split(8192)])
-            self._table = (version, table)
-        return self._table[1]
+        version = [(_version(x), x.data_ptr(), x.dtype, x.device) for x in (weight, embedding)]
+        kept = self._table
+        if kept is None or kept[0] != version:
+            with torch.autocast(weight.device.type, enabled=False):
+                table = torch.cat([self.action(_normalised(rows.to(weight))) for rows in embedding.split(8192)])
+            kept = self._table = (version, table, [_sample(x).clone() for x in (weight, embedding)])
+        return kept[1]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Notice weights changed in ways that `forward` does not see: through `weight.data`. Waits for the device."""
+        if self._table is not None and self.is_bound:
+            now = [_sample(x) for x in (self.action.weight, self._embedding[0])]
+            if any(a.device != b.device or not torch.equal(a, b) for a, b in zip(now, self._table[2], strict=True)):
+                self._table = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **self.__dict__,
+            "_embedding": [],
+            "_table": None,
+            "_base": WeakModel(),
+            "_base_state": None,
+        }  # a pickled head is bound to no base model
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ValueHead:
+        """A head of its own, bound to the same base model."""
+        twin = memo[id(self)] = self.__class__.__new__(self.__class__)
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        twin._embedding, twin._base, twin._base_state = list(self._embedding), self._base, self._base_state
+        return twin
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """A few elements of a matrix."""
+    return weight.detach()[:: max(1, len(weight) // 8), :: max(1, weight.shape[1] // 8)]
 
 
 def _normalised(x: Tensor) -> Tensor:
