@@ -54,10 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if arguments.command not in commands:
         return fail(unknown_command(arguments.command, commands))
-    if not arguments.debug:  # what libraries will change in future is no concern of a command's user
-        warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        return commands[arguments.command].load()(arguments.arguments) or 0
+        with warnings.catch_warnings():
+            if not arguments.debug:  # what libraries will change in future is no concern of a command's user
+                warnings.filterwarnings("ignore", category=FutureWarning)
+            return commands[arguments.command].load()(arguments.arguments) or 0
     except ModuleNotFoundError as error:
         if arguments.debug or (error.name or "mavis").startswith("mavis"):
             raise

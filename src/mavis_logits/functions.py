@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .backbone import Backbone
-from .fingerprint import tokenizer_fingerprint
+from .checkpoints import Options, load_value_model
 from .fused import FusedValueModel, fusable_groups, why_not_fused
+from .holds import Holds, Undo
 from .loading import Source, find_file, hub_arguments, read_json
+from .needs import Needs
 from .value_head import ValueHead, ValueHeadConfig
 from .value_model import ValueModel, ValueModelConfig
 
@@ -38,20 +43,54 @@ class ValueFunctions:
     def __init__(self, given: Any, tokenizer: PreTrainedTokenizerBase | None = None, fuse: bool | None = None) -> None:
         outputs = _outputs(given)
         for _, function, _ in outputs:
-            function.eval()
             if tokenizer is not None:
-                _check_tokenizer(function, tokenizer)
+                Needs.of(function.config).check_tokenizer(tokenizer)
         self._outputs = outputs if fuse is False else _fused(outputs, insist=fuse is True)
         self.objectives = [name for name, _, _ in self._outputs]
-        distinct = {id(function): function for _, function, _ in self._outputs}
-        self.all: list[ValueModel | FusedValueModel | ValueHead] = list(distinct.values())
+        self.all: list[ValueFunction] = list(dict.fromkeys(function for _, function, _ in self._outputs))
         self.models = [f for f in self.all if isinstance(f, ValueModel | FusedValueModel)]
         self.heads = [f for f in self.all if isinstance(f, ValueHead)]
 
-    def gather(self, parts: Mapping[int, Tensor]) -> Tensor:
-        """Values [R, k, M] of all objectives, from those of each value function by its id; 0 for those not there."""
+    def replaced(self, others: Mapping[int, Any]) -> ValueFunctions:
+        """The same with other value functions in place of some, by their ids (as in `copy.deepcopy`'s memo)."""
+        twin = copy.copy(self)
+        twin._outputs = [(name, others.get(id(f), f), output) for name, f, output in self._outputs]
+        twin.all, twin.models, twin.heads = (
+            [others.get(id(f), f) for f in functions] for functions in (self.all, self.models, self.heads)
+        )
+        return twin
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """While they are asked for values: without dropout, whatever mode the user has left them in.
+
+        Raises:
+            ValueError: value models have changed since they were fused.
+        """
+        with ExitStack() as stack:
+            for function in self.all:
+                if isinstance(function, FusedValueModel):
+                    function.check_sources()
+                elif function in _evaluated or any(part.training for part in (function, *function.children())):
+                    stack.enter_context(_evaluated.hold(function))
+            yield
+
+    def refresh(self) -> None:
+        """Look closely whether value functions have been changed; to be called where a text begins.
+
+        Raises:
+            ValueError: value models have changed since they were fused.
+        """
+        for function in self.all:
+            if isinstance(function, FusedValueModel):
+                function.check_sources(thorough=True)
+            elif isinstance(function, ValueHead):
+                function.refresh()
+
+    def gather(self, parts: Mapping[Any, Tensor]) -> Tensor:
+        """Values [R, k, M] of all objectives, from those of each value function; 0 for those not there."""
         missing = torch.zeros_like(next(iter(parts.values()))[..., 0])
-        columns = [parts[id(f)][..., output] if id(f) in parts else missing for _, f, output in self._outputs]
+        columns = [parts[f][..., output] if f in parts else missing for _, f, output in self._outputs]
         return torch.stack(columns, dim=-1)
 
     def reward_units(self) -> Tensor:
@@ -59,7 +98,7 @@ class ValueFunctions:
         units = [
             f.units[:, output].cpu()
             if isinstance(f, FusedValueModel)
-            else torch.tensor([f.config.reward_mean[output], f.config.reward_scale[output]])
+            else torch.tensor([f.config.reward_mean[output], f.config.reward_scale[output]], dtype=torch.float32)
             for _, f, output in self._outputs
         ]
         return torch.stack(units, dim=1)
@@ -70,13 +109,13 @@ class ValueFunctions:
         With all weights 0 no objective is idle.
         """
         weighted = weights.reshape(-1, len(self.objectives)).any(dim=0).tolist()
-        busy = {id(function) for (_, function, _), weight in zip(self._outputs, weighted, strict=True) if weight}
-        return [bool(busy) and id(f) not in busy and not isinstance(f, ValueHead) for _, f, _ in self._outputs]
+        busy = {function for (_, function, _), weight in zip(self._outputs, weighted, strict=True) if weight}
+        return [bool(busy) and f not in busy and not isinstance(f, ValueHead) for _, f, _ in self._outputs]
 
     def busy_models(self, idle: Sequence[bool]) -> list[ValueModel | FusedValueModel]:
         """The value models to be run."""
-        resting = {id(function) for (_, function, _), rests in zip(self._outputs, idle, strict=True) if rests}
-        return [model for model in self.models if id(model) not in resting]
+        resting = {function for (_, function, _), rests in zip(self._outputs, idle, strict=True) if rests}
+        return [model for model in self.models if model not in resting]
 
     def weights(self, given: Mapping[str, float] | Sequence[float] | Tensor | None) -> Tensor:
         """lambda as float32 [M] or [R, M].
@@ -86,7 +125,7 @@ class ValueFunctions:
         """
         count = len(self.objectives)
         if given is None:
-            return torch.full((count,), 1 / count)
+            return torch.full((count,), 1 / count, dtype=torch.float32)
         if isinstance(given, Mapping):
             for name in given:
                 if name not in self.objectives:
@@ -113,14 +152,7 @@ class ValueFunctions:
     def check_vocabulary(self, size: int) -> None:
         """Raise `ValueError` if a value model's vocabulary is smaller than the scores' (`size` tokens)."""
         for model in self.models:
-            own = Backbone.of(model.backbone).vocabulary
-            if own < size:
-                raise ValueError(
-                    f"the value model for {model.config.objectives} knows {own} tokens, but the base model's scores "
-                    f"have {size}: it was made for another tokenizer; use one made for this base model. If the others "
-                    "only pad the base model's table, pass tokenizer=, or forbid them "
-                    f"(suppress_tokens=list(range({own}, {size})))"
-                )
+            Needs.of(model.config).check_scores(size, Backbone.of(model.backbone).vocabulary)
 
     def known(self, scores: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
         """`scores` [R, V] without the ids that only pad the base model's table and that a value model does not know.
@@ -138,6 +170,21 @@ class ValueFunctions:
         if tokenizer is None or len(tokenizer) > own:
             self.check_vocabulary(scores.shape[1])
         return torch.cat([scores[:, :own], torch.full_like(scores[:, own:], -torch.inf)], dim=1)
+
+
+def _evaluate(function: nn.Module) -> Undo:
+    """Turn dropout and the like off, which `eval` would for good."""
+    training = [module for module in function.modules() if module.training]
+
+    def switch(mode: bool) -> None:
+        for module in training:
+            module.training = mode
+
+    switch(False)
+    return lambda: switch(True)
+
+
+_evaluated: Holds[nn.Module] = Holds(_evaluate)
 
 
 def _outputs(given: Any) -> Outputs:
@@ -165,12 +212,13 @@ def _outputs(given: Any) -> Outputs:
     return outputs
 
 
-Outputs = list[tuple[str, "ValueModel | FusedValueModel | ValueHead", int]]
+ValueFunction = ValueModel | FusedValueModel | ValueHead
+Outputs = list[tuple[str, ValueFunction, int]]
 
 
 def _fused(outputs: Outputs, insist: bool) -> Outputs:
     """`outputs` with the value models that share a backbone replaced by one that runs them all."""
-    models = list({id(f): f for _, f, _ in outputs if isinstance(f, ValueModel)}.values())
+    models = list(dict.fromkeys(f for _, f, _ in outputs if isinstance(f, ValueModel)))
     candidates = [
         m for m in models if m.lora is not None or any(m.backbone is o.backbone for o in models if o is not m)
     ]
@@ -190,8 +238,8 @@ def _fused(outputs: Outputs, insist: bool) -> Outputs:
             raise ValueError(f"fuse=True, but {reason}; use fuse=False to score them one after another")
     for group in fusable_groups(candidates):
         fused = FusedValueModel(group)
-        places = {id(model): fused.outputs_of(model) for model in group}
-        outputs = [(name, fused, places[id(f)][i]) if id(f) in places else (name, f, i) for name, f, i in outputs]
+        starts = dict(zip(group, accumulate((len(m.config.objectives) for m in group), initial=0), strict=False))
+        outputs = [(name, fused, starts[f] + i) if f in starts else (name, f, i) for name, f, i in outputs]
     return outputs
 
 
@@ -200,16 +248,6 @@ def _check_kind(function: Any) -> None:
         raise ValueError(
             f"expected a ValueModel or a ValueHead, got {type(function).__name__}; from_pretrained loads ids and "
             "folders"
-        )
-
-
-def _check_tokenizer(function: ValueModel | FusedValueModel | ValueHead, tokenizer: PreTrainedTokenizerBase) -> None:
-    expected, found = function.config.tokenizer_fingerprint, tokenizer_fingerprint(tokenizer)
-    if expected is not None and expected != found:
-        raise ValueError(
-            f"the value function for {function.config.objectives} reads tokens of another tokenizer ({expected}, of "
-            f"{function.config.base_model}) than the one given ({found}, {tokenizer.name_or_path}): use a value "
-            "function made for this base model"
         )
 
 
@@ -248,10 +286,10 @@ def load_value_functions(
     else:
         found = get(given)
     everything = found.values() if isinstance(found, Mapping) else found if isinstance(found, list) else [found]
-    adapters = list({id(f): f for f in everything if isinstance(f, ValueModel) and f.lora is not None}.values())
-    together = {id(model) for group in fusable_groups(adapters) for model in group} if fuse is not False else set()
+    adapters = list(dict.fromkeys(f for f in everything if isinstance(f, ValueModel) and f.lora is not None))
+    together = {model for group in fusable_groups(adapters) for model in group} if fuse is not False else set()
     for adapter in adapters:
-        if id(adapter) not in together and any(adapter is f for f in loaded.values()):
+        if adapter not in together and any(adapter is f for f in loaded.values()):
             adapter.merge_lora()
     return found
 
@@ -266,14 +304,10 @@ def _load(
     if kind == ValueHeadConfig.model_type:
         if model is None:
             raise ValueError(f"{name} is a value head, which needs its base model's hidden states: pass model=")
-        return ValueHead.from_pretrained(name, **{k: v for k, v in arguments.items() if k != "dtype"})
-    backbone = None
-    if kind == ValueModelConfig.model_type:
-        if model is not None and config.get("backbone") == model.config.name_or_path:
-            backbone = model
-        if not merge:
-            arguments = {"merge": False} | arguments
-    return ValueModel.from_pretrained(name, backbone=backbone, **arguments)
+        of_models = ("dtype", "torch_dtype", "attn_implementation", "quantization_config")
+        return ValueHead.from_pretrained(name, **{k: v for k, v in arguments.items() if k not in of_models})
+    own = kind == ValueModelConfig.model_type
+    return load_value_model(ValueModel, name, Options(base=model if own else None, merge=merge or not own), **arguments)
 
 
 class SpecialTokens(NamedTuple):

@@ -8,8 +8,10 @@ without an adapter that share a backbone are the case C = 1 with several heads.
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -18,6 +20,7 @@ from transformers import PreTrainedModel
 
 from .backbone import Backbone
 from .value_model import ValueModel, ValueModelOutput
+from .watch import Watch
 
 
 @dataclass
@@ -89,7 +92,8 @@ class FusedValueModel(nn.Module):
         reason = next((r for m in models[1:] if (r := why_not_fused(models[0], m)) is not None), None)
         if reason is not None:
             raise ValueError(f"these value models cannot be scored in one forward: {reason}")
-        self.models = list({id(model): model.config for model in models}.items())  # identities, and their configs
+        # Not kept: their backbones may be further copies of the one that is kept. What is gone does not change.
+        self._sources = [(weakref.ref(model), Watch(model, autocast=False)) for model in models]
         bare = [model for model in models if model.lora is None]
         adapted = [model for model in models if model.lora is not None]
         versions = [*adapted, *bare[:1]]  # models without an adapter share one
@@ -131,14 +135,22 @@ class FusedValueModel(nn.Module):
         """Where the backbone is."""
         return self.backbone.device
 
-    def outputs_of(self, model: ValueModel) -> range:
-        """Which of `config.objectives` are those of `model`, one of the models given."""
-        start = 0
-        for key, config in self.models:
-            if key == id(model):
-                return range(start, start + len(config.objectives))
-            start += len(config.objectives)
-        raise ValueError(f"the value model for {model.config.objectives} is none of those fused here")
+    def check_sources(self, thorough: bool = False) -> None:
+        """Raise `ValueError` if one of the models fused here is another by now, whose values this one would not give.
+
+        Args:
+            thorough: look closely (`Watch`).
+        """
+        for source, watch in self._sources:
+            if (model := source()) is not None and watch.changed(thorough):
+                raise ValueError(
+                    f"the value model for {model.config.objectives} was trained, loaded, cast or moved after it had "
+                    "been fused with others: make a new processor or strategy of them, or use fuse=False, which "
+                    "follows such changes"
+                )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_sources": []}  # in another process they are not
 
     @torch.no_grad()
     def forward(self, past_key_values: object = None, **inputs: object) -> ValueModelOutput:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +31,28 @@ def main(argv: list[str]) -> int:
     values = parse_values(arguments.values) if arguments.values else None
     if arguments.trace is not None and (arguments.trace.is_dir() or not arguments.trace.parent.is_dir()):
         raise OSError(f"--trace got {arguments.trace}; expected the name of a file in a folder that exists")
+    with quiet_transformers():
+        return _answer(arguments, weights, values)
 
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """While it is open, transformers says nothing but errors; then what it said before."""
+    import transformers
+
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _answer(arguments: argparse.Namespace, weights: dict[str, float] | None, values: Any) -> int:
     # Imported only here, so that `--help` and a mistyped option answer at once.
     import torch
     import transformers
@@ -40,8 +62,6 @@ def main(argv: list[str]) -> int:
     from mavis_logits.demo.checkout import checkout_path
     from mavis_logits.demo.smollm2 import load_chat_model
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     sources = values[0] if isinstance(values, list) and len(values) == 1 else values  # one may be a bundle
     settings = {} if arguments.top_k is None else {"top_k": arguments.top_k}
     model, tokenizer = load_chat_model(arguments.model)

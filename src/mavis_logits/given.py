@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,12 @@ from .rows import Tokens
 
 _REMEMBERED = 3  # prompts read since the last call: guidance reads one of its own
 _UNREADABLE = ("pixel", "image", "video", "audio", "speech", "input_features", "input_values", "mm_encoder")
+
+
+def unreadable(named: Mapping[str, Any]) -> str | None:
+    """The first of a model's keyword arguments that is no text; None if all are."""
+    given = (name for name, value in named.items() if value is not None)
+    return next((name for name in given if any(part in name for part in _UNREADABLE)), None)
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,11 @@ class Given:
         self.remove = weakref.finalize(self, before(model, note, with_kwargs=True).remove)
         self.remove.atexit = False
 
+    @property
+    def waiting(self) -> bool:
+        """Whether there is something for `take`."""
+        return bool(self._local.__dict__.get("prompts"))
+
     def take(self) -> list[Prompt]:
         """What was read since the last call, each handed out once."""
         found: list[Prompt] = self._local.__dict__.pop("prompts", [])
@@ -89,11 +101,7 @@ class Given:
         read = tokens if tokens is not None else named.get("inputs_embeds")
         if not isinstance(read, Tensor) or read.ndim < 2 or read.shape[1] < 2:
             return
-        unreadable = next(
-            (name for name, value in named.items() if value is not None and any(part in name for part in _UNREADABLE)),
-            None,
-        )
         mask, positions = named.get("attention_mask"), named.get("position_ids")
         prompts = self._local.__dict__.setdefault("prompts", [])
-        prompts.append(Prompt(tokens, mask, positions, unreadable))
+        prompts.append(Prompt(tokens, mask, positions, unreadable(named)))
         del prompts[:-_REMEMBERED]

@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .backbone import Backbone
+from .backbone.anatomy import tokens_in
 from .hooks import before, drop_compiled_code
 
 _REMEMBERED = 3  # forward passes, all of them on other caches, that one call of a processor may have to choose from
@@ -41,10 +43,13 @@ class HiddenStates:
         self._inner = sorted({layer for layer in layers if layer is not None})
         self._local = threading.local()
         backbone = Backbone.of(model)
+        self.moved = False  # whether the output layer has been replaced since, by one of other weights perhaps
+        self._model, self._layer = weakref.ref(backbone.model), weakref.ref(backbone.output_layer)
         with ExitStack() as stack:  # what fails half way leaves no hook
             for layer in self._inner:
                 stack.callback(backbone.catch(layer, self._weakly(HiddenStates._at_layer, layer)).remove)
-            stack.callback(backbone.catch(None, self._weakly(HiddenStates._at_output)).remove)
+            self._output = [backbone.catch(None, self._weakly(HiddenStates._at_output))]
+            stack.callback(_remove_all, self._output)
             stack.callback(before(backbone.model, self._weakly(HiddenStates._before_model), with_kwargs=True).remove)
             self._remove = weakref.finalize(self, stack.pop_all().close)
         self._remove.atexit = False
@@ -98,14 +103,26 @@ class HiddenStates:
 
     def _before_model(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         named = kwargs or {}
+        if not torch.compiler.is_compiling():
+            self._follow()
         tokens = named.get("decoder_input_ids", named.get("input_ids", args[0] if args else None))
         read = tokens if tokens is not None else named.get("inputs_embeds")
         past = next((given for given in (*args, *named.values()) if isinstance(given, Cache)), None)
         count = None
         if read is not None and (read.shape[1] > 1 or past is None):  # else a single position, which needs no counting
-            count = read.shape[1] + (int(past.get_seq_length()) if past is not None else 0)
+            count = read.shape[1] + (0 if past is None else tokens_in(past) or 0)
         self._local.tokens, self._local.read = tokens, count
         self._local.current = None if past is None or torch.compiler.is_compiling() else weakref.ref(past)
+
+    def _follow(self) -> None:
+        """Listen to the output layer that the model has now (resized embeddings are another one)."""
+        model = self._model()
+        layer = None if model is None else model.get_output_embeddings()
+        if model is None or layer is None or layer is self._layer():
+            return
+        _remove_all(self._output)
+        self._output.append(Backbone.of(model).catch(None, self._weakly(HiddenStates._at_output)))
+        self._layer, self.moved = weakref.ref(layer), True
 
     def _at_layer(self, layer: int, states: Tensor) -> None:
         setattr(self._local, f"layer{layer}", states)
@@ -138,6 +155,11 @@ class HiddenStates:
             # Compiled passes are those of generate, and so is one with a cache; guidance begins without.
             followed = [f for f in found if f.past is not None] or [f for f in found if f.read is None]
         return (followed or found)[-1]
+
+
+def _remove_all(handles: list[RemovableHandle]) -> None:
+    while handles:
+        handles.pop().remove()
 
 
 class _Forward:

@@ -1,4 +1,4 @@
-"""Changes to a user's objects that last no longer than someone needs them, in any number of threads and after a fork."""
+"""Changes to a user's objects that last no longer than someone needs them, in any number of threads."""
 
 from __future__ import annotations
 
@@ -45,6 +45,9 @@ class Holds(Generic[T]):
             self._held[id(held)][2][0] += 1
         self._settle()
         return Hold(self, id(held))
+
+    def __contains__(self, held: T) -> bool:
+        return id(held) in self._held
 
     def release(self, key: int) -> None:
         """One holder of the object with this id fewer."""

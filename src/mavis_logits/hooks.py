@@ -72,13 +72,10 @@ def is_compiled(modules: Iterable[nn.Module]) -> bool:
     """Whether any of `modules` has been given to torch.compile: itself, its forward, or its call by `generate`."""
     for module in modules:
         own = vars(module)
-        if (
-            own.get("_compiled_call_impl") is not None
-            or "_compiled_call" in own
-            or "_orig_mod" in own.get("_modules", ())
-        ):
-            return True
-        if hasattr(own.get("forward"), "_torchdynamo_orig_callable"):
+        compiled = (
+            own.get("_compiled_call_impl") is not None or "_compiled_call" in own or "_orig_mod" in own["_modules"]
+        )
+        if compiled or hasattr(own.get("forward"), "_torchdynamo_orig_callable"):
             return True
     return False
 

@@ -59,9 +59,13 @@ class ObjectivesMixin:
         kept = self.__dict__.get("_reward_units")
         key = (device, tuple(self.reward_mean), tuple(self.reward_scale))
         if kept is None or kept[0] != key:
-            mean, scale = (torch.tensor(x, dtype=torch.float32, device=device) for x in key[1:])
+            with torch.inference_mode(False):  # kept for all modes: training saves them for its backward pass
+                mean, scale = (torch.tensor(x, dtype=torch.float32, device=device) for x in key[1:])
             kept = self.__dict__["_reward_units"] = (key, mean, scale)
         return kept[1], kept[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_reward_units"}
 
     def to_dict(self) -> dict[str, Any]:
         """The config as a JSON-able dictionary."""

@@ -5,21 +5,23 @@ from __future__ import annotations
 import threading
 import time
 import warnings
+import weakref
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
 from .backbone import Backbone
-from .functions import check_context
+from .functions import ValueFunction, check_context
 from .given import Given
 from .hidden import HiddenStates
-from .rows import LeftPadding, RowTracker, Tokens, ended_rows
+from .rows import LeftPadding, Plan, RowTracker, Tokens, ended_rows
 from .scorer import Scored, ValueScorer, make_scorer
 from .steering import Choice, Steering, Step, check_scores
 from .trace import MavisTrace
+from .watch import Watch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,6 +30,14 @@ if TYPE_CHECKING:
 
 _SUSPICIOUS = 64  # calls in a row without a state: more than an assistant drafts
 _FAR, _SPREAD = 1e10, 1e6  # beyond the -1e9 by which generate's beam search marks beams that do not exist
+
+
+class _Cached(NamedTuple):
+    """What a thread has of a value model."""
+
+    scorer: ValueScorer
+    tracker: RowTracker
+    watch: Watch
 
 
 class MavisLogitsProcessor(Steering, LogitsProcessor):
@@ -47,11 +57,14 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._begin()
+        super().__init__(*args, **kwargs)
+
+    def _begin(self) -> None:
+        """What is this object's alone, and no copy's."""
         self._local = threading.local()
-        self._lock = threading.Lock()
         self._hidden: HiddenStates | None = None
         self._given: Given | None = None
-        super().__init__(*args, **kwargs)
 
     def attach(self, model: PreTrainedModel) -> MavisLogitsProcessor:
         """Take hidden states from `model` until `detach`; usable as `with mavis.attach(model): ...`.
@@ -59,12 +72,16 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         Raises:
             ValueError: a value head was trained on another model.
         """
-        self.detach()
         super().attach(model)
+        self.detach()
+        self._listen(model)
+        return self
+
+    def _listen(self, model: PreTrainedModel) -> None:
+        self._base = weakref.ref(model)
         if self._functions.heads:
             self._hidden = HiddenStates(model, [head.config.layer for head in self._functions.heads])
         self._given = Given(Backbone.of(model).model)
-        return self
 
     def detach(self) -> None:
         """Remove the hooks that `attach` put on the base model."""
@@ -73,6 +90,17 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         if self._given is not None:
             self._given.remove()
         self._hidden = self._given = None
+        self._base = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        return {name: value for name, value in state.items() if name not in ("_local", "_hidden", "_given")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._begin()
+        if (model := self.base) is not None:  # a copy, of one whose heads have been bound to it
+            self._listen(model)
 
     def __enter__(self) -> MavisLogitsProcessor:
         return self
@@ -85,6 +113,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         self._local = threading.local()
         super().reset()
 
+    @torch.inference_mode(False)  # caches outlive the mode of the call that they were made in
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Tilted log-probabilities.
@@ -98,7 +127,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         """
         self._check(input_ids, scores)
         if _is_probe(scores):
-            self.stats.passed_through += 1
+            self.stats.pass_through()
             return scores
         hidden = None
         if self._functions.heads:
@@ -106,22 +135,29 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
                 raise ValueError(
                     "a value head needs the base model's hidden states: pass model=model, or use mavis.attach(model)"
                 )
+            if self._hidden.moved and (base := self.base) is not None:
+                super().attach(base)
+                self._hidden.moved = False
+            if input_ids.shape[1] < 2 or (self._given is not None and self._given.waiting):  # another text
+                self._follow_base()
             hidden = self._hidden.take(input_ids)
             if hidden is None:
                 self._pass_through()
                 return scores
             self._local.passed = 0
         prompts = self._given.take() if self._given is not None else []
-        length, local = input_ids.shape[1], self._local
-        if length != getattr(local, "length", length) + 1 and (prompts or length < getattr(local, "begun", 0)):
-            local.begun = length if prompts else 0
-        local.length = length
-        live = ~ended_rows(input_ids, self._eos, self.pad_token_id, getattr(local, "begun", 0))
+        new = self._is_new(input_ids)
+        if new:  # where the prompts end is known of those that the base model has read
+            self._local.begun = input_ids.shape[1] if prompts else 0
+        live = ~ended_rows(input_ids, self._eos, self.pad_token_id, self._local.begun)
         choice = self.choose(scores)
         check_scores(choice.reference, live)
         started = time.perf_counter()
         scored = self.worth_scoring(choice) & live[:, None]
-        values = self._values(input_ids, hidden, choice, scored, live, prompts)
+        if new:
+            self._functions.refresh()
+        with self._functions.reading():
+            values = self._values(input_ids, hidden, choice, scored, live, prompts)
         seconds = time.perf_counter() - started
         self._check_values(values, scored)
         step = self.tilt(choice, values.masked_fill(~scored[..., None], 0.0))
@@ -129,8 +165,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         eos = torch.tensor(sorted(self._eos), device=scores.device)
         counted = live & ~torch.isin(input_ids[:, -1:], eos).any(dim=1)
         step = replace(step, kl=torch.where(counted, step.kl, 0.0))
-        with self._lock:
-            self.stats.add(len(scores), step.kl, seconds)
+        self.stats.add(len(scores), step.kl, seconds)
         if self.trace is not None:
             idle = torch.tensor(self._idle, device=values.device)
             self._record(
@@ -146,7 +181,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
 
     def _pass_through(self) -> None:
         """Count a call without a state of the base model behind it; so many in a row are no assistant's drafts."""
-        self.stats.passed_through += 1
+        self.stats.pass_through()
         self._local.passed = getattr(self._local, "passed", 0) + 1
         if self._local.passed == _SUSPICIOUS:
             warnings.warn(
@@ -166,10 +201,10 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
     ) -> Tensor:
         """Values [R, k, M] of the candidates; those not `scored` mean nothing."""
         candidates = choice.candidates
-        parts: dict[int, Tensor] = {}
+        parts: dict[ValueFunction, Tensor] = {}
         for head in self._functions.heads:
             assert hidden is not None
-            parts[id(head)] = head(hidden[head.config.layer], None if self.config.top_k is None else candidates)
+            parts[head] = head(hidden[head.config.layer], None if self.config.top_k is None else candidates)
         models = self._functions.busy_models(self._idle)
         if models and scored.any():
             # Rows that have ended are gone for good. Those that need no value stay: their tokens wait.
@@ -179,7 +214,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
             for model in models:
                 values = self._score(model, going, candidates[live], kept)
                 every = values.new_zeros(len(live), *values.shape[1:])
-                parts[id(model)] = every.index_put((live,), values)
+                parts[model] = every.index_put((live,), values)
         if not parts:
             return candidates.new_zeros(*candidates.shape, len(self.objectives), dtype=torch.float32)
         return self._functions.gather(parts)
@@ -213,26 +248,37 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
     def _score(self, model: Scored, sequences: list[Any], candidates: Tensor, kept: Tensor | None) -> Tensor:
         """Values [R, k, M] under one value model, by this thread's cache for it."""
         check_context(model, max(map(len, sequences)) + 1)
-        tracker, scorer = self._session(model)
+        cached, plan = self._cached(model, sequences)
         fed = candidates
         if kept is not None:
             columns = int(kept.sum(dim=1).max())  # the likeliest come first
             fed, kept = candidates[:, :columns], kept[:, :columns]
         try:
-            values = scorer.score(tracker.plan(sequences), fed, kept)
+            values = cached.scorer.score(plan, fed, kept)
         except BaseException:  # the cache may be half updated
-            del self._local.sessions[id(model)]
+            self._local.cached.pop(model, None)
             raise
-        tracker.update(sequences, (fed if kept is None else fed.masked_fill(~kept, -1)).cpu().numpy())
+        cached.tracker.update(sequences, (fed if kept is None else fed.masked_fill(~kept, -1)).cpu().numpy())
         missing = candidates.shape[1] - fed.shape[1]
         return values if not missing else torch.nn.functional.pad(values, (0, 0, 0, missing))
 
-    def _session(self, model: Scored) -> tuple[RowTracker, ValueScorer]:
-        """This thread's cache for `model`. It outlives a `generate` call: a next chat turn goes on from it."""
-        sessions = self._local.__dict__.setdefault("sessions", {})
-        if id(model) not in sessions:
-            sessions[id(model)] = (RowTracker(), make_scorer(model, self.compile, self.reading))
-        return sessions[id(model)]
+    def _cached(self, model: Scored, sequences: list[Any]) -> tuple[_Cached, Plan]:
+        """This thread's cache for `model`, and how to go on from it. It outlives a `generate` call, for chats."""
+        every = self._local.__dict__.setdefault("cached", {})
+        cached = every.get(model)
+        if cached is not None:
+            plan = cached.tracker.plan(sequences)
+            if not cached.watch.changed(thorough=not plan.is_next_token):
+                return cached, plan
+        # What has been cached is no longer what the model computes.
+        cached = every[model] = _Cached(make_scorer(model, self.compile, self.reading), RowTracker(), Watch(model))
+        return cached, cached.tracker.plan(sequences)
+
+    def _is_new(self, input_ids: Tensor) -> bool:
+        """Whether these are no rows of the last call with a token more, as far as their shape tells."""
+        before = getattr(self._local, "shape", None)
+        self._local.shape = input_ids.shape
+        return before is None or input_ids.shape[1] != before[1] + 1
 
     def _leaves_scores_alone(self, k: int, vocabulary: int) -> bool:
         """With beta 0 and nothing cut, generate's own scores are handed back: not a bit changes."""
@@ -247,11 +293,12 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         before: Tensor | None = getattr(self._local, "traced", None)
         goes_on = before is not None and input_ids.shape[1] <= before.shape[1] + 1  # no later turn of a chat
         if goes_on and _begins(before, input_ids):
-            self.trace.took(input_ids[:, -1])
+            self._local.trace.took(input_ids[:, -1])
         elif not (goes_on and _begins(getattr(self._local, "prompt", None), input_ids)):  # nor reordered or rejected
-            self.trace = MavisTrace(self.objectives, self._eos)
+            self._local.trace = MavisTrace(self.objectives, self._eos)
             self._local.prompt = input_ids.clone()
         self._local.traced = input_ids.clone()
+        self.trace = self._local.trace
         self.trace.add_step(step, length=input_ids.shape[1], live=live)
 
     def _check(self, input_ids: Tensor, scores: Tensor) -> None:

@@ -42,6 +42,13 @@ class Plan:
         """Whether every sequence goes on from the cached row of its own number, all of which are used."""
         return self.source is not None and self.source.tolist() == list(range(self._cached))
 
+    @property
+    def is_next_token(self) -> bool:
+        """Whether every sequence is the cached row of its own number, with at most one token more."""
+        return self.in_place and all(
+            len(tokens) + (chosen >= 0) <= 1 for tokens, chosen in zip(self.pending, self.chosen, strict=True)
+        )
+
 
 class RowTracker:
     """The tokens of the cached rows, and the candidates scored after each of them."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,6 +140,7 @@ class Steering:
         config: MavisConfig | None = None,
         **settings: Any,
     ) -> None:
+        self._base: weakref.ref[PreTrainedModel] | None = None
         self._functions = ValueFunctions(value_functions, tokenizer, fuse)
         config = config if config is not None else MavisConfig()
         self.config = MavisConfig.from_dict({**vars(config), **settings})
@@ -231,6 +234,11 @@ class Steering:
             raise ValueError(f"beta must be a finite number of at least 0, or one a row [R], got {beta!r}")
         self._beta = given
 
+    @property
+    def base(self) -> PreTrainedModel | None:
+        """The model that this is attached to; it is not kept alive."""
+        return None if self._base is None else self._base()
+
     def attach(self, model: PreTrainedModel) -> Self:
         """Make `model` the base model.
 
@@ -253,7 +261,50 @@ class Steering:
                 "paper does.",
                 stacklevel=3,
             )
+        self._base = weakref.ref(model)
         return self
+
+    def _follow_base(self) -> None:
+        """Raise `ValueError` if the base model has become one that the value heads are not for."""
+        for head in self._functions.heads:
+            head.follow()
+
+    def __copy__(self) -> Self:
+        """Another that shares value functions, `stats` and `trace`, but not settings; attached to the same model."""
+        return self._twin(dict(vars(self)))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """An independent one with empty caches, attached to the same model.
+
+        What is only read is shared: the value functions, unless they are copied too (as parts of what is being copied),
+        the tokenizer, the streamer, functions.
+        """
+        state = dict(vars(self))
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                state[name] = value.detach().clone()
+            elif isinstance(value, MavisStats | MavisTrace):
+                state[name] = copy.deepcopy(value, memo)
+            elif isinstance(value, dict | list | set):
+                state[name] = copy.copy(value)
+        state["_functions"] = self._functions.replaced(memo)
+        base = self.base
+        if base is not None and id(base) in memo:
+            state["_base"] = weakref.ref(memo[id(base)])
+        twin = memo[id(self)] = self._twin(state)
+        return twin
+
+    def _twin(self, state: dict[str, Any]) -> Self:
+        twin = object.__new__(type(self))
+        twin.__setstate__(state)
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: value functions and settings. Who loads it says by `attach` what it steers."""
+        return {**vars(self), "_base": None} | ({"streamer": None} if "streamer" in vars(self) else {})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
 
     def reset(self) -> None:
         """Begin `stats` and `trace` anew."""

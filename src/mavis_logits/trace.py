@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .holds import fork_safe_lock
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from .steering import Step
 
+_counting = fork_safe_lock()  # one object may be counting in several threads
 KEPT = 256  # candidates a row that a trace keeps of a step
 
 
@@ -41,10 +44,17 @@ class MavisStats:
 
     def add(self, rows: int, kl: Tensor, seconds: float) -> None:
         """Count one step of `rows` rows with divergences `kl` [rows]."""
-        self.steps += 1
-        self.tokens += rows
-        self.seconds += seconds
-        self._kl = self._kl + kl.sum()  # stays on the device until asked for
+        total = kl.sum()  # stays on the device until asked for
+        with _counting:
+            self.steps += 1
+            self.tokens += rows
+            self.seconds += seconds
+            self._kl = self._kl + total
+
+    def pass_through(self) -> None:
+        """Count one call left unsteered."""
+        with _counting:
+            self.passed_through += 1
 
 
 @dataclass(frozen=True)

@@ -136,8 +136,8 @@ class Beams:
         rows = len(session)
         self.written = session.input_ids
         self._prompt_end = self.written.shape[1]
-        self.values = torch.zeros(rows, len(session.steering.objectives), device=device)
-        self.scores = torch.zeros(rows, device=device)
+        self.values = torch.zeros(rows, len(session.steering.objectives), device=device, dtype=torch.float32)
+        self.scores = torch.zeros(rows, device=device, dtype=torch.float32)
         self.lengths = torch.full((rows,), self.written.shape[1], device=device)
         self.alike = first_alike(torch.zeros(self._prompts, size, dtype=torch.long, device=device))
         self._ended = torch.zeros(rows, dtype=torch.bool, device=device)

@@ -93,7 +93,7 @@ class MavisBestOfN(MavisSearch):
         columns = {"prompts": self.tokenizer.batch_decode(prompts, skip_special_tokens=True), **self.reward_columns}
         columns = {name: [x for x in column for _ in range(beams.size)] for name, column in columns.items()}
         texts = columns.pop("prompts")
-        total = torch.zeros(len(prompts), beams.size, device=beams.scores.device)
+        total = torch.zeros(len(prompts), beams.size, device=beams.scores.device, dtype=torch.float32)
         for name, function in self.reward_functions.items():
             rewards = compute_rewards(function, texts, completions, columns, name, completion_ids=completion_ids)
             total += self._reward_weight(name).to(total.device) * total.new_tensor(rewards).view_as(total)
@@ -102,7 +102,7 @@ class MavisBestOfN(MavisSearch):
     def _reward_weight(self, name: str) -> Tensor:
         """[1], or [P, 1] where every request has its own."""
         if self.reward_weights is not None:
-            return torch.tensor([float(self.reward_weights[name])])
+            return torch.tensor([float(self.reward_weights[name])], dtype=torch.float32)
         place = self.objectives.index(name)
         return self.weights[..., place : place + 1]
 

@@ -96,8 +96,8 @@ class MavisBlockwise(MavisStrategy):
         written = session.input_ids
         count, device = len(written), written.device
         live = torch.arange(count, device=device)
-        values = torch.zeros(count, len(self.objectives), device=device)
-        scores = torch.zeros(count, device=device)
+        values = torch.zeros(count, len(self.objectives), device=device, dtype=torch.float32)
+        scores = torch.zeros(count, device=device, dtype=torch.float32)
         while len(live):
             requests = session.requests
             blocks = self._write(session, stopping_criteria, sample, pad)
@@ -122,7 +122,7 @@ class MavisBlockwise(MavisStrategy):
         """K blocks after each of the R rows of `session`."""
         count, k, device = len(session), self.num_blocks, session.input_ids.device
         tokens = torch.full((count * k, self.block_length), pad, device=device)
-        values = torch.zeros(count * k, len(self.objectives), device=device)
+        values = torch.zeros(count * k, len(self.objectives), device=device, dtype=torch.float32)
         lengths = torch.zeros(count * k, dtype=torch.long, device=device)
         running = torch.arange(count * k, device=device)  # the block that each row writes
         for position in range(self.block_length):

@@ -24,6 +24,8 @@ class MavisSampling(MavisStrategy):
         `model.generate(**inputs, custom_generate=MavisSampling(value_models, {"helpful": 1.0}), do_sample=True)`
     """
 
+    keeps_rows = True
+
     def decode(
         self, session: Session, stopping_criteria: StoppingCriteriaList, config: GenerationConfig
     ) -> MavisOutput:
@@ -35,7 +37,7 @@ class MavisSampling(MavisStrategy):
         keep_logits = bool(config.return_dict_in_generate and config.output_logits)
         scores: list[Tensor] = []
         logits: list[Tensor] = []
-        last_values = torch.zeros(count, len(self.objectives), device=device)
+        last_values = torch.zeros(count, len(self.objectives), device=device, dtype=torch.float32)
         while len(live):
             step = session.score()
             chosen, tokens = draw(step, bool(config.do_sample))

@@ -6,7 +6,6 @@ so that rows may leave, multiply, change places or go back, and nothing is ever 
 
 from __future__ import annotations
 
-import copy
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -19,11 +18,12 @@ from torch import Tensor, nn
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from ..backbone import Backbone
-from ..functions import check_context
+from ..functions import ValueFunction, check_context
 from ..fused import FusedValueModel
 from ..scorer import ValueScorer, make_scorer
 from ..steering import Steering, Step
 from ..value_model import ValueModel
+from .processors import RowProcessors
 from .reader import BaseReader, GenerateReader, RaggedReader, prepared_inputs
 
 
@@ -60,7 +60,7 @@ class Session:
         model: PreTrainedModel,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        processors: LogitsProcessorList | None = None,
+        processors: LogitsProcessorList | RowProcessors | None = None,
         inputs: Mapping[str, Any] | None = None,
         as_generate: bool = False,
     ) -> None:
@@ -70,7 +70,9 @@ class Session:
         self.given = len(input_ids)
         self.requests = torch.arange(self.given, device=input_ids.device)
         self._padding = [input_ids.shape[1] - length for length in self.lengths]
-        self._processors = processors or LogitsProcessorList()
+        if not isinstance(processors, RowProcessors):
+            processors = RowProcessors(processors or LogitsProcessorList(), self.given)
+        self._processors = processors
         self._backbone = Backbone.of(model)
         self._given = (input_ids, attention_mask, inputs)
         self._stable_length = self._backbone.stable_length
@@ -93,7 +95,7 @@ class Session:
             self._packed = reading.kind == "packed"
         self._scores: Tensor | None = None
         self._hidden: dict[int | None, Tensor] = {}  # [R, d] by layer
-        self._scorers: dict[int, ValueScorer] = {}
+        self._scorers: dict[ValueFunction, ValueScorer] = {}
         self._tried: tuple[Tensor, Tensor | None, list[ValueScorer]] | None = None
         self._listening = False  # whether a forward pass is the session's own
 
@@ -101,7 +103,9 @@ class Session:
         with ExitStack() as stack:  # what fails half way leaves nothing behind
             if self._packed:
                 stack.enter_context(self._backbone.packed_attention())
-            if self._steering is not None and self._steering._functions.heads:
+            if self._steering is not None:
+                stack.enter_context(self._steering._functions.reading())
+                self._steering._functions.refresh()
                 for layer in {head.config.layer for head in self._steering._functions.heads}:
                     handle = self._backbone.catch(layer, partial(self._keep, threading.get_ident(), layer))
                     stack.callback(handle.remove)
@@ -166,11 +170,11 @@ class Session:
             MemoryError: no room for a value model's cache.
         """
         functions = self.steering._functions
-        parts: dict[int, Tensor] = {}
+        parts: dict[ValueFunction, Tensor] = {}
         if functions.heads:
             self.reference()
             for head in functions.heads:
-                parts[id(head)] = head(self._hidden[head.config.layer], None if whole_vocabulary else candidates)
+                parts[head] = head(self._hidden[head.config.layer], None if whole_vocabulary else candidates)
         models = functions.busy_models(self.steering._idle)
         if models:
             fed, columns = candidates, candidates.shape[1]
@@ -183,7 +187,7 @@ class Session:
                     check_context(model, max(self.lengths) + 1)
                     values = self._read_along(scorer, fed, kept)
                     missing = candidates.shape[1] - columns
-                    parts[id(model)] = nn.functional.pad(values, (0, 0, 0, missing)) if missing else values
+                    parts[model] = nn.functional.pad(values, (0, 0, 0, missing)) if missing else values
                 self._tried = (fed, kept, scorers)
         if not parts:
             return candidates.new_zeros(*candidates.shape, len(self.steering.objectives), dtype=torch.float32)
@@ -215,6 +219,7 @@ class Session:
                 for scorer in scorers:
                     scorer.commit(chosen if rows is None else chosen[rows], rows)
         self.input_ids = torch.cat([self.input_ids, tokens[:, None]], dim=1)
+        self._processors.append(tokens, self.requests)
         self.lengths = [length + 1 for length in self.lengths]
         self._scores = self._tried = None
 
@@ -267,10 +272,10 @@ class Session:
         """The base model's `logits` [R, V] after all processors."""
         groups = self.by_width()
         if len(groups) == 1:
-            return _for_requests(self._processors, self.requests, self.given)(groups[0][1], logits)
+            return self._processors(groups[0][1], logits, self.requests)
         scores = torch.empty_like(logits)
         for rows, ids in groups:
-            scores[rows] = _for_requests(self._processors, self.requests[rows], self.given)(ids, logits[rows])
+            scores[rows] = self._processors(ids, logits[rows], self.requests[rows])
         return scores
 
     def _forward(self) -> Tensor:
@@ -297,10 +302,10 @@ class Session:
         return GenerateReader(self._backbone.model, inputs, input_ids.shape[1], len(input_ids))
 
     def _scorer(self, model: ValueModel | FusedValueModel) -> ValueScorer:
-        if id(model) not in self._scorers:
-            self._scorers[id(model)] = scorer = make_scorer(model, self.steering.compile, self.steering.reading)
+        if model not in self._scorers:
+            self._scorers[model] = scorer = make_scorer(model, self.steering.compile, self.steering.reading)
             scorer.begin(len(self))
-        return self._scorers[id(model)]
+        return self._scorers[model]
 
     def _read_along(self, scorer: ValueScorer, candidates: Tensor, kept: Tensor | None) -> Tensor:
         """Values [R, k, M] from one value model, which first reads the tokens that it has not seen."""
@@ -331,18 +336,6 @@ def _joined(parts: Sequence[tuple[list[int], Tensor]]) -> Tensor:
     for rows, part in parts:
         whole[rows] = part
     return whole
-
-
-def _for_requests(processors: LogitsProcessorList, requests: Tensor, given: int) -> LogitsProcessorList:
-    """`processors` for the rows of `requests` out of `given`: the repetition penalty knows the padding of each row."""
-    own = LogitsProcessorList()
-    for processor in processors:
-        padding = getattr(processor, "prompt_ignore_length", None)
-        if isinstance(padding, Tensor):
-            processor = copy.copy(processor)
-            processor.prompt_ignore_length = padding.to(requests.device)[requests * (len(padding) // given)]
-        own.append(processor)
-    return own
 
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:

@@ -103,7 +103,7 @@ class MavisTreeSearch(MavisStrategy):
         return MavisOutput(
             sequences=_padded(trees, pad, device),
             values=torch.from_numpy(np.stack([tree.root.values for tree in trees])).to(device),
-            sequences_scores=torch.tensor([tree.root.score for tree in trees], device=device),
+            sequences_scores=torch.tensor([tree.root.score for tree in trees], device=device, dtype=torch.float32),
         )
 
     def _simulate(
