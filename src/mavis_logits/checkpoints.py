@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
@@ -304,11 +304,12 @@ def _adapted_classifier(
     )
     if attention is not None:
         base.set_attn_implementation(attention)
-    try:
-        model = PeftModel.from_pretrained(base, name, **hub)
-    except RuntimeError as error:  # torch's words for weights of another shape
-        raise ValueError(f"the adapter {name} does not fit the backbone given: {error}") from error
-    _check_tensors(name, tensors, get_peft_model_state_dict(model, save_embedding_layers=False))
+    lora = PeftConfig.from_pretrained(name, **hub)
+    if lora.is_prompt_learning:
+        raise ValueError(f"{name} is a soft prompt ({lora.peft_type}), which cannot be folded into a value model's weights")
+    model = get_peft_model(base, lora)
+    _check_tensors(name, tensors, get_peft_model_state_dict(model, save_embedding_layers=False))  # type: ignore[arg-type]
+    set_peft_model_state_dict(model, tensors)  # type: ignore[arg-type]
     classifier: PreTrainedModel = model.merge_and_unload()  # type: ignore[operator]
     return classifier if device is None else classifier.to(device)  # type: ignore[arg-type]
 

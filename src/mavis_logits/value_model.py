@@ -66,6 +66,8 @@ class ValueModelConfig(ObjectivesMixin, PreTrainedConfig):
         self.backbone, self.backbone_class = backbone, backbone_class
         self.backbone_fingerprint, self.backbone_sketch = backbone_fingerprint, backbone_sketch
         kwargs = self._take_objectives(kwargs)
+        for name in ("attn_implementation", "experts_implementation"):  # those of the backbone would be taken from it
+            kwargs.setdefault(name, getattr(self.backbone_config, f"_{name}", None))
         super().__init__(pad_token_id=pad_token_id, **kwargs)
 
 
@@ -167,7 +169,6 @@ class ValueModel(PushMixin, PreTrainedModel):
 
     @classmethod
     def _assemble(cls, config: ValueModelConfig, backbone: PreTrainedModel) -> ValueModel:
-        config._attn_implementation = backbone.config._attn_implementation  # else a default would be put in its place
         with torch.device("meta"):  # the backbone is at hand: make no second one
             model = cls(config)
         model.backbone = backbone

@@ -244,7 +244,7 @@ def _own(module: nn.Module, prefix: str, changes: tuple[Any, ...]) -> Iterator[W
     """A module's own tensors. `changes` are to its weight, or to the only parameter that they name."""
     packed = {"W_q", "qweight", "weight_packed"} & {*module._parameters, *module._buffers}
     if packed:  # HQQ, GPTQ, AWQ, compressed-tensors
-        yield Weight(f"{prefix}weight", module, packed.pop(), changes)
+        yield Weight(f"{prefix}weight", module, next(iter(packed)), tuple(change for _, change in changes))
     for name, parameter in module._parameters.items():
         if parameter is not None and name not in _SCALES and not packed:
             mine = tuple(change for target, change in changes if target == name)
