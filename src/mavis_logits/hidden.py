@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .hooks import after, before, drop_compiled_code
+from .hooks import after, before, is_compiled, let_compiled_code_see
 
 _REMEMBERED = 3  # forward passes, all of them on other caches, that one call of a processor may have to choose from
 
@@ -85,12 +85,20 @@ class HiddenStates:
             stack.callback(before(model, self._weakly(HiddenStates._before_model), with_kwargs=True).remove)
             self._remove = weakref.finalize(self, stack.pop_all().close)
         self._remove.atexit = False
-        drop_compiled_code(model)
+        self._model = weakref.ref(model)
+        self._seen = let_compiled_code_see(model)  # held for as long as this object lives
 
     def remove(self) -> None:
         """Take the hooks off, and forget all states."""
         self._remove()
+        self._seen = None
         self._local = threading.local()
+
+    @property
+    def may_be_unseen(self) -> bool:
+        """Whether the model has been compiled meanwhile, so that forward passes may go by without this object."""
+        model = self._model()
+        return self._seen is None and model is not None and is_compiled(model)
 
     @property
     def guided(self) -> bool:
@@ -142,7 +150,12 @@ class HiddenStates:
         if read is not None and (read.shape[1] > 1 or past is None):  # else a single position, which needs no counting
             count = read.shape[1] + (int(past.get_seq_length()) if past is not None else 0)
         self._local.tokens, self._local.read = tokens, count
-        self._local.current = None if past is None or torch.compiler.is_compiling() else weakref.ref(past)
+        self._local.current = None
+        if not torch.compiler.is_compiling():
+            self._local.current = None if past is None else weakref.ref(past)
+            model = self._model()
+            if self._seen is None and "_compiled_call" in vars(model):  # generate's, of the steps to come
+                self._seen = let_compiled_code_see(model)
 
     def _at_layer(self, layer: int, states: Tensor) -> None:
         setattr(self._local, f"layer{layer}", states)
@@ -152,9 +165,13 @@ class HiddenStates:
         local = self._local
         every: dict[int | None, Tensor] = {None: states if states.ndim == 3 else states[:, None]}
         for layer in self._inner:
-            every[layer] = getattr(local, f"layer{layer}")
+            inner = getattr(local, f"layer{layer}", None)
+            if inner is None:  # it had been under way before the hooks came
+                return
+            every[layer] = inner
             setattr(local, f"layer{layer}", None)
-        forward = _Forward(every, local.tokens, local.read, local.current)
+        names = ("tokens", "read", "current")
+        forward = _Forward(every, *(getattr(local, name, None) for name in names))
         if torch.compiler.is_compiling():
             local.compiled = forward
         else:

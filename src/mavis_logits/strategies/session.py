@@ -10,7 +10,7 @@ import copy
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Self
 
@@ -23,6 +23,7 @@ from ..cache import RaggedCache
 from ..functions import ValueFunction, check_context
 from ..fused import FusedValueModel
 from ..hidden import catch_states
+from ..hooks import let_compiled_code_see
 from ..scorer import ValueScorer, make_scorer, ragged_support
 from ..steering import Steering, Step
 from ..value_model import ValueModel
@@ -87,6 +88,8 @@ class Session:
                 for layer in {head.config.layer for head in self._steering._functions.heads}:
                     handle = catch_states(self.model, layer, partial(self._keep, threading.get_ident(), layer))
                     stack.callback(handle.remove)
+                if self._steering._functions.heads:
+                    stack.enter_context(let_compiled_code_see(self.model) or nullcontext())
             self._stack = stack.pop_all()
         return self
 
