@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 _SAMPLES = 32  # elements of a tensor that are compared
-_SPREAD = 12  # tensors of which they are at every look
+_SPREAD = 6  # tensors of which they are at every look
 
 
 class Watch:
