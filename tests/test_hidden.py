@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from mavis_logits import MavisLogitsProcessor
-from mavis_logits.hidden import HiddenStates, decoder_layers
+from mavis_logits.backbone import Backbone
+from mavis_logits.hidden import HiddenStates
 from tiny import PAD, make_base, make_head
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
@@ -52,7 +53,7 @@ def test_layers_of_a_model_that_sees_are_those_of_its_decoder() -> None:
     model = LlavaForConditionalGeneration(
         LlavaConfig(vision_config=vision, text_config=LlamaConfig(**sizes, vocab_size=20))
     )
-    assert [type(layer).__name__ for layer in decoder_layers(model)] == ["LlamaDecoderLayer"] * 2
+    assert [type(layer).__name__ for layer in Backbone.of(model).layers] == ["LlamaDecoderLayer"] * 2
 
 
 def test_the_state_of_the_last_position_is_handed_out_once() -> None:

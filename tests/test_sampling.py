@@ -22,7 +22,6 @@ from tiny import ARCHITECTURES, EOS, PAD, VOCABULARY, make_base, make_head, make
 
 K, BETA = 6, 3.0
 WEIGHTS = {"a": 0.7, "b": 0.3}
-UNCACHED = {"bloom", "mamba"}
 
 
 def functions(kind: str, base: Any) -> Any:
@@ -99,20 +98,13 @@ def test_every_step_is_algorithm_2(
     assert assert_algorithm_2(mavis, base, output, prompts["attention_mask"]) >= 19
 
 
-@pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - UNCACHED))
-def test_every_base_model_with_a_token_addressed_cache(architecture: str, prompts: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_every_base_model(architecture: str, prompts: dict[str, Tensor]) -> None:
     base = make_base(architecture)
     mavis = MavisSampling(make_value_model("a", "b", architecture="gpt2"), WEIGHTS, BETA, top_k=K, pad_token_id=PAD)
     torch.manual_seed(0)
     output = base.generate(**prompts, do_sample=True, max_new_tokens=8, custom_generate=mavis, **FULL)
     assert_algorithm_2(mavis, base, output, prompts["attention_mask"])
-
-
-@pytest.mark.parametrize("architecture", sorted(UNCACHED))
-def test_other_base_models_are_refused_with_a_remedy(architecture: str, prompts: dict[str, Tensor]) -> None:
-    mavis = MavisSampling(make_value_model("a", "b"), top_k=K)
-    with pytest.raises(ValueError, match=r"cannot run on the strategies' cache.*use MavisLogitsProcessor"):
-        make_base(architecture).generate(**prompts, max_new_tokens=3, custom_generate=mavis)
 
 
 @pytest.mark.parametrize("architecture", ["mamba", "bloom", "gemma2", "mistral"])

@@ -142,13 +142,12 @@ def test_check_scorer_catches_a_scorer_that_is_wrong() -> None:
         check_scorer(Wrong(value_model("llama")), VOCABULARY)
 
 
-def test_flash_attention_is_refused() -> None:
+def test_attention_without_4d_masks_repeats_states_and_says_why() -> None:
     model = value_model("llama")
     model.backbone.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(
-        ValueError, match=r'flash_attention_2, which takes no 4-D .* load it with attn_implementation="sdpa"'
-    ):
-        make_scorer(model)
+    assert isinstance(make_scorer(model), RepeatedStateScorer)
+    with pytest.raises(ValueError, match=r'flash_attention_2 takes no 4-D mask \(attn_implementation="sdpa" does\)'):
+        make_scorer(model, reading="packed")
 
 
 def test_running_out_of_memory_says_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,7 @@ def test_one_reward_function(base, value_model, prompts, words):
     ((given, completions, columns),) = calls
     assert given == [text for text in words_of([prompt for prompt, _ in everything[::4]]) for _ in range(4)]
     assert sorted(completions) == sorted(words_of([new for _, new in everything]))
+    assert words_of(columns.pop("completion_ids")) == completions
     assert columns == {"id": [name for name in "xyz" for _ in range(4)]}
     values = true_values(base, [value_model], texts(found.sequences, prompts))
     torch.testing.assert_close(found.values, values, atol=1e-4, rtol=1e-4)
@@ -121,6 +122,23 @@ def length(prompts, completions, **columns):
 
 def evens(prompts, completions, **columns):
     return [sum(int(word) % 2 == 0 for word in text.split()) for text in completions]
+
+
+def test_reward_functions_of_trl_are_called_as_trl_calls_them(base, value_model, prompts, words):
+    """With names, only what they take, `async` ones too."""
+
+    async def by_text(completions):
+        return [float(len(text)) for text in completions]
+
+    def by_ids(completion_ids, log_metric=None, **columns):
+        return [float(len(text)) for text in words_of(completion_ids)]
+
+    found = [
+        run(base, MavisBestOfN(value_model, num_samples=4, tokenizer=words, reward_functions=function), prompts)
+        for function in (by_text, by_ids)
+    ]
+    assert (found[0].sequences == found[1].sequences).all()
+    assert (found[0].sequences_scores == found[1].sequences_scores).all()
 
 
 def test_several_reward_functions_are_mixed(base, value_model, prompts, words):
@@ -173,7 +191,7 @@ def test_bad_calls(base, value_model, prompts, words):
         run(base, MavisBestOfN(value_model, reward_columns={"id": [1, 2]}), prompts)
     for result, message in (
         ([1.0], "returned 1 numbers for 15"),
-        ([float("nan")] * 15, "is nan for completion 0 of 15"),
+        ([float("nan")] * 15, "15 of 15 completions no finite number: it is nan"),
     ):
         strategy = MavisBestOfN(value_model, tokenizer=words, reward_functions=lambda result=result, **_: result)
         with pytest.raises(ValueError, match=message):

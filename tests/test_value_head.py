@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 from mavis_logits import ValueHead, ValueHeadConfig, value_head
+from mavis_logits.backbone import Backbone
 from mavis_logits.fingerprint import weights_fingerprint
-from mavis_logits.value_head import output_embedding
 from tiny import ARCHITECTURES, VOCABULARY, make_base, make_head
 
 WIDTH = 32  # of the tiny base models
@@ -120,7 +120,7 @@ def test_the_table_follows_the_weights() -> None:
 @pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - {"mamba"}))
 def test_every_architecture_has_an_output_embedding(architecture: str) -> None:
     base = make_base(architecture)
-    assert output_embedding(base).shape == (VOCABULARY, WIDTH)
+    assert Backbone.of(base).output_embedding.shape == (VOCABULARY, WIDTH)
     assert torch.isfinite(make_head(base, "a")(hidden(), candidates())).all()
 
 

@@ -44,7 +44,8 @@ def ragged_attention(
     """
     feed: Feed | None = getattr(key, "ragged_feed", None)
     biased = any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "s_aux"))
-    if feed is None or attention_mask is None or biased or dropout:
+    # Gemma 4 reads its last layers at the last position only; then queries are no columns of the feed.
+    if feed is None or attention_mask is None or biased or dropout or query.shape[2] != feed.queries:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )

@@ -12,15 +12,16 @@ mask is additive and floating point, because a boolean mask is *added* by the ea
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+Windows = Mapping[str, int | None]  # the kinds of attention layer of a decoder, each with its reach (None: unlimited)
 
 
 @dataclass
@@ -48,14 +49,22 @@ class Feed:
     packed: Tensor | None = None
     copies: int = 1
 
-    def inputs(self, config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
+    @property
+    def queries(self) -> int:
+        """Positions of a row as the decoder sees it: columns, or all columns that are not void in one row."""
+        return self.input_ids.shape[1] if self.packed is None else len(self.packed)
+
+    def inputs(self, windows: Windows, dtype: torch.dtype) -> dict[str, Any]:
         """Keyword arguments for the decoder: `input_ids`, `position_ids`, `attention_mask`.
 
-        Layers that attend within a sliding window get a mask of their own, also limited by distance.
+        Args:
+            windows: of the decoder (`Backbone.windows`). Layers with a sliding window get a mask of their own, also
+                limited by distance.
+            dtype: of the decoder.
         """
         # A slot's number is its token's position; a candidate's own slot lies behind its position, hence within reach.
         slots = torch.arange(self.allowed.shape[-1], device=self.allowed.device)[None]
-        mask = attention_masks(self.allowed, self.position_ids, slots, config, dtype)
+        mask = attention_masks(self.allowed, self.position_ids, slots, windows, dtype)
         ids, positions = self.input_ids, self.position_ids
         if self.packed is not None:
             ids, positions = (x.reshape(-1)[self.packed][None] for x in (ids, positions))
@@ -82,26 +91,8 @@ class Feed:
         return every.index_copy(1, self.packed, output).unflatten(1, (count, columns))[:, :, first:]
 
 
-def attention_windows(config: PreTrainedConfig) -> dict[str, int | None]:
-    """The kinds of attention layer a decoder has, each with its window in tokens (None: unlimited)."""
-    window = getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if not kinds:
-        kinds = {"full_attention"} if window is None else {"sliding_attention"}
-    return {kind: window if kind == "sliding_attention" else None for kind in sorted(kinds)}
-
-
-def supports_ragged_cache(config: PreTrainedConfig) -> bool:
-    """Whether the decoder's whole state is keys and values addressed by token (not so for Mamba and its kin)."""
-    kinds = set(getattr(config, "layer_types", None) or ATTENTION_LAYERS)
-    recurrent = any(
-        hasattr(config, name) for name in ("state_size", "mamba_d_state", "ssm_state_size", "attn_layer_indices")
-    )
-    return kinds <= ATTENTION_LAYERS and not recurrent and getattr(config, "num_attention_heads", None) is not None
-
-
 def attention_masks(
-    allowed: Tensor, query_positions: Tensor, key_positions: Tensor, config: PreTrainedConfig, dtype: torch.dtype
+    allowed: Tensor, query_positions: Tensor, key_positions: Tensor, windows: Windows, dtype: torch.dtype
 ) -> Tensor | dict[str, Tensor]:
     """What a decoder takes as its 4-D attention mask: additive, one per kind of attention layer if it has several.
 
@@ -109,7 +100,7 @@ def attention_masks(
         allowed: [R, q, n] bool, whether query may attend to key.
         query_positions: [R, q].
         key_positions: [R, n] or [1, n]; layers with a sliding window attend only within that distance.
-        config: of the decoder.
+        windows: of the decoder (`Backbone.windows`).
         dtype: of the decoder.
 
     Returns:
@@ -117,7 +108,7 @@ def attention_masks(
     """
     zero = torch.zeros((), dtype=dtype, device=allowed.device)
     masks = {}
-    for kind, window in attention_windows(config).items():
+    for kind, window in windows.items():
         seen = allowed
         if window is not None:
             seen = allowed & (query_positions[:, :, None] - key_positions[:, None] < window)
@@ -131,10 +122,10 @@ class RaggedLayer(CacheLayerMixin):
     is_sliding = False
     is_compileable = False
 
-    def __init__(self, cache: RaggedCache) -> None:
+    def __init__(self, cache: weakref.ref[RaggedCache]) -> None:
         super().__init__()
         # No reference cycle: the memory is to be free when decoding ends, not when the garbage collector comes round.
-        self._cache = weakref.ref(cache)
+        self._cache = cache
 
     @property
     def cache(self) -> RaggedCache:
@@ -225,10 +216,9 @@ def _grown(buffer: Tensor, capacity: int) -> Tensor:
 
 
 class RaggedCache(Cache):
-    """Key-value cache whose rows have their own lengths (design: ragged, slot-addressed).
+    """Key-value cache whose rows have their own lengths (design: ragged, slot-addressed). Layers come as they are used.
 
     Args:
-        num_layers: decoder layers.
         rows: number of sequences R, all empty at first.
         device: where `lengths` lives; buffers follow the states they are given.
         capacity: slots per row to begin with; doubled as needed.
@@ -247,14 +237,13 @@ class RaggedCache(Cache):
 
     def __init__(
         self,
-        num_layers: int,
         rows: int,
         device: torch.device | str = "cpu",
         capacity: int = 64,
         copies: int = 1,
         static: bool = False,
     ) -> None:
-        super().__init__(layers=[RaggedLayer(self) for _ in range(num_layers)])
+        super().__init__(layer_class_to_replicate=partial(RaggedLayer, weakref.ref(self)))  # type: ignore[arg-type]
         self.capacity, self.copies, self.static = capacity, copies, static
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.longest = 0

@@ -18,6 +18,7 @@ Command = Callable[[list[str]], int | None]
 # What `mavis --help` says of the commands that this distribution installs: known without importing them.
 SUMMARIES = {
     "generate": "answer your own prompt, steered by value functions",
+    "doctor": "tell how a language model would be read and steered, and why not faster",
     "demo": "steer a real language model between two objectives; measures rewards, draws the trade-off",
     "prompts": "training 0: prompts of a data set, cleaned, in the file that the other commands read",
     "sft": "training 0: fine-tune the language model on answers before it is steered",
@@ -36,11 +37,12 @@ SUMMARIES = {
 # Those that need no extra, and so are there from the first.
 OWN = {
     "generate": "mavis_logits.generate_command:main",
+    "doctor": "mavis_logits.doctor:main",
     "bundle": "mavis_logits.hub.commands:bundle",
     "push": "mavis_logits.hub.commands:push",
 }
 # The extras of this distribution that a command needs.
-EXTRAS = {"generate": "demo", "demo": "demo,training"}
+EXTRAS = {"generate": "demo", "doctor": "demo", "demo": "demo,training"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

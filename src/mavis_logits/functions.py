@@ -8,15 +8,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .fingerprint import tokenizer_fingerprint
+from .backbone import Backbone
+from .checkpoints import Options, load_value_model
 from .fused import FusedValueModel, fusable_groups, why_not_fused
 from .holds import Holds, Undo
 from .loading import Source, find_file, hub_arguments, read_json
+from .needs import Needs
 from .value_head import ValueHead, ValueHeadConfig
 from .value_model import ValueModel, ValueModelConfig
 
@@ -42,7 +44,7 @@ class ValueFunctions:
         outputs = _outputs(given)
         for _, function, _ in outputs:
             if tokenizer is not None:
-                _check_tokenizer(function, tokenizer)
+                Needs.of(function.config).check_tokenizer(tokenizer)
         self._outputs = outputs if fuse is False else _fused(outputs, insist=fuse is True)
         self.objectives = [name for name, _, _ in self._outputs]
         self.all: list[ValueFunction] = list(dict.fromkeys(function for _, function, _ in self._outputs))
@@ -148,12 +150,24 @@ class ValueFunctions:
     def check_vocabulary(self, size: int) -> None:
         """Raise `ValueError` if a value model's vocabulary is smaller than the scores' (`size` tokens)."""
         for model in self.models:
-            own = model.backbone.config.vocab_size
-            if own < size:
-                raise ValueError(
-                    f"the value model for {model.config.objectives} knows {own} tokens, but the base model's scores "
-                    f"have {size}: it was made for another tokenizer; use one made for this base model"
-                )
+            Needs.of(model.config).check_scores(size, Backbone.of(model.backbone).vocabulary)
+
+    def known(self, scores: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+        """`scores` [R, V] without the ids that only pad the base model's table and that a value model does not know.
+
+        Args:
+            scores: next-token scores.
+            tokenizer: of the base model; without it the ids must be forbidden already.
+
+        Raises:
+            ValueError: one of them may be a token. Waits for the device if there is no tokenizer to tell.
+        """
+        own = min((Backbone.of(model.backbone).vocabulary for model in self.models), default=scores.shape[1])
+        if own >= scores.shape[1] or (tokenizer is None and torch.isneginf(scores[:, own:]).all()):
+            return scores
+        if tokenizer is None or len(tokenizer) > own:
+            self.check_vocabulary(scores.shape[1])
+        return torch.cat([scores[:, :own], torch.full_like(scores[:, own:], -torch.inf)], dim=1)
 
 
 def _evaluate(function: nn.Module) -> Undo:
@@ -235,16 +249,6 @@ def _check_kind(function: Any) -> None:
         )
 
 
-def _check_tokenizer(function: ValueModel | FusedValueModel | ValueHead, tokenizer: PreTrainedTokenizerBase) -> None:
-    expected, found = function.config.tokenizer_fingerprint, tokenizer_fingerprint(tokenizer)
-    if expected is not None and expected != found:
-        raise ValueError(
-            f"the value function for {function.config.objectives} reads tokens of another tokenizer ({expected}, of "
-            f"{function.config.base_model}) than the one given ({found}, {tokenizer.name_or_path}): use a value "
-            "function made for this base model"
-        )
-
-
 def load_value_functions(
     given: str | Path | Sequence[Any] | Mapping[str, Any],
     model: PreTrainedModel | None,
@@ -298,41 +302,55 @@ def _load(
     if kind == ValueHeadConfig.model_type:
         if model is None:
             raise ValueError(f"{name} is a value head, which needs its base model's hidden states: pass model=")
-        return ValueHead.from_pretrained(name, **{k: v for k, v in arguments.items() if k != "dtype"})
-    backbone = None
-    if kind == ValueModelConfig.model_type:
-        if model is not None and config.get("backbone") == model.config.name_or_path:
-            backbone = model
-        if not merge:
-            arguments = {"merge": False} | arguments
-    return ValueModel.from_pretrained(name, backbone=backbone, **arguments)
+        of_models = ("dtype", "torch_dtype", "attn_implementation", "quantization_config")
+        return ValueHead.from_pretrained(name, **{k: v for k, v in arguments.items() if k not in of_models})
+    own = kind == ValueModelConfig.model_type
+    return load_value_model(ValueModel, name, Options(base=model if own else None, merge=merge or not own), **arguments)
+
+
+class SpecialTokens(NamedTuple):
+    """Attributes:
+    pad: fills up rows; None if there is none.
+    eos: ends texts.
+    borders: begins or ends texts.
+    """
+
+    pad: int | None
+    eos: frozenset[int]
+    borders: frozenset[int]
 
 
 def special_tokens(
     models: Sequence[ValueModel | FusedValueModel],
-    base: PreTrainedModel | None,
-    pad_token_id: int | None,
-    eos_token_id: int | Iterable[int] | None,
-) -> tuple[int | None, frozenset[int]]:
-    """The padding token and the EOS tokens: as given, else the base model's, else the value models'."""
-    configs = [base.generation_config, base.config] if base is not None else []
+    base: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    pad_token_id: int | None = None,
+    eos_token_id: int | Iterable[int] | None = None,
+) -> SpecialTokens:
+    """The special tokens: as given, else the tokenizer's, else the base model's, else the value models'.
+
+    Texts also end with what `generate` stops at, whatever the tokenizer says. Padding is never made up of EOS.
+    """
+    configs: list[Any] = [] if base is None else [base.generation_config, base.config]
     configs += [model.config for model in models] + [model.backbone.config for model in models]
 
-    def first(name: str, given: Any) -> Any:
-        found = (getattr(config, name, None) for config in configs)
+    def first(name: str, given: Any = None, places: Sequence[Any] = configs) -> Any:
+        found = (getattr(place, name, None) for place in places)
         return given if given is not None else next((value for value in found if value is not None), None)
 
-    eos = first("eos_token_id", eos_token_id)
-    eos_ids = [eos] if isinstance(eos, int) else list(eos or ())
-    pad = first("pad_token_id", pad_token_id)
-    if pad is None and eos_ids:
-        pad = eos_ids[0]  # as generate does
-    return pad, frozenset(eos_ids)
+    def ids(given: Any) -> frozenset[int]:
+        return frozenset([given] if isinstance(given, int) else given or ())
+
+    eos = ids(first("eos_token_id", eos_token_id, [tokenizer, *configs]))
+    if eos_token_id is None and base is not None:
+        eos |= ids(getattr(base.generation_config, "eos_token_id", None))
+    pad = first("pad_token_id", pad_token_id, [tokenizer, *configs])
+    return SpecialTokens(pad, eos, eos | ids(first("bos_token_id", None, [tokenizer, *configs])))
 
 
 def check_context(model: ValueModel | FusedValueModel, length: int) -> None:
     """Raise `ValueError` if the value model cannot read sequences of `length` tokens."""
-    limit = getattr(model.backbone.config, "max_position_embeddings", None)
+    limit = Backbone.of(model.backbone).longest
     if limit is not None and length > limit:
         raise ValueError(
             f"a sequence of {length} tokens is longer than the {limit} that the value model for "

@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .backbone import Backbone
 from .value_model import ValueModel, ValueModelOutput
 from .watch import Watch
 
@@ -154,17 +155,16 @@ class FusedValueModel(nn.Module):
         return {**self.__dict__, "_sources": []}  # in another process they are not
 
     @torch.no_grad()
-    def forward(self, **inputs: object) -> ValueModelOutput:
+    def forward(self, past_key_values: object = None, **inputs: object) -> ValueModelOutput:
         """Standardised values [C * R, T, m] of every prefix under every version; `join` makes values of them.
 
         Args:
-            inputs: as for `ValueModel.forward`, every row C times, version after version.
+            past_key_values, inputs: as for `ValueModel.forward`, every row C times, version after version.
         """
-        output = self.backbone(**inputs)
-        hidden = output.last_hidden_state
+        hidden, cache = Backbone.of(self.backbone).states(cache=past_key_values, **inputs)  # type: ignore[arg-type]
         rows = hidden.reshape(self.copies, -1, hidden.shape[-1]).float()
         values = torch.baddbmm(self.bias[:, None], rows, self.weight.transpose(1, 2))
-        return ValueModelOutput(values.view(*hidden.shape[:-1], -1), output.past_key_values)
+        return ValueModelOutput(values.view(*hidden.shape[:-1], -1), cache)  # type: ignore[arg-type]
 
     def join(self, values: Tensor) -> Tensor:
         """[C, R, k, m] standardised -> [R, k, M] in reward units."""
@@ -174,6 +174,9 @@ class FusedValueModel(nn.Module):
 
 def why_not_fused(first: ValueModel, other: ValueModel) -> str | None:
     """Why two value models cannot be scored in one forward; None if they can."""
+    reading = Backbone.of(first.backbone).reading
+    if not reading.ragged:
+        return f"their backbone keeps no token-addressed cache ({reading.reason})"
     names = f"{first.config.objectives} and {other.config.objectives}"
     for model in (first, other):
         for name, layer in _adapted_layers(model).items():

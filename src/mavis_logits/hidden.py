@@ -15,52 +15,16 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .hooks import after, before, is_compiled, let_compiled_code_see
+from .backbone import Backbone
+from .backbone.anatomy import tokens_in
+from .hooks import before, is_compiled, let_compiled_code_see
 
 _REMEMBERED = 3  # forward passes, all of them on other caches, that one call of a processor may have to choose from
-
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The layers of a language model, in order.
-
-    Raises:
-        ValueError: there is no list of as many modules as its configuration has layers.
-    """
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
-    for module in model.get_decoder().modules():  # not those of a vision tower
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise ValueError(
-        f"{type(model).__name__} has no list of {count} layers to read states from: use value heads that read what "
-        "enters the output embedding (layer: output in training)"
-    )
-
-
-def catch_states(model: PreTrainedModel, layer: int | None, catch: Callable[[Tensor], None]) -> RemovableHandle:
-    """Have `catch` called with the states of every forward pass.
-
-    Args:
-        model: the base model.
-        layer: after how many of its layers the states are read; None: what enters the output embedding.
-        catch: given [R, T, d], or [R, d] where only the last position goes on to the output embedding.
-
-    Returns:
-        What takes the hook off again.
-    """
-    if layer is None:
-        output = model.get_output_embeddings()
-        if output is None:
-            raise ValueError(f"{type(model).__name__} has no output embedding; steering needs a causal language model")
-        return before(output, lambda args: catch(args[0].detach()))
-    return after(
-        decoder_layers(model)[layer - 1],
-        lambda _, out: catch((out[0] if isinstance(out, tuple) else out).detach()),
-    )
 
 
 class HiddenStates:
@@ -72,20 +36,23 @@ class HiddenStates:
 
     Args:
         model: the base model.
-        layers: which are wanted, as for `catch_states`.
+        layers: which are wanted, as for `Backbone.catch`.
     """
 
     def __init__(self, model: PreTrainedModel, layers: Iterable[int | None] = (None,)) -> None:
         self._inner = sorted({layer for layer in layers if layer is not None})
         self._local = threading.local()
+        backbone = Backbone.of(model)
+        self.moved = False  # whether the output layer has been replaced since, by one of other weights perhaps
+        self._model, self._layer = weakref.ref(backbone.model), weakref.ref(backbone.output_layer)
         with ExitStack() as stack:  # what fails half way leaves no hook
             for layer in self._inner:
-                stack.callback(catch_states(model, layer, self._weakly(HiddenStates._at_layer, layer)).remove)
-            stack.callback(catch_states(model, None, self._weakly(HiddenStates._at_output)).remove)
-            stack.callback(before(model, self._weakly(HiddenStates._before_model), with_kwargs=True).remove)
+                stack.callback(backbone.catch(layer, self._weakly(HiddenStates._at_layer, layer)).remove)
+            self._output = [backbone.catch(None, self._weakly(HiddenStates._at_output))]
+            stack.callback(_remove_all, self._output)
+            stack.callback(before(backbone.model, self._weakly(HiddenStates._before_model), with_kwargs=True).remove)
             self._remove = weakref.finalize(self, stack.pop_all().close)
         self._remove.atexit = False
-        self._model = weakref.ref(model)
         self._seen = let_compiled_code_see(model)  # held for as long as this object lives
 
     def remove(self) -> None:
@@ -143,12 +110,14 @@ class HiddenStates:
 
     def _before_model(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         named = kwargs or {}
+        if not torch.compiler.is_compiling():
+            self._follow()
         tokens = named.get("decoder_input_ids", named.get("input_ids", args[0] if args else None))
         read = tokens if tokens is not None else named.get("inputs_embeds")
         past = next((given for given in (*args, *named.values()) if isinstance(given, Cache)), None)
         count = None
         if read is not None and (read.shape[1] > 1 or past is None):  # else a single position, which needs no counting
-            count = read.shape[1] + (int(past.get_seq_length()) if past is not None else 0)
+            count = read.shape[1] + (0 if past is None else tokens_in(past) or 0)
         self._local.tokens, self._local.read = tokens, count
         self._local.current = None
         if not torch.compiler.is_compiling():
@@ -156,6 +125,16 @@ class HiddenStates:
             model = self._model()
             if self._seen is None and "_compiled_call" in vars(model):  # generate's, of the steps to come
                 self._seen = let_compiled_code_see(model)
+
+    def _follow(self) -> None:
+        """Listen to the output layer that the model has now (resized embeddings are another one)."""
+        model = self._model()
+        layer = None if model is None else model.get_output_embeddings()
+        if model is None or layer is None or layer is self._layer():
+            return
+        _remove_all(self._output)
+        self._output.append(Backbone.of(model).catch(None, self._weakly(HiddenStates._at_output)))
+        self._layer, self.moved = weakref.ref(layer), True
 
     def _at_layer(self, layer: int, states: Tensor) -> None:
         setattr(self._local, f"layer{layer}", states)
@@ -194,6 +173,11 @@ class HiddenStates:
         return (followed or found)[-1]
 
 
+def _remove_all(handles: list[RemovableHandle]) -> None:
+    while handles:
+        handles.pop().remove()
+
+
 class _Forward:
     """A forward pass of the base model, and how far its states have been handed out.
 
@@ -214,7 +198,9 @@ class _Forward:
         rows, length = input_ids.shape
         if len(self.states[None]) != rows or (self.count > 1 and self.read is None):
             return None
-        index = 0 if self.count == 1 else self.count - 1 - (self.read - length)
+        # Embeddings (a soft prompt) are none of the sequences' tokens: they were read just before the first.
+        behind = 0 if self.count == 1 or self.tokens is None or self.read is None else self.read - length
+        index = self.count - 1 - behind
         return index if self.next <= index < self.count else None
 
     def replaces(self, other: _Forward) -> bool:

@@ -2,6 +2,10 @@
 
 It is the pipeline of `"text-generation"` with steering: strings, chats, lists of them, batches and streamers, and
 weights that may differ from call to call and from input to input.
+
+Clients that are given a pipeline (LangChain, Haystack) ask its `task` what it takes and returns: it answers
+`"text-generation"`, which is what it does. One that builds the pipeline itself takes the class:
+`pipeline("text-generation", pipeline_class=MavisTextGenerationPipeline, model=..., value_models=...)`.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from .config import MavisConfig
 from .strategies import MavisSampling, MavisStrategy
 
 TASK = "mavis-text-generation"
+_TASK_OF_KIND = "text-generation"  # what its inputs and outputs are those of, for whoever switches on `pipe.task`
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class MavisTextGenerationPipeline(TextGenerationPipeline):
                 f'pipeline("{TASK}") steers by value_models= (an id, a folder, several, or a bundle) or by strategy= '
                 "(a MavisStrategy): give one of the two"
             )
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **kwargs | {"task": _TASK_OF_KIND})
         if strategy is None:
             settings = {"config": settings} if isinstance(settings, MavisConfig) else dict(settings or {})
             settings |= {"model": self.model, "tokenizer": self.tokenizer, "load": load}
@@ -172,3 +177,6 @@ def _is_chat(inputs: Any) -> bool:
 PIPELINE_REGISTRY.register_pipeline(
     TASK, pipeline_class=MavisTextGenerationPipeline, pt_model=AutoModelForCausalLM, type="text"
 )
+# `save_pretrained` would copy this file into the folder, without the package that it is a part of, and write the task
+# into the model's config.
+del MavisTextGenerationPipeline._registered_impl  # type: ignore[attr-defined]

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from .backbone import Backbone
 from .functions import ValueFunction, check_context
+from .given import Given
 from .hidden import HiddenStates
-from .rows import Plan, RowTracker, ended_rows, strip_padding
+from .rows import LeftPadding, Plan, RowTracker, Tokens, ended_rows
 from .scorer import Scored, ValueScorer, make_scorer
 from .steering import Choice, Steering, Step, check_scores
 from .trace import MavisTrace
@@ -24,7 +26,10 @@ from .watch import Watch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from .given import Prompt
+
 _SUSPICIOUS = 64  # calls in a row without a state: more than an assistant drafts
+_FAR, _SPREAD = 1e10, 1e6  # beyond the -1e9 by which generate's beam search marks beams that do not exist
 
 
 class _Cached(NamedTuple):
@@ -42,6 +47,13 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
     softmax((log pi_ref + beta v) / T). To tilt a reference of temperature T instead, as the paper does, pass
     `reference_temperature=T` here and leave generate's at 1. The processor returns log-probabilities, so that beams may
     be compared by their sums. One object serves any number of `generate` calls, and threads.
+
+    Put constraints (grammars, banned words) in front of it: they choose among what it then values. One behind it may
+    forbid all of its candidates; the token that is likeliest under the reference of those allowed is then taken. For
+    this, tokens that are no candidates get scores below -1e9, in the order of the reference. Their probability is 0.
+
+    Without `model=` the tokens alone must tell what is padding and which rows `generate` has closed (`rows.py`), and
+    nothing tells that a prompt was given as embeddings or images, or to an encoder, which value models cannot read.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -52,6 +64,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         """What is this object's alone, and no copy's."""
         self._local = threading.local()
         self._hidden: HiddenStates | None = None
+        self._given: Given | None = None
 
     def attach(self, model: PreTrainedModel) -> MavisLogitsProcessor:
         """Take hidden states from `model` until `detach`; usable as `with mavis.attach(model): ...`.
@@ -68,17 +81,20 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         self._base = weakref.ref(model)
         if self._functions.heads:
             self._hidden = HiddenStates(model, [head.config.layer for head in self._functions.heads])
+        self._given = Given(Backbone.of(model).model)
 
     def detach(self) -> None:
         """Remove the hooks that `attach` put on the base model."""
         if self._hidden is not None:
             self._hidden.remove()
-            self._hidden = None
+        if self._given is not None:
+            self._given.remove()
+        self._hidden = self._given = None
         self._base = None
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        return {name: value for name, value in state.items() if name not in ("_local", "_hidden")}
+        return {name: value for name, value in state.items() if name not in ("_local", "_hidden", "_given")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -103,7 +119,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         """Tilted log-probabilities.
 
         Args:
-            input_ids: [R, T] tokens so far, padded on the left.
+            input_ids: [R, T] tokens so far, padded on the left; T is 0 if the prompts are given as embeddings.
             scores: [R, V] the base model's next-token scores.
 
         Returns:
@@ -119,24 +135,34 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
                 raise ValueError(
                     "a value head needs the base model's hidden states: pass model=model, or use mavis.attach(model)"
                 )
+            if self._hidden.moved and (base := self.base) is not None:
+                super().attach(base)
+                self._hidden.moved = False
+            if input_ids.shape[1] < 2 or (self._given is not None and self._given.waiting):  # another text
+                self._follow_base()
             hidden = self._hidden.take(input_ids)
             if hidden is None:
                 self._pass_through()
                 return scores
             self._local.passed = 0
+        prompts = self._given.take() if self._given is not None else []
+        new = self._is_new(input_ids)
+        if new:  # where the prompts end is known of those that the base model has read
+            self._local.begun = input_ids.shape[1] if prompts else 0
+        live = ~ended_rows(input_ids, self._eos, self.pad_token_id, self._local.begun)
         choice = self.choose(scores)
-        check_scores(choice.reference[:, 0])
+        check_scores(choice.reference, live)
         started = time.perf_counter()
-        live = ~ended_rows(input_ids, self._eos, self.pad_token_id)
         scored = self.worth_scoring(choice) & live[:, None]
-        self._functions.refresh(thorough=self._is_new(input_ids))
+        self._functions.refresh(thorough=new)
         with self._functions.reading():
-            values = self._values(input_ids, hidden, choice, scored, live)
+            values = self._values(input_ids, hidden, choice, scored, live, prompts)
         seconds = time.perf_counter() - started
         self._check_values(values, scored)
         step = self.tilt(choice, values.masked_fill(~scored[..., None], 0.0))
 
-        counted = live & ~torch.isin(input_ids[:, -1], torch.tensor(sorted(self._eos), device=scores.device))
+        eos = torch.tensor(sorted(self._eos), device=scores.device)
+        counted = live & ~torch.isin(input_ids[:, -1:], eos).any(dim=1)
         step = replace(step, kl=torch.where(counted, step.kl, 0.0))
         self.stats.add(len(scores), step.kl, seconds)
         if self.trace is not None:
@@ -146,7 +172,11 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
             )
         if self._leaves_scores_alone(choice.candidates.shape[1], scores.shape[1]):
             return scores
-        return torch.where(live[:, None], step.log_probs(scores.shape[1]).to(scores.dtype), scores)
+        log_probs = step.log_probs(scores.shape[1])
+        if step.everything is None:
+            far = torch.log_softmax(scores.float() / self.config.reference_temperature, dim=-1) * _SPREAD - _FAR
+            log_probs = torch.where(torch.isneginf(log_probs), far, log_probs)
+        return torch.where(live[:, None], log_probs.to(scores.dtype), scores)
 
     def _pass_through(self) -> None:
         """Count a call without a state of the base model behind it; so many in a row are no assistant's drafts."""
@@ -171,6 +201,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         choice: Choice,
         scored: Tensor,
         live: Tensor,
+        prompts: list[Prompt],
     ) -> Tensor:
         """Values [R, k, M] of the candidates; those not `scored` mean nothing."""
         candidates = choice.candidates
@@ -181,7 +212,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         models = self._functions.busy_models(self._idle)
         if models and scored.any():
             # Rows that have ended are gone for good. Those that need no value stay: their tokens wait.
-            sequences = strip_padding(input_ids.cpu().numpy(), self.pad_token_id)
+            sequences = self._sequences(input_ids.cpu().numpy(), prompts)
             going = [sequence for sequence, goes_on in zip(sequences, live.tolist(), strict=True) if goes_on]
             kept = None if self.config.candidate_min_p is None else scored[live]
             for model in models:
@@ -191,6 +222,32 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         if not parts:
             return candidates.new_zeros(*candidates.shape, len(self.objectives), dtype=torch.float32)
         return self._functions.gather(parts)
+
+    def _sequences(self, input_ids: Tokens, prompts: list[Prompt]) -> list[Tokens]:
+        """The rows of `input_ids` [R, T] without their padding.
+
+        Raises:
+            ValueError: the base model has read more than these; as for `LeftPadding`.
+        """
+        names = [model.config.objectives for model in self._functions.busy_models(self._idle)]
+        if input_ids.shape[1] == 0:
+            raise ValueError(
+                f"the prompt is given as inputs_embeds, which the value models for {names} cannot read: give input_ids "
+                "beside them, or use value heads"
+            )
+        masked = None
+        for prompt in prompts:
+            padding = prompt.padding(input_ids)
+            if padding is not None and prompt.unreadable is not None:
+                raise ValueError(
+                    f"the base model was also given {prompt.unreadable}, which the value models for {names} cannot "
+                    "read: use value heads, or leave it out"
+                )
+            masked = padding if padding is not None else masked
+        if "padding" not in self._local.__dict__:
+            self._local.padding = LeftPadding()
+        stripped: list[Tokens] = self._local.padding.strip(input_ids, masked, self.pad_token_id, self._borders)
+        return stripped
 
     def _score(self, model: Scored, sequences: list[Any], candidates: Tensor, kept: Tensor | None) -> Tensor:
         """Values [R, k, M] under one value model, by this thread's cache for it."""
@@ -218,7 +275,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
             if not cached.watch.changed(thorough=not plan.is_next_token):
                 return cached, plan
         # What has been cached is no longer what the model computes.
-        cached = every[model] = _Cached(make_scorer(model, self.compile), RowTracker(), Watch(model))
+        cached = every[model] = _Cached(make_scorer(model, self.compile, self.reading), RowTracker(), Watch(model))
         return cached, cached.tracker.plan(sequences)
 
     def _is_new(self, input_ids: Tensor) -> bool:
@@ -264,8 +321,11 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
             raise ValueError(
                 f"expected whole-number token ids and floating-point scores, got {input_ids.dtype} and {scores.dtype}"
             )
-        if input_ids.shape[1] == 0:
-            raise ValueError("the prompt is empty: give generate at least one token to go on from")
+        if input_ids.shape[1] == 0 and self._hidden is None:
+            raise ValueError(
+                "the prompt is empty: give generate at least one token to go on from. A prompt in inputs_embeds can be "
+                "steered by value heads alone"
+            )
         self._check_devices(scores)
 
 
@@ -279,4 +339,4 @@ def _begins(prefix: Tensor | None, input_ids: Tensor) -> bool:
 def _is_probe(scores: Tensor) -> bool:
     """Whether the scores are all the same: prompt lookup asks in this way which tokens are forbidden. None is."""
     first = scores[0, 0]
-    return bool((scores[0, :8] == first).all()) and bool((scores == first).all())
+    return bool((scores[0, :8] == first).all()) and bool((scores == first).all()) and bool(first > -torch.inf)

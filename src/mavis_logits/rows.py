@@ -99,35 +99,106 @@ class RowTracker:
         return np.where(same.all(axis=1), width, (~same).argmax(axis=1)).astype(np.int64)
 
 
+class LeftPadding:
+    """How much padding stands before every row of the batch being written.
+
+    Where the attention mask is known it tells. Else tokens have to: padding is what begins a row and is the padding
+    token. That is a guess where the same token also begins or ends texts, and is not made where it can be wrong.
+    """
+
+    def __init__(self) -> None:
+        self._prompts: NDArray[np.int64] = np.empty((0, 0), dtype=np.int64)
+        self._starts: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+
+    def strip(
+        self, input_ids: Tokens, masked: Tokens | None, pad_token_id: int | None, borders: frozenset[int]
+    ) -> list[Tokens]:
+        """Rows of `input_ids` [R, T] without their leading padding.
+
+        Args:
+            input_ids: that which goes on from the prompts of an earlier call has their padding.
+            masked: [R] tokens of padding by the attention mask, if this is known anew.
+            pad_token_id: the padding token, if there is one.
+            borders: tokens that begin or end texts.
+
+        Raises:
+            ValueError: a row holds nothing but padding, or what begins the rows may be padding or text.
+        """
+        if masked is None and not self._go_on(input_ids):
+            masked = guess_padding(input_ids, pad_token_id, borders)
+        if masked is not None:
+            if (masked >= input_ids.shape[1]).any():
+                row = int(np.flatnonzero(masked >= input_ids.shape[1])[0])
+                raise ValueError(f"row {row} of the batch is an empty prompt: it holds nothing but padding")
+            self._prompts, self._starts = input_ids.copy(), masked
+        return [row[start:] for row, start in zip(input_ids, self._starts, strict=True)]
+
+    def _go_on(self, input_ids: Tokens) -> bool:
+        rows, length = self._prompts.shape
+        if rows != len(input_ids) or input_ids.shape[1] < length:
+            return False
+        return np.array_equal(self._prompts, input_ids[:, :length])
+
+
+def guess_padding(input_ids: Tokens, pad_token_id: int | None, borders: frozenset[int]) -> Tokens:
+    """[R] how many tokens at the beginning of each row of `input_ids` [R, T] are padding, by the tokens alone.
+
+    A batch is as a rule padded to its longest row. So a token that also begins or ends texts is padding where it begins
+    some rows only, and else may be either.
+
+    Raises:
+        ValueError: a row holds nothing but padding, or what begins the rows may be padding or text.
+    """
+    if input_ids.shape[1] == 1:  # a prompt of the padding token alone (a lone EOS, say) is a prompt
+        return np.zeros(len(input_ids), dtype=np.int64)
+    fills = [pad_token_id] if pad_token_id is not None else sorted(borders)
+    filled = np.isin(input_ids, fills)
+    runs = np.where(filled.all(axis=1), input_ids.shape[1], (~filled).argmax(axis=1)).astype(np.int64)
+    if pad_token_id is None:
+        if (runs == 0).all() or (runs == 1).all():  # a token that begins every prompt
+            return np.zeros_like(runs)
+        raise ValueError(
+            f"rows of the batch begin with token {int(input_ids[runs.argmax(), 0])}, which may be padding or text, and "
+            "no padding token is known: pass model=, so that the attention mask tells, or tokenizer= or pad_token_id="
+        )
+    if (runs == input_ids.shape[1]).any():
+        row = int(np.flatnonzero(runs == input_ids.shape[1])[0])
+        raise ValueError(
+            f"row {row} of the batch is an empty prompt: it holds nothing but padding (token {pad_token_id})"
+        )
+    if pad_token_id in borders and (runs > 0).all():
+        raise ValueError(
+            f"every row of the batch begins with token {pad_token_id}, which is the padding token and also begins or "
+            "ends texts: pass model=, so that the attention mask tells which of the two it is"
+        )
+    return runs
+
+
 def strip_padding(input_ids: Tokens, pad_token_id: int | None) -> list[Tokens]:
-    """Rows of `input_ids` [R, T] without their leading padding.
+    """Rows of `input_ids` [R, T] without their leading padding, where no text begins with the padding token.
 
     Raises:
         ValueError: a row holds nothing but padding.
     """
-    if pad_token_id is None:
-        return list(input_ids)
-    real = input_ids != pad_token_id
-    starts = real.argmax(axis=1)
-    if not real.any(axis=1).all():
-        row = int(np.flatnonzero(~real.any(axis=1))[0])
-        # A prompt of the single token that is also the padding token (a lone EOS, say) is a prompt.
-        if input_ids.shape[1] > 1:
-            raise ValueError(
-                f"row {row} of the batch is an empty prompt: it holds nothing but padding (token {pad_token_id})"
-            )
-        starts = np.zeros(len(input_ids), dtype=np.int64)
-    return [row[start:] for row, start in zip(input_ids, starts, strict=True)]
+    return LeftPadding().strip(input_ids, None, pad_token_id, frozenset())
 
 
-def ended_rows(input_ids: Tensor, eos_token_ids: frozenset[int], pad_token_id: int | None) -> Tensor:
+def ended_rows(input_ids: Tensor, eos_token_ids: frozenset[int], pad_token_id: int | None, begun: int = 0) -> Tensor:
     """[R] bool, whether `generate` has closed the row: its last token is padding that follows EOS or other padding.
 
     A lone EOS is no proof (a prompt, or a chat turn, may end with it), so a row is scored once more after its EOS. If
     all rows look closed, none is: `generate` would have stopped, so these are prompts.
+
+    Args:
+        input_ids: [R, T].
+        eos_token_ids: what ends a text.
+        pad_token_id: the padding token; without one `generate` fills up with EOS.
+        begun: length of the prompts, where it is known: they close nothing.
     """
-    if pad_token_id is None or input_ids.shape[1] < 3:
+    fills = eos_token_ids if pad_token_id is None else {pad_token_id}
+    if not fills or input_ids.shape[1] < max(3, begun + 2):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    closing = torch.tensor(sorted(eos_token_ids | {pad_token_id}), device=input_ids.device)
-    closed = (input_ids[:, -1] == pad_token_id) & torch.isin(input_ids[:, -2], closing)
+    closing = torch.tensor(sorted(eos_token_ids | fills), device=input_ids.device)
+    filled = torch.isin(input_ids[:, -1], torch.tensor(sorted(fills), device=input_ids.device))
+    closed = filled & torch.isin(input_ids[:, -2], closing)
     return closed & ~closed.all()

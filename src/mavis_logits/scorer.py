@@ -3,33 +3,34 @@
 `RaggedScorer` feeds the candidates as k queries of one forward that see their row's committed tokens and themselves,
 and when one of them is chosen moves its keys and values into place: the chosen token is never computed again.
 `RepeatedStateScorer` is for backbones whose state is not addressed by token (Mamba): it repeats the state k times.
-Both agree with re-forwarding every candidate from scratch (`mavis_logits.testing.recompute_values`).
+`PlainScorer` reads everything from scratch. Which one is right is told by `Backbone.reading`, and all agree with
+re-forwarding every candidate (`mavis_logits.testing.recompute_values`).
 """
 
 from __future__ import annotations
 
 import copy
-import weakref
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
-from .attention import IMPLEMENTATION, holding
-from .cache import RaggedCache, supports_ragged_cache
+from .attention import holding
+from .backbone import Backbone
+from .cache import RaggedCache
 from .fused import FusedValueModel
 from .rows import Plan
 from .value_model import ValueModel
 
-_PROBE_TOLERANCE = 0.05
-_Setup = tuple[object, ...]
-_supports: weakref.WeakKeyDictionary[PreTrainedModel, tuple[_Setup, str | None]] = weakref.WeakKeyDictionary()
+WantedReading = Literal["auto", "packed", "repeated"]
 Scored = ValueModel | FusedValueModel
 
 
@@ -98,58 +99,44 @@ class ValueScorer(ABC):
         """Forget all rows and free their memory."""
 
 
-def make_scorer(model: Scored, compile: bool = False) -> ValueScorer:
-    """The fastest scorer that is right for `model`'s backbone, which is tried once on a few tokens.
+def make_scorer(model: Scored, compile: bool = False, reading: WantedReading = "auto") -> ValueScorer:
+    """The fastest scorer that is right for `model`'s backbone (`Backbone.reading`).
 
     Args:
         model: a value model, or several fused into one.
         compile: run steps as a compiled graph (`RaggedScorer`).
+        reading: "auto": the fastest; "packed": insist on it; "repeated": repeat the state of every row, as a check.
 
     Raises:
-        ValueError: the backbone was loaded with an attention implementation that takes no 4-D mask.
+        ValueError: what is asked for is not right for this backbone; the reason is told.
     """
-    config = model.backbone.config
-    implementation = getattr(config, "_attn_implementation", None) or ""
-    if "flash" in implementation:
-        raise ValueError(
-            f"the value model runs {implementation}, which takes no 4-D attention mask: load it with "
-            'attn_implementation="sdpa"'
-        )
-    kind = ragged_support(model.backbone)
-    if kind is not None:
-        return RaggedScorer(model, packed=kind == "packed", compile=compile)
+    backbone = Backbone.of(model.backbone)
+    kind, reason = backbone.reading
+    if reading == "packed" and kind != "packed":
+        raise ValueError(f"reading='packed', but the {backbone.name} for {model.config.objectives} is {kind}: {reason}")
+    if backbone.reading.ragged and reading != "repeated":
+        ragged = RaggedScorer(model, packed=kind == "packed", compile=compile)
+        if backbone.stable_length is None or isinstance(model, FusedValueModel):
+            return ragged
+        return LengthLimitedScorer(ragged, PlainScorer(model), backbone.stable_length)
     if compile:
         raise ValueError(
-            f"compile=True needs a backbone with a token-addressed cache, which {type(model.backbone).__name__} has "
-            "not: leave it out"
+            f"compile=True needs a backbone with a token-addressed cache, which {backbone.name} has not ({reason}): "
+            "leave it out"
         )
     if isinstance(model, FusedValueModel):
         raise ValueError(
-            f"the adapters for {model.config.objectives} cannot be scored in one forward: "
-            f"{type(model.backbone).__name__} keeps no token-addressed cache. Load them with fuse=False"
+            f"the adapters for {model.config.objectives} cannot be scored in one forward: {backbone.name} keeps no "
+            f"token-addressed cache ({reason}). Load them with fuse=False"
         )
+    if kind == "plain":
+        warnings.warn(
+            f"the value model for {model.config.objectives} reads every candidate from scratch, which is slow: "
+            f"{backbone.name} cannot be read faster ({reason}). A backbone with ordinary attention can.",
+            stacklevel=2,
+        )
+        return PlainScorer(model)
     return RepeatedStateScorer(model)
-
-
-def ragged_support(decoder: PreTrainedModel) -> str | None:
-    """How a decoder can run on a `RaggedCache`, found by trying it on a few tokens, once for each decoder.
-
-    Returns:
-        `"packed"`: with `ragged_attention`; `"masked"`: with its own attention and 4-D masks; None: not at all.
-    """
-    implementation = decoder.config._attn_implementation
-    setup = ("sdpa" if implementation == IMPLEMENTATION else implementation, decoder.dtype, decoder.device)
-    if decoder not in _supports or _supports[decoder][0] != setup:
-        _supports[decoder] = (setup, _try_ragged_cache(decoder))
-    return _supports[decoder][1]
-
-
-def _try_ragged_cache(decoder: PreTrainedModel) -> str | None:
-    if not supports_ragged_cache(decoder.config):
-        return None
-    if decoder.config._attn_implementation in ("sdpa", IMPLEMENTATION) and _agrees_with_plain_forward(decoder, True):
-        return "packed"
-    return "masked" if _agrees_with_plain_forward(decoder, False) else None
 
 
 class RaggedScorer(ValueScorer):
@@ -169,6 +156,7 @@ class RaggedScorer(ValueScorer):
         mode = "reduce-overhead" if model.device.type == "cuda" else None
         self._compiled = torch.compile(model.forward, mode=mode) if compile else None
         self._cache: RaggedCache | None = None
+        self._windows = Backbone.of(model.backbone).windows
 
     @property
     def cache(self) -> RaggedCache:
@@ -180,9 +168,8 @@ class RaggedScorer(ValueScorer):
         self._cache, self.lengths = None, []
 
     def begin(self, count: int) -> None:
-        layers = self.model.backbone.config.num_hidden_layers
         static = self._compiled is not None
-        self._cache = RaggedCache(layers, count, self.model.device, copies=self.model.copies, static=static)
+        self._cache = RaggedCache(count, self.model.device, copies=self.model.copies, static=static)
         self.lengths = [0] * count
 
     def select(self, rows: Tensor) -> None:
@@ -207,8 +194,8 @@ class RaggedScorer(ValueScorer):
         new = torch.tensor(counts, device=tokens.device) if most else torch.zeros_like(cache.lengths)
         try:
             feed = cache.prepare(tokens, new, candidates, kept=kept, pack=self.packed)
-            inputs = feed.inputs(self.model.backbone.config, self.model.dtype)
-            forward = self.model if self._compiled is None or most > 1 else self._compiled
+            inputs = feed.inputs(self._windows, self.model.dtype)
+            forward = self.model if self._compiled is None or most > 1 or not cache.layers else self._compiled
             with holding(self.model.backbone) if self.packed else nullcontext():
                 values = forward(**inputs, past_key_values=cache, use_cache=True).values
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -247,7 +234,12 @@ class RepeatedStateScorer(ValueScorer):
         self.lengths = [0] * count
 
     def select(self, rows: Tensor) -> None:
-        self._rows = [copy.deepcopy(self._rows[row]) for row in rows.tolist()]
+        taken: set[int] = set()
+        selected = []
+        for row in rows.tolist():
+            selected.append(copy.deepcopy(self._rows[row]) if row in taken else self._rows[row])
+            taken.add(row)
+        self._rows = selected
         self.lengths = [len(row.tokens) for row in self._rows]
 
     def crop(self, lengths: Sequence[int]) -> None:
@@ -262,8 +254,8 @@ class RepeatedStateScorer(ValueScorer):
             row = self._rows[number]
             assert row.branches is not None
             assert row.candidates is not None
-            row.state = copy.deepcopy(row.branches)
-            row.state.reorder_cache(index[None])
+            row.branches.reorder_cache(index[None])
+            row.state, row.branches = row.branches, None
             row.tokens = torch.cat([row.tokens, row.candidates[index][None]])
             self.lengths[number] += 1
 
@@ -284,45 +276,124 @@ class RepeatedStateScorer(ValueScorer):
         """Read `new` tokens: a whole prompt at once, later tokens one by one, as recurrent layers expect them."""
         row.tokens = torch.cat([row.tokens, new])
         if row.state is None:
-            row.state = DynamicCache(config=self.model.backbone.config)
+            row.state = DynamicCache(config=Backbone.of(self.model.backbone).config)
             self.model(row.tokens[None], past_key_values=row.state, use_cache=True)
             return
         for token in new:
             self.model(token[None, None], past_key_values=row.state, use_cache=True)
 
 
-@torch.no_grad()
-def _agrees_with_plain_forward(decoder: PreTrainedModel, packed: bool) -> bool:
-    """Whether custom masks and positions reach the decoder's attention: some architectures ignore them.
+class PlainScorer(ValueScorer):
+    """For any decoder: every candidate is read from scratch, after its whole row."""
 
-    Two rows of different lengths, each with two candidates, against plain forwards of every one.
+    model: ValueModel
+
+    def reset(self) -> None:
+        self.begin(0)
+
+    def begin(self, count: int) -> None:
+        empty = torch.empty(0, dtype=torch.long, device=self.model.device)
+        self._rows, self.lengths = [empty] * count, [0] * count
+        self._candidates: Tensor | None = None
+
+    def select(self, rows: Tensor) -> None:
+        self._rows = [self._rows[row] for row in rows.tolist()]
+        self.lengths = [len(row) for row in self._rows]
+        if self._candidates is not None:
+            self._candidates = self._candidates[rows]
+
+    def crop(self, lengths: Sequence[int]) -> None:
+        self._rows = [row[:length] for row, length in zip(self._rows, lengths, strict=True)]
+        self.lengths = list(lengths)
+
+    def commit(self, chosen: Tensor, rows: Tensor | None = None) -> None:
+        assert self._candidates is not None
+        numbers = range(len(self._rows)) if rows is None else rows.tolist()
+        for number, index in zip(numbers, chosen, strict=True):
+            self._rows[number] = torch.cat([self._rows[number], self._candidates[number, index][None]])
+            self.lengths[number] += 1
+
+    def note(self, tokens: Tensor, counts: Sequence[int], candidates: Tensor) -> None:
+        """Take the tokens and candidates of `read` down, without reading."""
+        self._rows = [
+            torch.cat([row, new[len(new) - count :]])
+            for row, new, count in zip(self._rows, tokens, counts, strict=True)
+        ]
+        self.lengths = [len(row) for row in self._rows]
+        self._candidates = candidates
+
+    @torch.no_grad()
+    def read(self, tokens: Tensor, counts: Sequence[int], candidates: Tensor, kept: Tensor | None = None) -> Tensor:
+        self.note(tokens, counts, candidates)
+        values = []
+        for row, own in zip(self._rows, candidates, strict=True):
+            sequences = torch.cat([row.expand(len(own), -1), own[:, None]], dim=1)
+            values.append(self.model(sequences, use_cache=False).values[:, -1])
+        return torch.stack(values)
+
+
+class LengthLimitedScorer(ValueScorer):
+    """For decoders whose cached keys are off from some length on (LongRoPE, dynamic NTK): from there, from scratch.
+
+    Args:
+        fast: right for sequences of up to `limit` tokens.
+        slow: right for all.
+        limit: in tokens, the candidate included.
     """
-    device, size = decoder.device, decoder.config.vocab_size
-    rows = [torch.arange(3, 6, device=device) % size, torch.arange(3, 9, device=device) % size]
-    candidates = torch.tensor([[1, 2], [2, 0]], device=device) % size
-    tokens = torch.stack([torch.cat([rows[0], rows[0]]), rows[1]])
-    try:
-        with ExitStack() as stack:
-            if packed:
-                stack.enter_context(holding(decoder))
-            cache = RaggedCache(decoder.config.num_hidden_layers, 2, device, copies=getattr(decoder, "copies", 1))
-            feed = cache.prepare(tokens, torch.tensor([3, 6], device=device), candidates, pack=packed)
-            inputs = feed.inputs(decoder.config, decoder.dtype)
-            fast = feed.columns(decoder(**inputs, past_key_values=cache, use_cache=True).last_hidden_state, 6)
-        for r, row in enumerate(rows):
-            for i, candidate in enumerate(candidates[r]):
-                sequence = torch.cat([row, candidate[None]])[None].expand(cache.copies, -1)
-                slow = decoder(input_ids=sequence, use_cache=False).last_hidden_state[:, -1].float()
-                if not torch.linalg.norm(fast[:, r, i].float() - slow) <= _PROBE_TOLERANCE * torch.linalg.norm(slow):
-                    return False
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
-        return False  # it takes no such mask, positions or cache
-    return True
+
+    def __init__(self, fast: ValueScorer, slow: PlainScorer, limit: int) -> None:
+        super().__init__(fast.model)
+        self.fast, self.slow, self.limit = fast, slow, limit
+        self._short = True
+
+    @property
+    def lengths(self) -> list[int]:  # type: ignore[override]
+        """Tokens read, row by row."""
+        return self.slow.lengths
+
+    @lengths.setter
+    def lengths(self, _: list[int]) -> None:
+        """Those of the scorers inside count."""
+
+    def reset(self) -> None:
+        self._short = True
+        self.fast.reset()
+        self.slow.reset()
+
+    def begin(self, count: int) -> None:
+        self._short = True
+        self.fast.begin(count)
+        self.slow.begin(count)
+
+    def select(self, rows: Tensor) -> None:
+        self.slow.select(rows)
+        if self._short:
+            self.fast.select(rows)
+
+    def crop(self, lengths: Sequence[int]) -> None:
+        self.slow.crop(lengths)
+        if self._short:
+            self.fast.crop(lengths)
+
+    def commit(self, chosen: Tensor, rows: Tensor | None = None) -> None:
+        self.slow.commit(chosen, rows)
+        if self._short:
+            self.fast.commit(chosen, rows)
+
+    def read(self, tokens: Tensor, counts: Sequence[int], candidates: Tensor, kept: Tensor | None = None) -> Tensor:
+        longest = max(have + more for have, more in zip(self.slow.lengths, counts, strict=True)) + 1
+        if self._short and longest > self.limit:
+            self._short = False
+            self.fast.reset()
+        if not self._short:
+            return self.slow.read(tokens, counts, candidates, kept)
+        self.slow.note(tokens, counts, candidates)
+        return self.fast.read(tokens, counts, candidates, kept)
 
 
 def _out_of_memory(cache: RaggedCache, model: Scored) -> MemoryError:
     return MemoryError(
         f"no memory left for the value model's cache: {len(cache.lengths)} rows x {cache.capacity} slots x "
-        f"{len(cache.layers)} layers, {cache.nbytes() / 2**20:.0f} MiB in {model.dtype}. Use fewer rows a batch, "
-        "shorter prompts or load the value model in bfloat16."
+        f"{len(Backbone.of(model.backbone).layers)} layers, {cache.nbytes() / 2**20:.0f} MiB in {model.dtype}. "
+        "Use fewer rows a batch, shorter prompts or load the value model in bfloat16."
     )

@@ -9,15 +9,17 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 import torch
 from torch import Tensor
 
+from .backbone import Backbone
 from .bundle import load_bundle
 from .config import MavisConfig
 from .functions import ValueFunctions, load_value_functions, special_tokens
 from .loading import LOADING_ARGUMENTS
+from .scorer import WantedReading
 from .tilting import combine, kl_divergence, normalize, solve_beta, tilt
 from .trace import MavisStats, MavisTrace
 from .value_head import ValueHead
@@ -96,13 +98,18 @@ class Steering:
         weights: lambda: by objective (absent ones are 0), [M], or [R, M] for weights per sequence; equal by default.
         beta: strength of the tilt, one number or [R].
         model: the base model; needed for value heads, whose hidden states it provides.
-        tokenizer: the base model's tokenizer; if given, value functions made for another one are refused.
-        pad_token_id: tells left padding apart; by default the base model's, else the value models'.
-        eos_token_id: by default the base model's; lets finished rows go unscored.
+        tokenizer: the base model's tokenizer; if given, value functions made for another one are refused. Its special
+            tokens count for more than those of configurations, and ids beyond it that a value model does not know
+            (base models' tables are padded to round sizes) are forbidden.
+        pad_token_id: tells left padding apart, where the base model's attention mask is not known; by default the
+            tokenizer's, else the base model's, else the value models'.
+        eos_token_id: in the same order; lets finished rows go unscored.
         trace: keep every step in `self.trace`.
         fuse: whether value models that are LoRA adapters on one backbone are run in one forward: None where it is
             possible, True to insist, False for one forward each.
         compile: compile the value models' steps, on a GPU into CUDA graphs (`mavis_logits.scorer.RaggedScorer`).
+        reading: how value models (and by a strategy the base model) read candidates: "auto", the fastest way that is
+            right; "packed" to insist on one packed forward, and be told why it cannot be; "repeated" to do without.
         config: all other settings; see `MavisConfig`, whose fields may also be given by name.
 
     Attributes:
@@ -129,6 +136,7 @@ class Steering:
         trace: bool = False,
         fuse: bool | None = None,
         compile: bool = False,
+        reading: WantedReading = "auto",
         config: MavisConfig | None = None,
         **settings: Any,
     ) -> None:
@@ -138,8 +146,12 @@ class Steering:
         self.config = MavisConfig.from_dict({**vars(config), **settings})
         self.weights = weights if weights is not None else self.config.weights
         self.beta = beta if beta is not None else self.config.beta
-        self.pad_token_id, self._eos = special_tokens(self._functions.models, model, pad_token_id, eos_token_id)
-        self.tokenizer, self.compile = tokenizer, compile
+        self.pad_token_id, self._eos, self._borders = special_tokens(
+            self._functions.models, model, tokenizer, pad_token_id, eos_token_id
+        )
+        if reading not in get_args(WantedReading):
+            raise ValueError(f"reading must be one of {', '.join(get_args(WantedReading))}, got {reading!r}")
+        self.tokenizer, self.compile, self.reading = tokenizer, compile, reading
         self.stats = MavisStats()
         self.trace = MavisTrace(self.objectives, self._eos) if trace else None
         if model is not None:
@@ -231,8 +243,14 @@ class Steering:
         """Make `model` the base model.
 
         Raises:
-            ValueError: a value head was trained on another model.
+            ValueError: a value head was trained on another model, or a value model cannot read what `model` is given.
         """
+        if Backbone.of(model).is_encoder_decoder and self._functions.models:
+            names = [value_model.config.objectives for value_model in self._functions.models]
+            raise ValueError(
+                f"{type(model).__name__} reads its prompts with an encoder, which the value models for {names} never "
+                "see: use value heads"
+            )
         for head in self._functions.heads:
             head.bind(model)
         temperature = getattr(model.generation_config, "temperature", None) or 1.0
@@ -245,6 +263,11 @@ class Steering:
             )
         self._base = weakref.ref(model)
         return self
+
+    def _follow_base(self) -> None:
+        """Raise `ValueError` if the base model has become one that the value heads are not for."""
+        for head in self._functions.heads:
+            head.follow()
 
     def __copy__(self) -> Self:
         """Another that shares value functions, `stats` and `trace`, but not settings; attached to the same model."""
@@ -296,25 +319,30 @@ class Steering:
             scores: [R, V] next-token scores, logits or log-probabilities; -inf for banned tokens.
         """
         config = self.config
-        scores = scores.float()
+        scores = self._within(scores.float())
         if config.reference_temperature != 1.0:
             scores = scores / config.reference_temperature
         needs_all = config.top_k is None or config.unscored == "keep"
         everything = torch.log_softmax(scores, dim=-1) if needs_all else None
         if config.top_k is None:
             assert everything is not None
-            reference = everything
+            reference, best = everything, scores.amax(dim=-1, keepdim=True)
             candidates = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
         else:
-            top = (scores if everything is None else everything).topk(min(config.top_k, scores.shape[1]), dim=-1)
-            reference, candidates = top.values, top.indices
-            if everything is None:
-                reference = reference - scores.logsumexp(dim=-1, keepdim=True)
+            top = scores.topk(min(config.top_k, scores.shape[1]), dim=-1)
+            reference, candidates, best = top.values, top.indices, top.values[:, :1]
+            reference = reference - scores.logsumexp(dim=-1, keepdim=True)
+        # Where all tokens are forbidden there is no NaN, which would speak of damage.
+        reference = reference.masked_fill(torch.isneginf(best), -torch.inf)
         if config.candidate_min_p is not None:
             least = reference.amax(dim=-1, keepdim=True) + math.log(config.candidate_min_p)
             # A NaN stays, so that it is noticed.
             reference = reference.masked_fill(reference < least, -torch.inf)
         return Choice(candidates, reference, everything if config.unscored == "keep" else None)
+
+    def _within(self, scores: Tensor) -> Tensor:
+        """`scores` [R, V] without ids that are no tokens, as `ValueFunctions.known` tells them."""
+        return self._functions.known(scores, self.tokenizer)
 
     def worth_scoring(self, choice: Choice) -> Tensor:
         """[R, k] bool, the candidates whose values can matter: those that take part, unless the row has but one.
@@ -386,7 +414,6 @@ class Steering:
                     f"the scores are on {scores.device}, the value function for {function.config.objectives} on "
                     f"{function.device}: pass device={str(scores.device)!r} or move it with .to()"
                 )
-        self._functions.check_vocabulary(scores.shape[1])
 
     def _check_step(self, step: Step) -> None:
         """Raise `ValueError` if the base model or a value function gave a NaN. Waits for the device."""
@@ -404,7 +431,21 @@ class Steering:
             )
 
 
-def check_scores(reference: Tensor) -> None:
-    """Raise `ValueError` if the base model's log-probabilities [R, k] hold NaN."""
-    if torch.isnan(reference).any():
+def check_scores(reference: Tensor, live: Tensor | None = None) -> None:
+    """Raise `ValueError` if the reference's log-probabilities [R, k] hold NaN or allow nothing.
+
+    Args:
+        reference: as in `Choice`.
+        live: [R] rows that matter; None for all.
+    """
+    best = reference.amax(dim=1)  # NaN if there is one
+    best = best if live is None else best.masked_fill(~live, 0.0)
+    if torch.isfinite(best).all():
+        return
+    if torch.isnan(best).any():
         raise ValueError("the base model's scores hold NaN: it overflows in its dtype, or its weights are damaged")
+    row = int((~torch.isfinite(best)).int().argmax())
+    raise ValueError(
+        f"every token is forbidden after row {row} of the batch: the constraints (logits processors, bad words, "
+        "prefix_allowed_tokens_fn) in front of the value functions leave none to choose from"
+    )

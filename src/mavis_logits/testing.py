@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .backbone import Backbone
 from .rows import RowTracker, Tokens
 from .scorer import ValueScorer
 from .value_head import ValueHead
@@ -42,13 +43,13 @@ def recompute_head_values(
 ) -> Tensor:
     """Q(s, a) of every candidate under a value head, the base model reading s from scratch; float32 [k, M]."""
     caught: list[Tensor] = []
-    hook = base.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    hook = Backbone.of(base).catch(head.config.layer, caught.append)
     try:
         ids = torch.as_tensor(np.asarray(sequence), dtype=torch.long, device=base.device)[None]
-        inner = base(ids, output_hidden_states=True).hidden_states
+        base(ids)
     finally:
         hook.remove()
-    states = caught[0] if head.config.layer is None else inner[head.config.layer]
+    states = caught[0] if caught[0].ndim == 3 else caught[0][:, None]
     return torch.cat([head(states[:, -1], token[None, None])[0] for token in candidates])
 
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mavis_logits.backbone import Backbone
 from mavis_logits.value_model import ValueModel
 from mavis_training.batches import Collator, GroupedBatches, ReadingSet, TrainingSet, collect_values
 from mavis_training.data import LabelledTree
@@ -100,7 +101,7 @@ def test_readings_of_either_kind_give_every_tokens_value():
     found = {}
     for packing in ("trees", "nodes"):
         readings = ReadingSet(trees, packing)
-        collator = Collator(model.config.backbone_config, model.dtype, packing)
+        collator = Collator(Backbone.of(model.backbone).windows, model.dtype, packing)
         starts = torch.from_numpy(np.cumsum(readings.sizes) - readings.sizes)
         into, count = torch.zeros(int(readings.sizes.sum()), 2), torch.zeros(int(readings.sizes.sum()))
         for batch in GroupedBatches(readings.lengths, tokens=200, seed=None):

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
-from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaModel, Qwen2Config, Qwen2ForCausalLM
 
+from mavis_logits.backbone import Backbone
 from mavis_logits.value_model import ValueModel
 from mavis_training.data import LabelledTree
 from mavis_training.packing import (
@@ -22,8 +23,11 @@ from mavis_training.packing import (
 from mavis_training.targets import kept_nodes, node_targets
 from mavis_training.value_trainer import value_loss
 from random_trees import random_tree
+from rare_models import RARE, make
+from tiny import ARCHITECTURES
 from tiny_models import tiny_llama
 
+UNPACKED = {"bart", "bloom", "gpt_neo", "mamba", "mpt", "openai-gpt", "qwen3_next"}
 SCALE = torch.tensor([0.7, 1.9])
 
 
@@ -84,6 +88,22 @@ def test_packed_loss_and_gradients_equal_one_sequence_per_node(kind, attention, 
     assert_same_loss_and_gradients(model, packed, plain)
 
 
+@pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) | set(RARE)))
+def test_every_family_is_packed_right_or_not_at_all(architecture):
+    """MPT and GPT-Neo accept a packed tree and give other gradients: those are told apart by trial."""
+    model = value_model(make(architecture))
+    trees = Backbone.of(model.backbone).trees
+    if trees.kind != "packed":
+        assert architecture in UNPACKED
+        with pytest.raises(ValueError, match=r"cannot read a packed tree .*: set packing"):
+            require_packable(model.backbone, "set packing to 'nodes'")
+        return
+    assert architecture not in UNPACKED
+    item = labelled(1, layers=4)
+    parts = (item, kept_nodes(item.tree, 0.5, 0), True)
+    assert_same_loss_and_gradients(model, [tree_example(*parts)], node_examples(*parts))
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     seeds=st.lists(st.integers(0, 10_000), min_size=1, max_size=3),
@@ -108,7 +128,7 @@ def assert_same_loss_and_gradients(model, packed, plain):
     """Of a batch of whole trees and of one of a sequence per node."""
     found = []
     for inputs, examples in (
-        (packed_inputs(packed, model.config.backbone_config, torch.float32), packed),
+        (packed_inputs(packed, Backbone.of(model.backbone).windows, torch.float32), packed),
         (plain_inputs(plain), plain),
     ):
         model.zero_grad()
@@ -130,7 +150,7 @@ def test_values_at_every_token_are_those_of_its_path(seed, layers):
     layout = pack(tree)
     model = value_model(tiny_llama()).double()  # in which rounding is no excuse
     with torch.inference_mode():
-        values = model(**packed_inputs([layout], model.config.backbone_config, torch.float64)).values[0]
+        values = model(**packed_inputs([layout], Backbone.of(model.backbone).windows, torch.float64)).values[0]
         for leaf in tree.leaves():
             seen = np.flatnonzero(layout.visible()[layout.last[leaf]])
             alone = model(torch.from_numpy(layout.input_ids[seen])[None]).values[0]
@@ -142,5 +162,6 @@ def test_refusals():
     tree.prompt_tokens = tree.prompt_tokens[:0]
     with pytest.raises(ValueError, match="empty prompt"):
         pack(tree)
-    with pytest.raises(ValueError, match=r"mamba backbone cannot .* \(recurrent state\): choose one with attention"):
-        require_packable(MambaConfig())
+    mamba = MambaModel(MambaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1))
+    with pytest.raises(ValueError, match=r"MambaModel cannot .* tree \(.*recurrent state.*\): choose another"):
+        require_packable(mamba, "choose another")

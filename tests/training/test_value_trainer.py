@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mavis_logits.backbone import Backbone
 from mavis_logits.value_model import ValueModel
 from mavis_training.batches import TrainingSet
 from mavis_training.packing import packed_inputs, term_inputs
@@ -101,7 +102,7 @@ def test_validation_loss_is_that_of_training(tmp_path, packing, every_token):
     sequences = TrainingSet(TREES, trainer.validation.kept, "trees", every_token)
     examples = [sequences[i] for i in range(len(TREES))]
     model = trainer.model.eval()
-    inputs = packed_inputs(examples, model.config.backbone_config, torch.float32)
+    inputs = packed_inputs(examples, Backbone.of(model.backbone).windows, torch.float32)
     with torch.inference_mode():
         wanted = value_loss(model(**inputs).values, term_inputs(examples), torch.tensor([0.7, 1.9])).item()
     assert found["eval_loss"] == pytest.approx(wanted, rel=1e-4)

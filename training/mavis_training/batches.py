@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedConfig
+
+from mavis_logits.cache import Windows
 
 from .data import LabelledTree
 from .packing import (
@@ -139,11 +140,11 @@ class ReadingSet(torch.utils.data.Dataset[tuple[int, Any, NDArray[np.int64]]]):
         layouts = [pack(item.tree) for item in trees]
         self.sizes = np.array([len(layout) for layout in layouts])
         self.items: list[tuple[int, Any, NDArray[np.int64]]] = []
-        for index, (item, layout) in enumerate(zip(trees, layouts, strict=True)):
+        for index, layout in enumerate(layouts):
             if packing == "trees":
                 self.items.append((index, layout, np.arange(len(layout))))
             else:
-                self.items.extend((index, example, where) for example, where in path_readings(item.tree, layout))
+                self.items.extend((index, example, where) for example, where in path_readings(layout))
         self.lengths = [len(where) for _, _, where in self.items]
 
     def __len__(self) -> int:
@@ -157,16 +158,14 @@ class Collator:
     """Makes batches of a value model's inputs.
 
     Args:
-        config: of its backbone.
+        windows: of its backbone (`Backbone.windows`).
         dtype: of its weights, and so of masks.
         packing: what the sequences are.
         pad_token_id: fills the right of shorter sequences.
     """
 
-    def __init__(
-        self, config: PreTrainedConfig, dtype: torch.dtype, packing: Packing = "trees", pad_token_id: int = 0
-    ) -> None:
-        self.config, self.dtype, self.packing, self.pad_token_id = config, dtype, packing, pad_token_id
+    def __init__(self, windows: Windows, dtype: torch.dtype, packing: Packing = "trees", pad_token_id: int = 0) -> None:
+        self.windows, self.dtype, self.packing, self.pad_token_id = windows, dtype, packing, pad_token_id
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         """Inputs and terms of training sequences."""
@@ -182,7 +181,7 @@ class Collator:
 
     def _inputs(self, sequences: Sequence[Example] | Sequence[Layout]) -> dict[str, Any]:
         if self.packing == "trees":
-            return packed_inputs(sequences, self.config, self.dtype, self.pad_token_id)
+            return packed_inputs(sequences, self.windows, self.dtype, self.pad_token_id)
         return plain_inputs(sequences, self.pad_token_id)  # type: ignore[arg-type]
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+
+Conversation: TypeAlias = str | Sequence[Mapping[str, Any]]  # a text, or messages with role and content
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,16 @@ class ClassifierSettings:
 
 
 class ClassifierReward:
-    """One output of a sequence classification model, as a reward.
+    """One output of a sequence classification model, as a reward: for `mavis label`, and for TRL's trainers as it is.
+
+    Conversations, which TRL hands over for conversational prompts, are read as a whole where the tokenizer's chat
+    template is; in a text, `{prompt}` is what the user said last and `{completion}` what the assistant then said.
 
     Args:
-        model: the classifier.
-        tokenizer: its tokenizer.
+        model: the classifier, which is put into eval mode; a `pad_token_id` that its config lacks is set.
+        tokenizer: its tokenizer, which stays as it is.
         settings: what it reads, and which output counts.
+        name: by which trainers log it; by default that of the model's folder or repository.
 
     Raises:
         ValueError: the model has no such label, or several and none is chosen.
@@ -74,14 +81,14 @@ class ClassifierReward:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         settings: ClassifierSettings | None = None,
+        name: str | None = None,
     ) -> None:
         self.settings = settings or ClassifierSettings()
         self.label = label_index(model, self.settings.label)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        if model.config.pad_token_id is None:  # decoder classifiers find the last token by it
-            model.config.pad_token_id = tokenizer.pad_token_id
-        self.model, self.tokenizer = model.eval(), tokenizer
+        name = name or str(model.config.name_or_path).rstrip("/").rsplit("/", 1)[-1] or type(self).__name__
+        self.__name__ = name if self.settings.label is None else f"{name}[{self.settings.label}]"
+        self.tokenizer = _padding_as_the_model_knows_it(model, tokenizer)
+        self.model = model.eval()
         self.tokenizer.padding_side = "right"  # encoders and decoder classifiers count positions from the left
         self.chat = self.settings.pair and self.settings.template is None and tokenizer.chat_template is not None
         texts = self.settings.texts
@@ -90,20 +97,42 @@ class ClassifierReward:
             self.tokenizer.truncation_side = "left" if ends else "right"
 
     @torch.inference_mode()
-    def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-        """Rewards of R (prompt, completion) texts, in order; batched by length."""
-        columns = {**columns, "prompt": prompts, "completion": completions}
-        missing = {name for text in self.settings.texts for name in _fields(text)} - columns.keys()
+    def __call__(
+        self, prompts: Sequence[Conversation], completions: Sequence[Conversation], **columns: Any
+    ) -> list[float]:
+        """Rewards of R (prompt, completion) texts or conversations, in order; batched by length.
+
+        Of `columns` only those are looked at that the template names: TRL's trainers hand over much that is no column.
+
+        Raises:
+            ValueError: a column that the template names is missing or has not R entries.
+        """
+        given = {**columns, "prompt": prompts, "completion": completions}
+        names = sorted({name for text in self.settings.texts for name in _fields(text)})
+        self._check_columns(names, given, len(completions))
+        rows = [dict(zip(names, row, strict=True)) for row in zip(*(given[name] for name in names), strict=True)]
+        texts = [[text.format(**_as_texts(row)) for text in self.settings.texts] for row in rows]
+        rewards = torch.empty(len(rows))
+        for batch in length_sorted_batches([sum(map(len, row)) for row in texts], self.settings.batch_size):
+            inputs = self._encode_chats([rows[i] for i in batch]) if self.chat else self._encode(texts, batch)
+            rewards[batch] = self._score(self.model(**inputs.to(self.model.device)).logits)
+        return ((rewards - self.settings.mean) / self.settings.scale).tolist()
+
+    def _check_columns(self, names: Sequence[str], given: Mapping[str, Any], count: int) -> None:
+        missing = [name for name in names if name not in given]
         if missing:
             raise ValueError(
-                f"the template {self.settings.template!r} needs the columns {sorted(missing)}, the prompts have "
-                f"{sorted(columns)}: name only these, or add the columns to the prompt file and collect anew."
+                f"the template {self.settings.template!r} needs the columns {missing}, the prompts have "
+                f"{sorted(given)}: name only these, or add the columns to the prompt file and collect anew."
             )
-        rewards = torch.empty(len(completions))
-        for rows in length_sorted_batches(prompts, completions, self.settings.batch_size):
-            batch = {name: [values[i] for i in rows] for name, values in columns.items()}
-            rewards[rows] = self._score(self.model(**self._encode(batch).to(self.model.device)).logits)
-        return ((rewards - self.settings.mean) / self.settings.scale).tolist()
+        for name in names:
+            column = given[name]
+            if isinstance(column, str) or not isinstance(column, Sized) or len(column) != count:
+                size = f" of {len(column)}" if isinstance(column, Sized) else ""
+                raise ValueError(
+                    f"a reward of {count} completions needs a list of as many in {name!r}, got "
+                    f"{type(column).__name__}{size}."
+                )
 
     def _score(self, logits: Tensor) -> Tensor:
         """`[R, labels]` -> `[R]`."""
@@ -112,17 +141,17 @@ class ClassifierReward:
             logits = logits.softmax(dim=1) if logits.shape[1] > 1 else logits.sigmoid()
         return logits[:, self.label]
 
-    def _encode(self, batch: dict[str, list[Any]]) -> Any:
-        options: dict[str, Any] = {"truncation": True, "max_length": self.settings.max_length, "padding": True}
-        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        if self.chat:
-            turns = [
-                [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
-                for row in rows
-            ]
-            return self.tokenizer.apply_chat_template(turns, return_dict=True, return_tensors="pt", **options)
-        texts = [[text.format(**row) for row in rows] for text in self.settings.texts]
-        return self.tokenizer(*texts, return_tensors="pt", **options)
+    def _encode(self, texts: list[list[str]], batch: list[int]) -> BatchEncoding:
+        columns = [[texts[i][place] for i in batch] for place in range(len(self.settings.texts))]
+        return self.tokenizer(*columns, **self._shape)
+
+    def _encode_chats(self, rows: list[dict[str, Any]]) -> BatchEncoding:
+        chats = [_turns(row["prompt"], "user") + _turns(row["completion"], "assistant") for row in rows]
+        return cast(BatchEncoding, self.tokenizer.apply_chat_template(chats, return_dict=True, **self._shape))
+
+    @property
+    def _shape(self) -> dict[str, Any]:
+        return {"truncation": True, "max_length": self.settings.max_length, "padding": True, "return_tensors": "pt"}
 
 
 def label_index(model: PreTrainedModel, label: str | int | None) -> int:
@@ -144,10 +173,54 @@ def label_index(model: PreTrainedModel, label: str | int | None) -> int:
     )
 
 
-def length_sorted_batches(prompts: Sequence[str], completions: Sequence[str], batch_size: int) -> list[list[int]]:
+def _padding_as_the_model_knows_it(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedTokenizerBase:
+    """A copy of the tokenizer that pads with the token by which a decoder classifier finds a text's last one.
+
+    A copy, since the tokenizer may be a policy's, which pads and truncates in its own way.
+    """
+    tokenizer, config = copy.deepcopy(tokenizer), model.config.get_text_config()
+    known = config.pad_token_id
+    if known is not None and 0 <= known < len(tokenizer):
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(known)
+    elif tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ValueError(
+            f"neither the config of {type(model).__name__} nor its tokenizer names a padding or end-of-text token: set "
+            "tokenizer.pad_token, without which texts of several lengths cannot be read together."
+        )
+    if known is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer
+
+
+def length_sorted_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Indices in batches of texts of similar length, so that little is padding."""
-    order = sorted(range(len(completions)), key=lambda i: len(prompts[i]) + len(completions[i]))
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def _turns(said: Conversation, role: str) -> list[dict[str, Any]]:
+    """A text as one turn of `role`; the turns of a conversation as they are."""
+    return [{"role": role, "content": said}] if isinstance(said, str) else [dict(turn) for turn in said]
+
+
+def _as_texts(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row in which prompt and completion are texts: of a conversation the user's last turn, all the assistant's."""
+    texts = dict(row)
+    if not isinstance(row.get("prompt", ""), str):
+        texts["prompt"] = next((_content(turn) for turn in reversed(row["prompt"]) if turn["role"] == "user"), "")
+    if not isinstance(row["completion"], str):
+        texts["completion"] = "\n".join(_content(turn) for turn in row["completion"] if turn["role"] == "assistant")
+    return texts
+
+
+def _content(turn: Mapping[str, Any]) -> str:
+    """What is said in a turn; of one in parts, those that are text."""
+    content = turn.get("content") or ""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
 def _check_template(texts: list[str]) -> None:

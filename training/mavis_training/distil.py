@@ -278,7 +278,7 @@ def _teachers_and_student(
     if backbone is None and config.initial is None:
         backbone = base if config.backbone == config.model else _load(config.backbone, config.dtype, stores[0])
     student = starting_model(config.training(), stores, backbone)
-    require_packable(student.config.backbone_config)
+    require_packable(student.backbone, "choose a student with ordinary attention")
     teacher_of = {name: teacher for teacher in teachers for name in teacher.outputs}
     units = [teacher_of[name].units(name) for name in config.teachers]
     set_reward_units(student, [mean for mean, _ in units], [scale for _, scale in units])

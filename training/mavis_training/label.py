@@ -130,7 +130,8 @@ def label_trees(
     prompts = [tree.prompt for tree, n in zip(trees, counts, strict=True) for _ in range(n)]
     prompt_ids = [tree.prompt_id for tree, n in zip(trees, counts, strict=True) for _ in range(n)]
     completions = [text for group in texts for text in group]
-    values = compute_rewards(reward, prompts, completions, columns, name, prompt_ids)
+    completion_ids = [tree.completion(leaf).tolist() for tree in trees for leaf in tree.leaves()]
+    values = compute_rewards(reward, prompts, completions, columns, name, prompt_ids, completion_ids)
     return np.split(np.array(values, dtype=np.float64), np.cumsum(counts)[:-1])
 
 

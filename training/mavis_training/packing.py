@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from transformers import PreTrainedConfig
+from torch import Tensor, nn
 
-from mavis_logits.cache import attention_masks, supports_ragged_cache
+from mavis_logits.backbone import Backbone
+from mavis_logits.cache import Windows, attention_masks
 
 from .data import LabelledTree
 from .tree import Tree
@@ -47,6 +47,12 @@ class Layout:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    def paths(self) -> list[NDArray[np.int64]]:
+        """For every leaf the places of its tokens, the prompt's among them: sequences that need no packing."""
+        above = self.ancestry[:-1, :-1]
+        leaves = np.flatnonzero(above.sum(axis=0) == 1) if len(above) else [-1]
+        return [np.flatnonzero(self.ancestry[leaf][self.node]) for leaf in leaves]
 
     def visible(self) -> NDArray[np.bool_]:
         """`[T, T]`, whether token t may attend to token s."""
@@ -161,25 +167,29 @@ def _chain(tokens: NDArray[np.int64], terms: int, target: NDArray[np.float64]) -
     return Example(tokens, np.arange(size), None, np.arange(size - terms, size), repeated)
 
 
-def path_readings(tree: Tree, layout: Layout) -> list[tuple[Example, NDArray[np.int64]]]:
+def path_readings(layout: Layout) -> list[tuple[Example, NDArray[np.int64]]]:
     """One plain sequence per leaf, without terms, and the place `[T]` of each of its tokens in the packed sequence."""
-    readings = []
-    for leaf in tree.leaves():
-        where = np.flatnonzero(np.isin(layout.node, [-1, *tree.path(int(leaf))]))
-        nothing = np.empty((0, 0), dtype=np.float32)
-        example = Example(layout.input_ids[where], np.arange(len(where)), None, np.empty(0, dtype=np.int64), nothing)
-        readings.append((example, where))
-    return readings
+    nothing = np.empty((0, 0), dtype=np.float32)
+    return [
+        (Example(layout.input_ids[where], np.arange(len(where)), None, np.empty(0, dtype=np.int64), nothing), where)
+        for where in layout.paths()
+    ]
 
 
-def require_packable(config: PreTrainedConfig, advice: str = "choose one with attention") -> None:
-    """Raise `ValueError`, ending in `advice`, for a backbone that cannot read a tree as one sequence."""
-    if not supports_ragged_cache(config):
-        raise ValueError(f"a {config.model_type} backbone cannot read a packed tree (recurrent state): {advice}.")
+def require_packable(model: nn.Module, advice: str) -> Windows:
+    """The attention windows of a model that can read a tree as one sequence (`packed_inputs` takes them).
+
+    Raises:
+        ValueError: it cannot; the message says why and ends in `advice`.
+    """
+    backbone = Backbone.of(model)
+    if backbone.trees.kind != "packed":
+        raise ValueError(f"{backbone.name} cannot read a packed tree ({backbone.trees.reason}): {advice}.")
+    return backbone.windows
 
 
 def packed_inputs(
-    examples: Sequence[Example | Layout], config: PreTrainedConfig, dtype: torch.dtype, pad_token_id: int = 0
+    examples: Sequence[Example | Layout], windows: Windows, dtype: torch.dtype, pad_token_id: int = 0
 ) -> dict[str, Any]:
     """A padded batch for a decoder: `input_ids` and `position_ids` `[B, T]`, and a float mask `[B, 1, T, T]`.
 
@@ -187,7 +197,7 @@ def packed_inputs(
 
     Args:
         examples: B sequences.
-        config: of the decoder.
+        windows: of the decoder (`require_packable`).
         dtype: of the mask: the decoder's.
         pad_token_id: fills the right; padding sees itself only, and nothing sees it.
     """
@@ -201,7 +211,7 @@ def packed_inputs(
         position_ids[row, :count] = torch.from_numpy(example.position_ids)
         seen = example.visible if isinstance(example, Example) else example.visible()
         visible[row, :count, :count] = torch.from_numpy(np.tri(count, dtype=bool) if seen is None else seen)
-    mask = attention_masks(visible, position_ids, position_ids, config, dtype)
+    mask = attention_masks(visible, position_ids, position_ids, windows, dtype)
     return {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": mask}
 
 

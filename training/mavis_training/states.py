@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
@@ -15,11 +16,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from mavis_logits.fingerprint import weights_fingerprint
-from mavis_logits.hidden import catch_states
+from mavis_logits.backbone import Backbone
+from mavis_logits.fingerprint import Identity
 
 from .files import open_safetensors, replace_when_whole
-from .packing import Layout, pack, packed_inputs, require_packable
+from .packing import Layout, pack, packed_inputs
 from .ranks import join
 from .tree import Tree
 from .tree_store import Shard, TreeStore
@@ -38,35 +39,34 @@ def compute_states(store: TreeStore, model: PreTrainedModel, folder: str | Path,
         layer: of the model whose states they are; None for what enters the output embedding.
 
     Raises:
-        ValueError: the model cannot read packed trees or is not the one they were sampled from, or the folder holds
-            states of another model, of another layer or of other trees.
+        ValueError: the model is not the one they were sampled from, or the folder holds states of another model, of
+            another layer or of other trees.
     """
-    require_packable(model.config)
-    fingerprint = weights_fingerprint(model)
-    store.require_origin(weights_fingerprint=fingerprint)
+    store.require_base(model)
+    identity = Identity(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     ranks = join(str(model.device))
-    todo = ranks.share(ranks.agree(lambda: _without_states(store, folder, fingerprint, layer)))
+    todo = ranks.share(ranks.agree(lambda: _without_states(store, folder, identity, layer)))
     started, tokens = time.monotonic(), 0
     with tqdm(todo, desc="hidden states", unit="shard", disable=not ranks.is_main) as progress:
         for shard in progress:
             trees = shard.trees()
             states = {str(i): tree_states(model, pack(tree), layer) for i, tree in enumerate(trees)}
             with replace_when_whole(states_path(folder, shard)) as temporary:
-                save_file(states, temporary, metadata=_origin(fingerprint, trees, layer))
+                save_file(states, temporary, metadata=_origin(identity.fingerprint, trees, layer))
             tokens += sum(map(len, states.values()))
             progress.set_postfix_str(f"{tokens / (time.monotonic() - started):.0f} tokens/s")
     ranks.wait()
 
 
-def _without_states(store: TreeStore, folder: Path, fingerprint: str, layer: int | None) -> list[Shard]:
+def _without_states(store: TreeStore, folder: Path, identity: Identity, layer: int | None) -> list[Shard]:
     """The shards whose states are still to be computed; those that are there are checked."""
     todo = []
     for shard in store.shards():
         path = states_path(folder, shard)
         if path.exists():
-            _require_same_origin(path, _origin(fingerprint, shard.trees(), layer))
+            _require_same_origin(path, identity, shard.trees(), layer)
         else:
             todo.append(shard)
     return todo
@@ -101,11 +101,31 @@ class _Caught(Exception):
 
 @torch.inference_mode()
 def tree_states(model: PreTrainedModel, layout: Layout, layer: int | None = None) -> Tensor:
-    """States of one packed tree after `layer`, bfloat16 `[P + N, d]`; None for what enters the output embedding."""
-    inputs = send_to_device(packed_inputs([layout], model.config, model.dtype), model.device)
+    """States of one packed tree after `layer`, bfloat16 `[P + N, d]`; None for what enters the output embedding.
+
+    A model that cannot read a packed tree reads it path by path.
+    """
+    backbone = Backbone.of(model)
+    packed = backbone.trees.kind == "packed"
+    if packed and layer is None:  # then the whole model reads, not its decoder alone
+        packed = backbone.why_not_handed_on(model.device) is None
+    if packed:
+        inputs = packed_inputs([layout], backbone.windows, backbone.decoder.dtype)
+        return _states(backbone, send_to_device(inputs, model.device), layer)
+    states: Tensor | None = None
+    for where in layout.paths():
+        own = _states(backbone, {"input_ids": torch.from_numpy(layout.input_ids[where])[None].to(model.device)}, layer)
+        states = own.new_empty(len(layout), own.shape[1]) if states is None else states
+        states[where] = own
+    assert states is not None
+    return states
+
+
+def _states(backbone: Backbone, inputs: dict[str, Any], layer: int | None) -> Tensor:
+    """States `[T, d]` of the one sequence in `inputs`, in bfloat16 on the CPU."""
     if layer is None:
-        with output_embedding_input(model) as caught:
-            model(**inputs, use_cache=False)
+        with output_embedding_input(backbone) as caught:
+            backbone.logits(**inputs, use_cache=False, every=True)
     else:
         caught = []
 
@@ -113,13 +133,17 @@ def tree_states(model: PreTrainedModel, layout: Layout, layer: int | None = None
             caught.append(states)
             raise _Caught
 
-        with catch_states(model, layer, catch), suppress(_Caught):
-            model.base_model(**inputs, use_cache=False)
+        hook = backbone.catch(layer, catch)
+        try:
+            with suppress(_Caught):
+                backbone.states(**inputs, use_cache=False)
+        finally:
+            hook.remove()
     return caught[0][0].to(torch.bfloat16).cpu().contiguous()
 
 
 @contextmanager
-def output_embedding_input(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+def output_embedding_input(backbone: Backbone) -> Iterator[list[Tensor]]:
     """Catch what enters the output embedding, `[B, T, d]` per forward; logits are computed for one position only."""
     caught: list[Tensor] = []
 
@@ -127,17 +151,20 @@ def output_embedding_input(model: PreTrainedModel) -> Iterator[list[Tensor]]:
         caught.append(args[0])
         return (args[0][:, -1:], *args[1:])  # nobody reads the logits: spare the product over the vocabulary
 
-    hook = model.get_output_embeddings().register_forward_pre_hook(catch)
+    hook = backbone.output_layer.register_forward_pre_hook(catch)
     try:
         yield caught
     finally:
         hook.remove()
 
 
-def _require_same_origin(path: Path, origin: dict[str, str]) -> None:
+def _require_same_origin(path: Path, identity: Identity, trees: list[Tree], layer: int | None) -> None:
     with open_safetensors(path, "pt") as file:
         found = file.metadata() or {}
     found = {"layer": str(None)} | found  # the first files named neither their layer nor their trees
+    origin, base = _origin(identity.fingerprint, trees, layer), found.get("base_fingerprint")
+    if identity.difference(base) is None:
+        origin["base_fingerprint"] = base or origin["base_fingerprint"]  # perhaps of an older version
     for name, what in (("base_fingerprint", "a model with weights"), ("layer", "layer"), ("trees", "trees")):
         if found.get(name, origin[name]) != origin[name]:
             raise ValueError(f"{path} holds states of {what} {found[name]}, not {origin[name]}: use another folder.")

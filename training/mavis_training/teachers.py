@@ -15,14 +15,14 @@ from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from mavis_logits.cache import supports_ragged_cache
-from mavis_logits.fingerprint import weights_fingerprint
+from mavis_logits.backbone import Backbone
+from mavis_logits.fingerprint import parameters_fingerprint
 from mavis_logits.functions import load_value_functions
 from mavis_logits.value_head import ValueHead
 from mavis_logits.value_model import ValueModel
 
 from .files import open_safetensors, replace_when_whole
-from .packing import Layout, pack, packed_inputs, path_readings
+from .packing import Layout, pack, packed_inputs
 from .states import tree_states
 from .tree import Tree
 from .tree_store import Shard, TreeStore
@@ -52,10 +52,10 @@ class Teacher:
         """16 hex digits of all that its values depend on: its weights, its reward units and its base model's."""
         config = self.function.config
         parts = (
-            weights_fingerprint(self.function),
+            parameters_fingerprint(self.function),
             config.reward_mean,
             config.reward_scale,
-            weights_fingerprint(self.base) if self.base is not None else None,
+            parameters_fingerprint(self.base) if self.base is not None else None,
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
@@ -72,7 +72,7 @@ class Teacher:
             ValueError: some of them are NaN or infinite.
         """
         layout = pack(tree)
-        found = self._of_head(layout) if isinstance(self.function, ValueHead) else self._of_model(tree, layout)
+        found = self._of_head(layout) if isinstance(self.function, ValueHead) else self._of_model(layout)
         if not np.isfinite(found).all():
             raise ValueError(
                 f"the teacher {self.name} has {(~np.isfinite(found)).sum()} values that are NaN or infinite on the "
@@ -88,16 +88,17 @@ class Teacher:
         tokens = torch.from_numpy(layout.input_ids[layout.new]).to(self.function.device)
         return self.function(hidden, tokens[:, None])[:, 0].float().cpu().numpy()
 
-    def _of_model(self, tree: Tree, layout: Layout) -> Array:
+    def _of_model(self, layout: Layout) -> Array:
         model = self.function
         assert isinstance(model, ValueModel)
-        if supports_ragged_cache(model.config.backbone_config):
-            inputs = packed_inputs([layout], model.config.backbone_config, model.dtype)
+        backbone = Backbone.of(model.backbone)
+        if backbone.trees.kind == "packed":
+            inputs = packed_inputs([layout], backbone.windows, model.dtype)
             values = model(**send_to_device(inputs, model.device)).values[0]
             return values[layout.new].cpu().numpy()
         found = np.empty((len(layout), len(model.config.objectives)), dtype=np.float32)
-        for path, where in path_readings(tree, layout):  # a recurrent state knows no branches
-            tokens = torch.from_numpy(path.input_ids)[None].to(model.device)
+        for where in layout.paths():
+            tokens = torch.from_numpy(layout.input_ids[where])[None].to(model.device)
             found[where] = model(tokens).values[0].cpu().numpy()
         return found[layout.new]
 

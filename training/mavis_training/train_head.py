@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
+from mavis_logits.backbone import Backbone, UnsupportedModel
 from mavis_logits.demo.smollm2 import load_chat_model
-from mavis_logits.value_head import ValueHead, ValueHeadConfig, output_embedding
+from mavis_logits.value_head import ValueHead, ValueHeadConfig
 
 from .data import LabelledTree, load_trees, recipe_of, reward_units, set_reward_units, split_by_prompt
 from .efficiency import sample_actions, steering_efficiency, steering_parts
@@ -116,7 +117,10 @@ class TrainHeadConfig:
         if self.initial is not None:
             return ValueHeadConfig.from_pretrained(self.initial).layer  # type: ignore[no-any-return]
         if self.layer == "third":
-            return max(1, round(model.config.get_text_config(decoder=True).num_hidden_layers / 3))
+            try:
+                return max(1, round(len(Backbone.of(model).layers) / 3))
+            except UnsupportedModel:
+                return None  # what enters the output embedding is there in every model
         return None if self.layer == "output" else self.layer
 
     def states_folders(self) -> list[Path]:
@@ -230,7 +234,7 @@ def steering(
     """`steering_efficiency` of a head on up to 64 trees, each with the states `[P + N, d]` that it reads; empty if none
     has the two branches at its prompt which that takes."""
     branching = [(item, states) for item, states in trees if (item.tree.parent == -1).sum() > 1][:_STEERING_TREES]
-    embedding = output_embedding(model)
+    embedding = Backbone.of(model).output_embedding
     generator = torch.Generator(embedding.device).manual_seed(seed)
     parts = []
     for item, states in branching:

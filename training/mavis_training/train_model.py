@@ -155,7 +155,7 @@ def train_model(config: TrainModelConfig, backbone: PreTrainedModel | None = Non
     model = starting_model(config, stores, backbone)
     set_reward_units(model, *reward_units(training))
     if config.packing == "trees":
-        require_packable(model.config.backbone_config, "set packing to 'nodes'")
+        require_packable(model.backbone, "set packing to 'nodes'")
     every_token = config.targets == "tokens"
     kept = [kept_nodes(item.tree, config.drop_leaves, config.seed) for item in training]
     trainer = ValueTrainer(

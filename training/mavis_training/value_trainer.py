@@ -19,6 +19,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
+from mavis_logits.backbone import Backbone
 from mavis_logits.value_model import ValueModel
 
 from .batches import Collator, GroupedBatches, Packing, ReadingSet, TrainingSet, collect_values
@@ -208,7 +209,7 @@ class ValueTrainer(Trainer):
         self.validation, self.tokens_per_batch = validation, tokens_per_batch
         self.trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         self.metrics: dict[str, Any] = {}
-        collator = Collator(model.config.backbone_config, model.dtype, packing, model.config.pad_token_id or 0)
+        collator = Collator(Backbone.of(model.backbone).windows, model.dtype, packing, model.config.pad_token_id or 0)
         readings = ReadingSet(validation.trees, packing)
         if args.gradient_checkpointing:
             model.enable_input_require_grads()  # a frozen embedding would cut the graph before the first checkpoint

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteria
 
+from ..backbone import Backbone
+from ..backbone.anatomy import given_cache, holds_tokens
+from ..given import unreadable
 from ..processor import MavisLogitsProcessor
 from ..steering import Steering
-from .session import Session, check_support
+from .arguments import arguments_of_call, check_call, check_config
+from .processors import RowProcessors
+from .reader import taken
+from .session import Session
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
 # What `generate` prepares for every decoder-only model; a strategy keeps caches and positions of its own.
-_PREPARED = {"attention_mask", "position_ids", "logits_to_keep", "past_key_values", "use_cache", "cache_position"}
+_PREPARED = {
+    "attention_mask", "position_ids", "logits_to_keep", "past_key_values", "cache_params", "cache", "use_cache",
+    "cache_position",
+}  # fmt: skip
 
 
 @dataclass
@@ -44,8 +54,8 @@ class MavisStrategy(Steering):
     """A way of decoding, passed as `model.generate(..., custom_generate=strategy)`; arguments as for `Steering`, and:
 
     Args:
-        streamer: receives prompts and tokens as they come. `generate` does not pass its own on to a strategy.
-        stop_strings: as for `generate`, which cannot pass them on either; they need `tokenizer`.
+        streamer: receives prompts and tokens as they come, as one given to `generate` does.
+        stop_strings: as for `generate`, which cannot pass them on to a strategy; they need `tokenizer`.
 
     The reference that is tilted is what `generate` would have sampled from: the base model's distribution after all
     logits processors, generate's own temperature, top-k and top-p included (its default top-k is 50: pass `top_k=0` for
@@ -53,6 +63,7 @@ class MavisStrategy(Steering):
     """
 
     streams = True  # whether tokens are final as they come
+    keeps_rows = False  # whether every row is written to its end, without others taking its place
     shows_steps = True  # whether what it returns was written step by step, so that there are scores and a trace of them
 
     def __init__(
@@ -64,8 +75,7 @@ class MavisStrategy(Steering):
     ) -> None:
         super().__init__(*args, **kwargs)
         name = type(self).__name__
-        if streamer is not None and not self.streams:
-            raise ValueError(f"{name} knows the text only at its end and cannot stream: leave streamer out")
+        self._check_streams(streamer)
         if self.trace is not None and not self.shows_steps:
             raise ValueError(
                 f"{name} writes many sequences and drops most, which no trace can show: leave trace out, or use "
@@ -102,19 +112,63 @@ class MavisStrategy(Steering):
         config = generation_config if generation_config is not None else model.generation_config
         processors = logits_processor if logits_processor is not None else LogitsProcessorList()
         criteria = StoppingCriteriaList(stopping_criteria or [])
+        call = arguments_of_call(model)
+        check_call(type(self).__name__, model, call)
         self._check_call(model, input_ids, processors, config, model_kwargs)
         if self.base is not model:
             self.attach(model)
-        self._check_devices(input_ids[:, :1].expand(-1, model.config.get_text_config().vocab_size))
+        else:
+            self._follow_base()
+        self._check_devices(input_ids[:, :1])
         if self.stop_strings is not None:
             criteria.append(StopStringCriteria(self.tokenizer, self.stop_strings))
         if self.trace is not None:
             self.trace = type(self.trace)(self.objectives, self._eos)
         if self.streamer is not None:
             self.streamer.put(input_ids.cpu())
+        own = self._streaming_to(call.get("streamer"))  # which generate has given the prompts already
+        output = own._decode(model, input_ids, processors, criteria, config, model_kwargs)
+        self.trace = own.trace
+        return output
+
+    def _streaming_to(self, streamer: BaseStreamer | None) -> Self:
+        """This strategy with the streamer of one call."""
+        if streamer is None or streamer is self.streamer:
+            return self
+        self._check_streams(streamer)
+        if self.streamer is not None:
+            raise ValueError(f"generate was given a streamer and {type(self).__name__} another: leave one of them out")
+        own = copy.copy(self)
+        own.streamer = streamer
+        return own
+
+    def _check_streams(self, streamer: BaseStreamer | None) -> None:
+        if streamer is not None and not self.streams:
+            raise ValueError(
+                f"{type(self).__name__} knows the text only at its end and cannot stream: leave streamer out"
+            )
+
+    def _decode(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+    ) -> MavisOutput | Tensor:
+        backbone = Backbone.of(model)
         prompts = self.prompts(input_ids, config)
-        mask = model_kwargs.get("attention_mask")
-        with Session(self, model, prompts, None if mask is None else self.prompts(mask, config), processors) as session:
+        rows = self.prompts(torch.arange(len(input_ids), device=input_ids.device), config)
+        inputs = model_kwargs if len(rows) == len(input_ids) else taken(model_kwargs, rows, len(input_ids))
+        mask = inputs.get("decoder_attention_mask" if backbone.is_encoder_decoder else "attention_mask")
+        special = any(value is not None for name, value in inputs.items() if name not in _PREPARED)
+        special = special or inputs.get("use_cache") is False
+        every = RowProcessors(
+            processors, len(prompts), len(input_ids) // len(prompts), pad_token(config, self),
+            search=None if self.keeps_rows else type(self).__name__,
+        )  # fmt: skip
+        with Session(self, model, prompts, mask, every, inputs, as_generate=special) as session:
             output = self.decode(session, criteria, config)
         if output.values is not None and any(self._idle):
             output.values[:, self._idle] = torch.nan
@@ -135,30 +189,26 @@ class MavisStrategy(Steering):
         model_kwargs: dict[str, Any],
     ) -> None:
         name = type(self).__name__
-        if model.config.is_encoder_decoder:
-            raise ValueError(f"{name} decodes with decoder-only models, got {type(model).__name__}")
-        check_support(model.base_model)
         if input_ids.shape[1] == 0:
-            raise ValueError("the prompt is empty: give generate at least one token to go on from")
-        for key, value in model_kwargs.items():
-            if key not in _PREPARED and value is not None:
-                raise ValueError(f"{name} cannot pass {key} on to the model; it decodes from token ids alone")
-        cache = model_kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length():
+            raise ValueError(
+                "the prompt is empty: give generate at least one token to go on from. A prompt in inputs_embeds can be "
+                "steered by value heads in a MavisLogitsProcessor alone"
+            )
+        kind = unreadable(model_kwargs)
+        if kind is not None and self._functions.models:
+            names = [value_model.config.objectives for value_model in self._functions.models]
+            raise ValueError(
+                f"{kind} is for the base model, and the value models for {names} cannot read it: use value heads, or "
+                "leave it out"
+            )
+        cache = given_cache(model_kwargs)
+        if cache is not None and holds_tokens(cache):
             raise ValueError(
                 f"{name} keeps caches of its own and cannot go on from past_key_values: give it the whole text so far"
             )
-        if model_kwargs.get("use_cache") is False:
-            raise ValueError(f"{name} always decodes with a cache: leave use_cache out")
-        if (config.num_beams or 1) > 1:
-            raise ValueError(
-                f"num_beams={config.num_beams} asks for generate's own beam search, not {name}: use "
-                "MavisBeamSearch(num_beams=...), or generate's with a MavisLogitsProcessor"
-            )
-        for flag in ("output_attentions", "output_hidden_states", "prompt_lookup_num_tokens", "penalty_alpha",
-                     "dola_layers", "constraints", "force_words_ids", "prefill_chunk_size"):  # fmt: skip
-            if getattr(config, flag, None):
-                raise ValueError(f"{name} does not support {flag}={getattr(config, flag)!r}: leave it out")
+        if cache is not None and getattr(cache, "_is_user_defined", False):
+            raise ValueError(f"{name} keeps caches of its own and fills none that it is given: leave it out")
+        check_config(name, config, model.generation_config)
         for flag in () if self.shows_steps else ("output_scores", "output_logits"):
             if getattr(config, flag, None):
                 raise ValueError(f"{name} returns no scores of single steps: leave {flag} out")

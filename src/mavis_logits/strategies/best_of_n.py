@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -11,10 +10,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
+from ..rewards import Reward, compute_rewards
 from .beams import Beams
 from .search import MavisSearch, whole_number
-
-RewardFunction = Callable[..., Sequence[float]]
 
 
 class MavisBestOfN(MavisSearch):
@@ -30,8 +28,9 @@ class MavisBestOfN(MavisSearch):
 
     Args:
         num_samples: N.
-        reward_functions: one `f(prompts, completions, **columns) -> rewards`, as for TRL's trainers, or several by
-            name. They need `tokenizer` and are called once, with all texts, special tokens left out.
+        reward_functions: one `f(prompts, completions, **columns) -> rewards`, as for TRL's trainers (`async` ones and
+            `completion_ids` too), or several by name. They need `tokenizer` and are called once, with all texts,
+            special tokens left out.
         reward_weights: of several reward functions; by default the weights of the objectives that they are named for.
         reward_columns: further columns for the reward functions, with an entry for every prompt of the batch. A column
             `prompts` takes the place of the decoded prompts, which hold the whole chat where there is a template.
@@ -50,7 +49,7 @@ class MavisBestOfN(MavisSearch):
         self,
         *args: Any,
         num_samples: int = 5,
-        reward_functions: RewardFunction | Mapping[str, RewardFunction] | None = None,
+        reward_functions: Reward | Mapping[str, Reward] | None = None,
         reward_weights: Mapping[str, float] | None = None,
         reward_columns: Mapping[str, Sequence[Any]] | None = None,
         prune: Mapping[int, int] | None = None,
@@ -61,7 +60,7 @@ class MavisBestOfN(MavisSearch):
         self.prune = _checked_prune(prune or {}, num_samples)
         if callable(reward_functions):
             reward_functions, reward_weights = {"reward": reward_functions}, reward_weights or {"reward": 1.0}
-        self.reward_functions: dict[str, RewardFunction] = dict(reward_functions or {})
+        self.reward_functions: dict[str, Reward] = dict(reward_functions or {})
         self.reward_weights, self.reward_columns = reward_weights, dict(reward_columns or {})
         if self.reward_functions and self.tokenizer is None:
             raise ValueError("reward_functions judge texts: pass tokenizer= to MavisBestOfN")
@@ -89,13 +88,14 @@ class MavisBestOfN(MavisSearch):
         if not self.reward_functions:
             return beams.scores
         assert self.tokenizer is not None
-        completions = self.tokenizer.batch_decode(beams.completions(), skip_special_tokens=True)
+        completion_ids = beams.completions()
+        completions = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
         columns = {"prompts": self.tokenizer.batch_decode(prompts, skip_special_tokens=True), **self.reward_columns}
         columns = {name: [x for x in column for _ in range(beams.size)] for name, column in columns.items()}
+        texts = columns.pop("prompts")
         total = torch.zeros(len(prompts), beams.size, device=beams.scores.device, dtype=torch.float32)
         for name, function in self.reward_functions.items():
-            rewards = list(function(completions=completions, **columns))
-            _check_rewards(name, rewards, len(completions))
+            rewards = compute_rewards(function, texts, completions, columns, name, completion_ids=completion_ids)
             total += self._reward_weight(name).to(total.device) * total.new_tensor(rewards).view_as(total)
         return total.view(-1)
 
@@ -135,11 +135,3 @@ def _checked_prune(prune: Mapping[int, int], samples: int) -> dict[int, int]:
             f"prune={dict(prune)} must keep fewer and fewer of {samples} samples: {{tokens: samples, ...}}"
         )
     return dict(steps)
-
-
-def _check_rewards(name: str, rewards: list[Any], count: int) -> None:
-    if len(rewards) != count:
-        raise ValueError(f"reward function {name!r} returned {len(rewards)} numbers for {count} completions")
-    for i, reward in enumerate(rewards):
-        if reward is None or not math.isfinite(reward):
-            raise ValueError(f"reward function {name!r} is {reward} for completion {i} of {count}: expected a number")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList
 
+from ..backbone import Backbone
 from ..steering import Choice, check_scores
 from ..tilting import combine
 from .base import MavisOutput, MavisStrategy, pad_token
@@ -91,7 +92,7 @@ class MavisBlockwise(MavisStrategy):
         self, session: Session, stopping_criteria: StoppingCriteriaList, config: GenerationConfig
     ) -> MavisOutput:
         sample, pad = bool(config.do_sample), pad_token(config, self)
-        self._check_settings(session.model.config.get_text_config().vocab_size, sample)
+        self._check_settings(Backbone.of(session.model).scores, sample)
         written = session.input_ids
         count, device = len(written), written.device
         live = torch.arange(count, device=device)
@@ -159,7 +160,9 @@ class MavisBlockwise(MavisStrategy):
             candidates = step.candidates if step.everything is None else None
             self._check_step(step)
         else:
-            log_probs = torch.log_softmax(session.reference(), dim=-1)
+            scores = self._within(session.reference())
+            forbidden = torch.isneginf(scores.amax(dim=1, keepdim=True))
+            log_probs = torch.log_softmax(scores, dim=-1).masked_fill(forbidden, -torch.inf)
             check_scores(log_probs)
         if sample:
             drawn = sample_index(log_probs.repeat_interleave(copies, dim=0)).view(-1, copies)

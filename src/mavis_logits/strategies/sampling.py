@@ -24,6 +24,8 @@ class MavisSampling(MavisStrategy):
         `model.generate(**inputs, custom_generate=MavisSampling(value_models, {"helpful": 1.0}), do_sample=True)`
     """
 
+    keeps_rows = True
+
     def decode(
         self, session: Session, stopping_criteria: StoppingCriteriaList, config: GenerationConfig
     ) -> MavisOutput:

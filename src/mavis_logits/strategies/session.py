@@ -6,27 +6,26 @@ so that rows may leave, multiply, change places or go back, and nothing is ever 
 
 from __future__ import annotations
 
-import copy
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessorList, PreTrainedModel
 
-from ..attention import holding
-from ..cache import RaggedCache
+from ..backbone import Backbone
 from ..functions import ValueFunction, check_context
 from ..fused import FusedValueModel
-from ..hidden import catch_states
 from ..hooks import let_compiled_code_see
-from ..scorer import ValueScorer, make_scorer, ragged_support
+from ..scorer import ValueScorer, make_scorer
 from ..steering import Steering, Step
 from ..value_model import ValueModel
+from .processors import RowProcessors
+from .reader import BaseReader, GenerateReader, RaggedReader, prepared_inputs
 
 
 class Session:
@@ -42,6 +41,9 @@ class Session:
         attention_mask: [R, T], 0 for padding; None if there is none.
         processors: what `generate` would apply to the scores, its temperature, top-k and top-p included: together they
             make the reference. They see the rows still being written.
+        inputs: the other keyword arguments that `generate` has prepared for these rows; by default it is asked for them
+            if they are needed.
+        as_generate: have the base model read in the way of `generate` itself even where a ragged cache would do.
 
     Attributes:
         input_ids: [R, T] the rows so far, padded on the left.
@@ -50,7 +52,7 @@ class Session:
         given: how many rows were given at first.
 
     Raises:
-        ValueError: right padding, an empty row, or a base model whose attention takes no ragged cache.
+        ValueError: right padding or an empty row.
     """
 
     def __init__(
@@ -59,7 +61,9 @@ class Session:
         model: PreTrainedModel,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        processors: LogitsProcessorList | None = None,
+        processors: LogitsProcessorList | RowProcessors | None = None,
+        inputs: Mapping[str, Any] | None = None,
+        as_generate: bool = False,
     ) -> None:
         self._steering, self.model = steering, model
         self.input_ids = input_ids
@@ -67,26 +71,44 @@ class Session:
         self.given = len(input_ids)
         self.requests = torch.arange(self.given, device=input_ids.device)
         self._padding = [input_ids.shape[1] - length for length in self.lengths]
-        self._processors = processors or LogitsProcessorList()
-        self._decoder: PreTrainedModel = model.base_model  # type: ignore[assignment]
-        self._packed = check_support(self._decoder) == "packed"
-        self._cache = RaggedCache(self._decoder.config.num_hidden_layers, len(input_ids), input_ids.device)
-        self._read = [0] * len(input_ids)  # tokens in the base model's cache
+        if not isinstance(processors, RowProcessors):
+            processors = RowProcessors(processors or LogitsProcessorList(), self.given)
+        self._processors = processors
+        self._backbone = Backbone.of(model)
+        self._given = (input_ids, attention_mask, inputs)
+        self._stable_length = self._backbone.stable_length
+        self._reader: BaseReader
+        self._packed = False
+        reading, wanted = self._backbone.reading, "auto" if steering is None else steering.reading
+        if wanted == "packed" and reading.kind != "packed":
+            raise ValueError(
+                f"reading='packed', but the base {self._backbone.name} is {reading.kind}: {reading.reason}"
+            )
+        if (
+            as_generate
+            or wanted == "repeated"
+            or not reading.ragged
+            or self._backbone.why_not_handed_on(input_ids.device)
+        ):
+            self._reader = self._generate_reader()
+        else:
+            self._reader = RaggedReader(self._backbone, len(input_ids), input_ids.device)
+            self._packed = reading.kind == "packed"
         self._scores: Tensor | None = None
         self._hidden: dict[int | None, Tensor] = {}  # [R, d] by layer
         self._scorers: dict[ValueFunction, ValueScorer] = {}
         self._tried: tuple[Tensor, Tensor | None, list[ValueScorer]] | None = None
-        self._logits_to_keep = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+        self._listening = False  # whether a forward pass is the session's own
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:  # what fails half way leaves nothing behind
             if self._packed:
-                stack.enter_context(holding(self._decoder))
+                stack.enter_context(self._backbone.packed_attention())
             if self._steering is not None:
                 stack.enter_context(self._steering._functions.reading())
                 self._steering._functions.refresh()
                 for layer in {head.config.layer for head in self._steering._functions.heads}:
-                    handle = catch_states(self.model, layer, partial(self._keep, threading.get_ident(), layer))
+                    handle = self._backbone.catch(layer, partial(self._keep, threading.get_ident(), layer))
                     stack.callback(handle.remove)
                 if self._steering._functions.heads:
                     stack.enter_context(let_compiled_code_see(self.model) or nullcontext())
@@ -97,7 +119,7 @@ class Session:
         self._stack.close()
 
     def _keep(self, thread: int, layer: int | None, states: Tensor) -> None:
-        if threading.get_ident() == thread:
+        if self._listening and threading.get_ident() == thread:
             self._hidden[layer] = states[:, -1] if states.ndim == 3 else states
 
     def __len__(self) -> int:
@@ -200,6 +222,7 @@ class Session:
                 for scorer in scorers:
                     scorer.commit(chosen if rows is None else chosen[rows], rows)
         self.input_ids = torch.cat([self.input_ids, tokens[:, None]], dim=1)
+        self._processors.append(tokens, self.requests)
         self.lengths = [length + 1 for length in self.lengths]
         self._scores = self._tried = None
 
@@ -209,9 +232,7 @@ class Session:
         self.input_ids, self.requests = self.input_ids[rows], self.requests[rows]
         self.lengths = [self.lengths[row] for row in numbers]
         self._padding = [self._padding[row] for row in numbers]
-        self._read = [self._read[row] for row in numbers]
-        self._cache.select(rows)
-        self._cache.longest = max(self._read, default=0)
+        self._reader.select(rows)
         for scorer in self._scorers.values():
             scorer.select(rows)
         if self._scores is not None:
@@ -229,8 +250,7 @@ class Session:
         old = [row[len(row) - n :] for row, n in zip(self.input_ids.tolist(), self.lengths, strict=True)]
         shared = [_shared(a, b) for a, b in zip(old, sequences, strict=True)]
         # The last token is always read anew: the distribution after it is wanted.
-        self._read = [min(have, same, len(s) - 1) for have, same, s in zip(self._read, shared, sequences, strict=True)]
-        self._cache.crop(torch.tensor(self._read, device=self.input_ids.device), max(self._read))
+        self._reader.crop([min(same, len(s) - 1) for same, s in zip(shared, sequences, strict=True)])
         for scorer in self._scorers.values():
             scorer.crop([min(have, same) for have, same in zip(scorer.lengths, shared, strict=True)])
         self.lengths = [len(sequence) for sequence in sequences]
@@ -255,28 +275,38 @@ class Session:
         """The base model's `logits` [R, V] after all processors."""
         groups = self.by_width()
         if len(groups) == 1:
-            return _for_requests(self._processors, self.requests, self.given)(groups[0][1], logits)
+            return self._processors(groups[0][1], logits, self.requests)
         scores = torch.empty_like(logits)
         for rows, ids in groups:
-            scores[rows] = _for_requests(self._processors, self.requests[rows], self.given)(ids, logits[rows])
+            scores[rows] = self._processors(ids, logits[rows], self.requests[rows])
         return scores
 
     def _forward(self) -> Tensor:
         """The base model's logits [R, V] after the tokens that it has not read yet."""
-        counts = [length - read for length, read in zip(self.lengths, self._read, strict=True)]
-        most = max(counts)
-        new = torch.tensor(counts, device=self.input_ids.device) if most > 1 else torch.ones_like(self._cache.lengths)
-        feed = self._cache.prepare(self.input_ids[:, self.input_ids.shape[1] - most :], new)
-        inputs = feed.inputs(self._decoder.config, self.model.dtype)
-        output = self.model(**inputs, past_key_values=self._cache, use_cache=True, **self._logits_to_keep)
-        self._cache.advance(new, most)
-        self._read = list(self.lengths)
-        self._cache.longest = max(self._read)
-        return output.logits[:, -1].float()
+        limit = self._stable_length
+        if limit is not None and isinstance(self._reader, RaggedReader) and max(self.lengths) > limit:
+            self._reader = self._generate_reader()
+        logits, hidden = [], []
+        self._listening = True
+        try:
+            for rows, scores in self._reader.read(self.by_width(), self.lengths, self.requests):
+                logits.append((rows, scores))
+                hidden.append((rows, self._hidden))
+                self._hidden = {}
+        finally:
+            self._listening = False
+        self._hidden = {layer: _joined([(rows, states[layer]) for rows, states in hidden]) for layer in hidden[0][1]}
+        return _joined(logits)
+
+    def _generate_reader(self) -> GenerateReader:
+        input_ids, mask, inputs = self._given
+        if inputs is None:
+            inputs = prepared_inputs(self.model, input_ids, mask)
+        return GenerateReader(self._backbone.model, inputs, input_ids.shape[1], len(input_ids))
 
     def _scorer(self, model: ValueModel | FusedValueModel) -> ValueScorer:
         if model not in self._scorers:
-            self._scorers[model] = scorer = make_scorer(model, self.steering.compile)
+            self._scorers[model] = scorer = make_scorer(model, self.steering.compile, self.steering.reading)
             scorer.begin(len(self))
         return self._scorers[model]
 
@@ -301,28 +331,14 @@ def _lengths(input_ids: Tensor, attention_mask: Tensor | None) -> list[int]:
     return lengths
 
 
-def check_support(decoder: PreTrainedModel) -> str:
-    """How the base model runs on a ragged cache (`ragged_support`)."""
-    kind = ragged_support(decoder)
-    if kind is None:
-        raise ValueError(
-            f"{type(decoder).__name__} with {decoder.config._attn_implementation} attention cannot run on the "
-            "strategies' cache (it keeps no keys and values by token, or takes no 4-D mask): load it with "
-            'attn_implementation="sdpa", or use MavisLogitsProcessor, which works with any base model'
-        )
-    return kind
-
-
-def _for_requests(processors: LogitsProcessorList, requests: Tensor, given: int) -> LogitsProcessorList:
-    """`processors` for the rows of `requests` out of `given`: the repetition penalty knows the padding of each row."""
-    own = LogitsProcessorList()
-    for processor in processors:
-        padding = getattr(processor, "prompt_ignore_length", None)
-        if isinstance(padding, Tensor):
-            processor = copy.copy(processor)
-            processor.prompt_ignore_length = padding.to(requests.device)[requests * (len(padding) // given)]
-        own.append(processor)
-    return own
+def _joined(parts: Sequence[tuple[list[int], Tensor]]) -> Tensor:
+    """[R, ...] from the parts of some rows each."""
+    if len(parts) == 1:
+        return parts[0][1]
+    whole = parts[0][1].new_empty(sum(len(rows) for rows, _ in parts), *parts[0][1].shape[1:])
+    for rows, part in parts:
+        whole[rows] = part
+    return whole
 
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:

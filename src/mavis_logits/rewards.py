@@ -1,0 +1,95 @@
+"""Calling reward functions by TRL's convention: `f(prompts, completions, **columns) -> list[float]`, also `async`."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+
+class Reward(Protocol):
+    """Scores R finished completions of R prompts (texts); further prompt columns come as lists of R."""
+
+    def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> Sequence[float]:
+        """Return R finite rewards, in order."""
+
+
+def compute_rewards(
+    reward: Reward,
+    prompts: list[str],
+    completions: list[str],
+    columns: Mapping[str, list[Any]],
+    name: str,
+    prompt_ids: Sequence[str] | None = None,
+    completion_ids: list[list[int]] | None = None,
+) -> list[float]:
+    """Call a reward function as TRL's trainers do, with names, and check what it returns.
+
+    A function takes what it names of all that is given, and with `**kwargs` all of it. One that names TRL's `log_extra`
+    or `log_metric` is given a function that logs nothing.
+
+    Args:
+        reward: the function; it may leave out `prompts`, and be `async`.
+        prompts: R texts.
+        completions: R texts.
+        columns: further columns, R entries each.
+        name: of the reward, for error messages.
+        prompt_ids: R ids of the prompts, for error messages.
+        completion_ids: R lists of token ids, where they are known.
+
+    Raises:
+        ValueError: a column that the function needs is missing, or it returns another count than R, or something that
+            is no finite number.
+    """
+    given = {**columns, "prompts": prompts, "completions": completions}
+    if completion_ids is not None:
+        given["completion_ids"] = completion_ids
+    returned = reward(**_accepted(reward, given, name))
+    if inspect.iscoroutine(returned):
+        with ThreadPoolExecutor(1) as thread:  # a notebook's own thread runs an event loop already
+            returned = thread.submit(asyncio.run, returned).result()
+    if returned is None or isinstance(returned, str) or not hasattr(returned, "__iter__"):
+        raise ValueError(f"reward {name!r} returned {type(returned).__name__}, expected a list of numbers.")
+    rewards = [_number(value) for value in returned]
+    if len(rewards) != len(completions):
+        raise ValueError(f"reward {name!r} returned {len(rewards)} numbers for {len(completions)} completions.")
+    bad = [i for i, value in enumerate(rewards) if not isinstance(value, float) or not math.isfinite(value)]
+    if bad:
+        where = f" (prompt {prompt_ids[bad[0]]!r})" if prompt_ids is not None else ""
+        none = " A function of TRL may return None to skip a row; here every completion needs a number."
+        raise ValueError(
+            f"reward {name!r} gave {len(bad)} of {len(rewards)} completions no finite number: it is {rewards[bad[0]]} "
+            f"for completion {bad[0]}{where}.{none if any(rewards[i] is None for i in bad) else ''}"
+        )
+    return rewards
+
+
+def _accepted(function: Reward, given: dict[str, Any], name: str) -> dict[str, Any]:
+    """What `function` can take of what is given: all of it if it has `**kwargs`, else what it names."""
+    parameters = inspect.signature(function).parameters.values()
+    named = given | dict.fromkeys(("log_extra", "log_metric"), _log_nothing)
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in variadic]
+    missing = [parameter for parameter in needed if parameter not in named]
+    if missing:
+        raise ValueError(
+            f"reward {name!r} needs {missing}, there are {sorted(given)}: name the function's parameters prompts, "
+            "completions and by columns that all prompts of the file have."
+        )
+    taken = {p.name: named[p.name] for p in parameters if p.name in named}
+    return given | taken if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters) else taken
+
+
+def _log_nothing(*args: Any, **kwargs: Any) -> None:
+    """In place of a trainer's `log_extra(column, values)` and `log_metric(name, value)`."""
+
+
+def _number(value: Any) -> Any:
+    """A number of any library as a float; anything else as it is."""
+    try:
+        return value if isinstance(value, str) else float(value)
+    except (TypeError, ValueError):
+        return value

@@ -1,0 +1,116 @@
+"""The matrix of versions: what its environments ask for, and what it makes of pytest's reports."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+import matrix
+
+RUN = {"passed": 90, "failed": 1, "skipped": 2, "seconds": 240, "failures": ["tests.test_a::test_b[1]"]}
+
+
+def number(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version)]
+
+
+def test_the_oldest_environment_has_every_declared_floor_and_no_other_torch() -> None:
+    oldest = matrix.environments()["oldest"]
+    exact = dict(line.split("==") for line in oldest.constraints)
+    assert matrix.floors().items() - {("torch", matrix.floors()["torch"])} <= exact.items()
+    assert exact["torch"] == matrix.pins()["torch"]
+    asked = {re.split(r"[>\[]", line)[0].lower() for line in oldest.requirements}
+    assert set(matrix.floors()) - {"torch"} <= asked
+    assert "pytest" in asked
+
+
+def test_the_newest_environment_has_the_newest_releases_and_the_pins_for_the_rest() -> None:
+    exact = dict(line.split("==") for line in matrix.environments()["newest"].constraints)
+    assert exact == matrix.pins() | matrix.NEWEST
+    for package, newest in matrix.NEWEST.items():
+        assert number(matrix.floors()[package]) <= number(matrix.pins()[package]) <= number(newest)
+
+
+def test_another_release_is_tried_beside_the_pins() -> None:
+    known = matrix.environments({"transformers": "5.99.0"})
+    assert "transformers==5.99.0" in known["trial"].constraints
+    assert known["trial"].digest != known["newest"].digest
+    assert known["newest"].digest == matrix.environments()["newest"].digest
+    assert "trial" not in matrix.environments()
+
+
+def test_an_unknown_environment_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["trial"], ["latest"]):
+        with pytest.raises(SystemExit):
+            matrix.main(arguments)
+        assert f"unknown {arguments[0]}: there are oldest, newest" in capsys.readouterr().err
+
+
+def test_reports_are_counted() -> None:
+    report = """<testsuites><testsuite name="pytest" tests="5" failures="1" errors="1" skipped="1" time="61.6">
+        <testcase classname="tests.test_a" name="test_fine"/>
+        <testcase classname="tests.test_a" name="test_b[1]"><failure message="no"/></testcase>
+        <testcase classname="tests.test_a" name="test_c"><error message="no"/></testcase>
+        <testcase classname="tests.test_a" name="test_d"><skipped/></testcase>
+        <testcase classname="tests.test_a" name="test_e"/>
+    </testsuite></testsuites>"""
+    assert matrix.counted(report) == {
+        "passed": 2,
+        "failed": 2,
+        "skipped": 1,
+        "seconds": 62,
+        "failures": ["tests.test_a::test_b[1]", "tests.test_a::test_c"],
+    }
+
+
+class Recorded(matrix.Environment):
+    """An environment that is never made."""
+
+    def install(self) -> None:
+        pass
+
+    def versions(self) -> dict[str, str]:
+        return {"python": "3.11.7", **matrix.floors()}
+
+    def test(self, name: str, arguments: Any) -> dict[str, Any]:
+        return RUN
+
+
+def test_every_result_is_kept_until_it_is_measured_again(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = matrix.environments
+    monkeypatch.setattr(
+        matrix,
+        "environments",
+        lambda other=None: {
+            name: Recorded(name, one.requirements, one.constraints) for name, one in made(other).items()
+        },
+    )
+    monkeypatch.setattr(matrix, "RESULTS", tmp_path / "versions.json")
+    monkeypatch.setattr(matrix, "SWEEP", tmp_path / "none")
+    assert matrix.main(["newest"]) == 1  # a test failed
+    assert matrix.main(["oldest"]) == 1
+    results = json.loads((tmp_path / "versions.json").read_text())
+    assert list(results) == ["oldest", "newest"]
+    assert results["newest"]["suite"] == RUN
+    assert results["newest"]["sweep"] is None
+    text = (tmp_path / "versions.md").read_text()
+    assert "90 passed, 1 failed, 2 skipped in 4 min" in text
+    assert "- `tests.test_a::test_b[1]`" in text
+    before = (tmp_path / "versions.json").read_bytes()
+    matrix.main(["oldest", "--tests", "tests/test_cache.py"])
+    matrix.main(["--with", "transformers==5.99.0"])
+    assert (tmp_path / "versions.json").read_bytes() == before
+
+
+def test_the_committed_table_is_of_the_declared_versions() -> None:
+    if not matrix.RESULTS.is_file():
+        pytest.skip("not measured yet")
+    results = json.loads(matrix.RESULTS.read_text())
+    for package, floor in matrix.floors().items():
+        if package != "torch":
+            assert number(results["oldest"]["versions"][package])[: len(number(floor))] == number(floor), package
+    assert matrix.NEWEST.items() <= results["newest"]["versions"].items()
+    assert matrix.RESULTS.with_suffix(".md").read_text() == matrix.page(results)
