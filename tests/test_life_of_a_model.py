@@ -103,7 +103,7 @@ def test_attaching_that_fails_changes_nothing() -> None:
         mavis.attach(other)
     assert (hooks(base), hooks(other)) == (before, 0)
     assert torch.equal(write(base, mavis), expected)
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="has 2 layers"):
         HiddenStates(other, [1, 7])
     assert hooks(other) == 0
 
@@ -490,11 +490,12 @@ def test_making_processors_draws_no_random_numbers(kind: str) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_loading_draws_no_random_numbers(tmp_path: Path) -> None:
+def test_loading_and_copying_draw_no_random_numbers(tmp_path: Path) -> None:
     base = make_base()
     make_value_model("a").save_pretrained(tmp_path / "model")
     make_head(base, "a").save_pretrained(tmp_path / "head")
     state = torch.get_rng_state()
+    ValueModel.from_backbone(base, ["a"], num_layers=1)
     ValueModel.from_pretrained(tmp_path / "model")
     ValueHead.from_pretrained(tmp_path / "head").bind(base)
     assert torch.equal(torch.get_rng_state(), state)

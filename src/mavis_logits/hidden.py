@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache
 
 from .backbone import Backbone
 from .backbone.anatomy import tokens_in
+from .holds import Hold
 from .hooks import before, is_compiled, let_compiled_code_see
 
 _REMEMBERED = 3  # forward passes, all of them on other caches, that one call of a processor may have to choose from
@@ -42,6 +43,7 @@ class HiddenStates:
     def __init__(self, model: PreTrainedModel, layers: Iterable[int | None] = (None,)) -> None:
         self._inner = sorted({layer for layer in layers if layer is not None})
         self._local = threading.local()
+        self._seen: Hold | None = None
         backbone = Backbone.of(model)
         self.moved = False  # whether the output layer has been replaced since, by one of other weights perhaps
         self._model, self._layer = weakref.ref(backbone.model), weakref.ref(backbone.output_layer)
@@ -123,7 +125,9 @@ class HiddenStates:
         if not torch.compiler.is_compiling():
             self._local.current = None if past is None else weakref.ref(past)
             model = self._model()
-            if self._seen is None and "_compiled_call" in vars(model):  # generate's, of the steps to come
+            if (
+                self._seen is None and model is not None and "_compiled_call" in vars(model)
+            ):  # of generate's later steps
                 self._seen = let_compiled_code_see(model)
 
     def _follow(self) -> None:
