@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from .attention import implementation_of
 from .backbone import Backbone
 from .backbone.anatomy import name_of_class
 from .backbone.weights import copy_weights
@@ -306,7 +307,9 @@ def _adapted_classifier(
         base.set_attn_implementation(attention)
     lora = PeftConfig.from_pretrained(name, **hub)
     if lora.is_prompt_learning:
-        raise ValueError(f"{name} is a soft prompt ({lora.peft_type}), which cannot be folded into a value model's weights")
+        raise ValueError(
+            f"{name} is a soft prompt ({lora.peft_type}), which cannot be folded into a value model's weights"
+        )
     model = get_peft_model(base, lora)
     _check_tensors(name, tensors, get_peft_model_state_dict(model, save_embedding_layers=False))  # type: ignore[arg-type]
     set_peft_model_state_dict(model, tensors)  # type: ignore[arg-type]
@@ -337,7 +340,7 @@ def _classifier_base(
     config = copy.deepcopy(backbone.config)
     config.num_labels = backbone.config.num_labels if scored else labels
     classifier = AutoModelForSequenceClassification.from_config(
-        config, dtype=dtype or backbone.dtype, attn_implementation=backbone.config._attn_implementation
+        config, dtype=dtype or backbone.dtype, attn_implementation=implementation_of(backbone.config)
     )
     if scored:
         copy_weights(backbone, classifier)
