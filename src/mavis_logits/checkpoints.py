@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from .adapters import adapter_settings, check_tensors
+from .attention import implementation_of
 from .backbone import Backbone
 from .backbone.anatomy import name_of_class
 from .backbone.weights import copy_weights
@@ -279,7 +280,7 @@ def _classifier_base(
     config = copy.deepcopy(backbone.config)
     config.num_labels = backbone.config.num_labels if scored else labels
     classifier = AutoModelForSequenceClassification.from_config(
-        config, dtype=dtype or backbone.dtype, attn_implementation=backbone.config._attn_implementation
+        config, dtype=dtype or backbone.dtype, attn_implementation=implementation_of(backbone.config)
     )
     if scored:
         copy_weights(backbone, classifier)

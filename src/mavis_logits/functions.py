@@ -62,28 +62,26 @@ class ValueFunctions:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """While they are asked for values: without dropout, whatever mode the user has left them in.
-
-        Raises:
-            ValueError: value models have changed since they were fused.
-        """
+        """While they are asked for values: without dropout, whatever mode the user has left them in."""
         with ExitStack() as stack:
             for function in self.all:
-                if isinstance(function, FusedValueModel):
-                    function.check_sources()
-                elif function in _evaluated or any(part.training for part in (function, *function.children())):
+                training = any(part.training for part in (function, *function.children()))
+                if training or function in _evaluated:
                     stack.enter_context(_evaluated.hold(function))
             yield
 
-    def refresh(self) -> None:
-        """Look closely whether value functions have been changed; to be called where a text begins.
+    def refresh(self, thorough: bool = True) -> None:
+        """Look whether value functions have been changed.
+
+        Args:
+            thorough: look closely, as where a text begins (`Watch`).
 
         Raises:
             ValueError: value models have changed since they were fused.
         """
         for function in self.all:
             if isinstance(function, FusedValueModel):
-                function.check_sources(thorough=True)
+                function.check_sources(thorough)
             elif isinstance(function, ValueHead):
                 function.refresh()
 

@@ -20,6 +20,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
+from .attention import implementation_of
 from .backbone import Backbone
 from .backbone.anatomy import build, class_of_config, is_quantized, name_of_class
 from .fingerprint import Identity
@@ -169,6 +170,7 @@ class ValueModel(PushMixin, PreTrainedModel):
 
     @classmethod
     def _assemble(cls, config: ValueModelConfig, backbone: PreTrainedModel) -> ValueModel:
+        config._attn_implementation = implementation_of(backbone.config)  # else a default would be put in its place
         with torch.device("meta"):  # the backbone is at hand: make no second one
             model = cls(config)
         model.backbone = backbone

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..attention import holding
+from ..attention import holding, implementation_of
 from ..cache import RaggedCache, Windows
 from ..hooks import after, before
 from . import anatomy, probe, weights
@@ -169,12 +170,14 @@ class Backbone:
         feed = cache.prepare(one[None], one)
         given = feed.inputs(self.windows, self.decoder.dtype) | {"cache": cache, "use_cache": True}
         arrived: dict[str, Any] = {}
+        thread = threading.get_ident()
 
-        def cut_off(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            arrived.update(kwargs)
-            raise _Reached
+        def cut_off(args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+            if threading.get_ident() == thread:  # others may be using the model
+                arrived.update(kwargs or {})
+                raise _Reached
 
-        handle = self.decoder.register_forward_pre_hook(cut_off, with_kwargs=True)
+        handle = before(self.decoder, cut_off, with_kwargs=True)
         try:
             with torch.no_grad():
                 self.model(**self._bound(self.model, {**dict.fromkeys(_INPUTS), **given}, handed_on=True))
@@ -289,9 +292,13 @@ class Backbone:
                         f"{type(decoder).__name__} cannot be cut to {num_layers} layers ({why}): leave num_layers out"
                     )
                 anatomy.cut_config(config, total, num_layers)
-        trunk = anatomy.build(
-            type(decoder), config, attn_implementation=decoder.config._attn_implementation, dtype=dtype or decoder.dtype
-        )
+        with torch.random.fork_rng(devices=[]):  # of weights that are overwritten
+            trunk = anatomy.build(
+                type(decoder),
+                config,
+                attn_implementation=implementation_of(decoder.config),
+                dtype=dtype or decoder.dtype,
+            )
         try:
             weights.copy_weights(decoder, trunk)
         except ValueError as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ..attention import holding
+from ..attention import holding, implementation_of
 from ..cache import RaggedCache, attention_masks
 from .anatomy import (
     arguments_of,
@@ -40,6 +41,15 @@ _LENGTHS = (WINDOW + 3, WINDOW + 8)  # of the rows of a trial
 _CANDIDATES = 3
 _lock = threading.Lock()
 _known: dict[tuple[type, str, str], Any] = {}
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.Lock()  # in a forked child: who had it is not here
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 class Reading(NamedTuple):
@@ -107,7 +117,7 @@ def cut_of(decoder: PreTrainedModel, layers: int, keep: int) -> str | None:
 
 def _once(decoder: PreTrainedModel, question: str, trial: Callable[[PreTrainedModel], Any]) -> Any:
     """The answer of a trial, made once in a process for each class and configuration."""
-    settings = decoder.config.to_dict() | {"implementation": decoder.config._attn_implementation}
+    settings = decoder.config.to_dict() | {"implementation": implementation_of(decoder.config)}
     for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
         settings.pop(name, None)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
@@ -131,7 +141,7 @@ def _try_readings(decoder: PreTrainedModel) -> Reading:
     if why is None:
         if isinstance(specimen, str):
             return Reading("plain", specimen)
-        implementation = decoder.config._attn_implementation
+        implementation = implementation_of(decoder.config)
         if implementation != "eager" and type(decoder)._supports_attention_backend:
             packed = _tried(lambda: _ragged_error(specimen, packed=True))
             if packed is None:
@@ -201,7 +211,7 @@ def _not_ragged(decoder: PreTrainedModel, cached: bool = True) -> str | None:
     config, arguments = text_config(decoder), arguments_of(decoder)
     if getattr(decoder, "_is_stateful", False):
         return "it keeps a recurrent state, which has no branches"
-    implementation = config._attn_implementation or ""
+    implementation = implementation_of(config) or ""
     if "flash" in implementation or "flex" in implementation:
         return f'{implementation} takes no 4-D mask (attn_implementation="sdpa" does)'
     for name in ("position_ids", "attention_mask"):

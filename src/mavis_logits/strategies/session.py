@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any, Self
 
@@ -20,6 +20,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from ..backbone import Backbone
 from ..functions import ValueFunction, check_context
 from ..fused import FusedValueModel
+from ..hooks import let_compiled_code_see
 from ..scorer import ValueScorer, make_scorer
 from ..steering import Steering, Step
 from ..value_model import ValueModel
@@ -109,6 +110,8 @@ class Session:
                 for layer in {head.config.layer for head in self._steering._functions.heads}:
                     handle = self._backbone.catch(layer, partial(self._keep, threading.get_ident(), layer))
                     stack.callback(handle.remove)
+                if self._steering._functions.heads:
+                    stack.enter_context(let_compiled_code_see(self.model) or nullcontext())
             self._stack = stack.pop_all()
         return self
 
