@@ -15,17 +15,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from .adapters import adapter_settings, check_tensors
 from .attention import implementation_of
 from .backbone import Backbone
 from .backbone.anatomy import name_of_class
 from .backbone.weights import copy_weights
 from .loading import (
-    HUB_ARGUMENTS,
     WEIGHTS,
     commit_of,
     damage_is_os_error,
@@ -50,10 +50,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _TRL_HEAD = "v_head.summary."
-_ADAPTER_ARGUMENTS = (
-    *HUB_ARGUMENTS, "dtype", "torch_dtype", "attn_implementation", "device_map", "trust_remote_code", "use_safetensors",
-    "low_cpu_mem_usage", "config", "adapter_kwargs",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -113,38 +109,6 @@ def _of_another_repo(arguments: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in arguments.items() if key not in ("revision", "subfolder")}
 
 
-def _adapter_settings(name: str, kwargs: Mapping[str, Any]) -> tuple[torch.dtype | None, str | None, Any]:
-    """dtype, kind of attention and device for the backbone of an adapter; None for each that is not given.
-
-    Raises:
-        ValueError: an argument that an adapter repo does not take.
-    """
-    for key, value in kwargs.items():
-        if key not in _ADAPTER_ARGUMENTS and value is not None:
-            raise ValueError(
-                f"{name} is an adapter repo, which is read without {key}: ValueModel.from_pretrained({name!r})"
-                f".save_pretrained(FOLDER) makes a whole value model of it; give {key} when you load that"
-            )
-    dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-    if isinstance(dtype, str):
-        named = None if dtype == "auto" else getattr(torch, dtype, None)
-        if dtype != "auto" and not isinstance(named, torch.dtype):
-            raise ValueError(f"dtype must be a torch.dtype, the name of one or 'auto', got {dtype!r}")
-        dtype = named
-    return dtype, kwargs.get("attn_implementation"), _one_device(name, kwargs.get("device_map"))
-
-
-def _one_device(name: str, device_map: Any) -> Any:
-    """The device that a `device_map` means for a small model; None for where it is."""
-    if isinstance(device_map, Mapping):
-        if list(device_map) != [""]:
-            raise ValueError(f"{name} is an adapter repo, which is put on one device: got device_map={device_map!r}")
-        return device_map[""]
-    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return device_map
-
-
 def _is_sequence_classifier(config: dict[str, Any]) -> bool:
     return any("ForSequenceClassification" in name for name in config.get("architectures") or ())
 
@@ -163,7 +127,7 @@ def _load_own_adapter(
     missing = [file for file, path in files.items() if path is None]
     if missing:
         raise OSError(f"{name} is an adapter repo without {', '.join(missing)}: download or save it again")
-    dtype, attention, device = _adapter_settings(name, kwargs)
+    dtype, attention, device = adapter_settings(name, kwargs)
     trunk = _trunk(name, config, options, dtype or config.backbone_config.dtype or torch.float32, hub, kwargs)
     if Backbone.of(trunk).vocabulary != config.backbone_config.vocab_size:
         config.backbone_config = trunk.config  # the embedding has grown since
@@ -237,35 +201,13 @@ def _put_on_adapter(model: ValueModel, folder: Path, merge: bool) -> None:
     except (RuntimeError, ValueError) as error:  # PEFT's words for layers that are not there
         raise ValueError(f"the adapter in {folder} does not fit the backbone given: {error}") from error
     assert model.lora is not None
-    _check_tensors(folder, adapter, get_peft_model_state_dict(model.lora, save_embedding_layers=False))
-    _check_tensors(folder, head, model.head.state_dict())
+    check_tensors(folder, adapter, get_peft_model_state_dict(model.lora, save_embedding_layers=False))
+    check_tensors(folder, head, model.head.state_dict())
     set_peft_model_state_dict(model.lora, adapter)
     model.head.load_state_dict(head)
     if merge:
         model.merge_lora()
     model.eval()
-
-
-def _check_tensors(folder: Path | str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Refuse tensors of an adapter or head that are too few, too many or of another shape.
-
-    Raises:
-        OSError: some are lost.
-        ValueError: there is no place for some, or another one.
-    """
-    misshaped = [name for name in sorted(found.keys() & expected.keys()) if found[name].shape != expected[name].shape]
-    if misshaped:
-        name = misshaped[0]
-        raise ValueError(
-            f"the adapter in {folder} does not fit the backbone given: {name} is {list(found[name].shape)}, expected "
-            f"{list(expected[name].shape)}"
-        )
-    extra = sorted(name for name in found.keys() - expected.keys() if ".base_layer." not in name)
-    if extra:
-        raise ValueError(f"the adapter in {folder} does not fit the backbone given: it has no {extra[0]}")
-    lost = sorted(expected.keys() - found.keys())
-    if lost:
-        raise OSError(f"{folder} lacks {len(lost)} weights, {lost[0]} among them: download or save it again")
 
 
 def _load_sequence_classifier(
@@ -296,7 +238,7 @@ def _adapted_classifier(
     name: str, adapter: dict[str, Any], options: Options, hub: dict[str, Any], kwargs: dict[str, Any]
 ) -> PreTrainedModel:
     """A sequence classifier with a PEFT adapter folded into it."""
-    dtype, attention, device = _adapter_settings(name, kwargs)
+    dtype, attention, device = adapter_settings(name, kwargs)
     tensors = _tensors(name, ADAPTER_WEIGHTS, "", hub)
     score = [tensor for key, tensor in tensors.items() if key.endswith("score.weight")]
     labels = len(score[0]) if score else len(options.objectives or ["reward"])
@@ -305,11 +247,12 @@ def _adapted_classifier(
     )
     if attention is not None:
         base.set_attn_implementation(attention)
-    try:
-        model = PeftModel.from_pretrained(base, name, **hub)
-    except RuntimeError as error:  # torch's words for weights of another shape
-        raise ValueError(f"the adapter {name} does not fit the backbone given: {error}") from error
-    _check_tensors(name, tensors, get_peft_model_state_dict(model, save_embedding_layers=False))
+    lora = PeftConfig.from_pretrained(name, **hub)
+    if lora.is_prompt_learning:
+        raise ValueError(f"{name} is a soft prompt, which cannot be folded into a value model's weights: train a LoRA")
+    model = get_peft_model(base, lora)
+    check_tensors(name, tensors, get_peft_model_state_dict(model, save_embedding_layers=False))  # type: ignore[arg-type]
+    set_peft_model_state_dict(model, tensors)  # type: ignore[arg-type]
     classifier: PreTrainedModel = model.merge_and_unload()  # type: ignore[operator]
     return classifier if device is None else classifier.to(device)  # type: ignore[arg-type]
 

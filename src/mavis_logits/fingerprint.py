@@ -30,7 +30,7 @@ _SKETCHED = 4  # of these in a sketch
 _SEGMENT = 32  # neighbours with one scale in all ways of quantising
 _FEW = 24  # different values among these, where floating-point numbers have as many as there are
 _ENTRY = struct.Struct(f"<4sBBf{_SKETCHED}f")  # of a sketch: name, number of samples, rounding, grid, samples
-_ROUNDINGS = {torch.float16: 1, torch.bfloat16: 2}  # all other dtypes are finer: 0
+_ROUNDINGS = (torch.float16, torch.bfloat16)  # numbered from 1; 0: to neither
 _ROUNDED_BY = (0.0, 2.0**-11, 2.0**-8)  # relatively at most
 _SMALLEST = 2.0**-25  # and what float16 rounds small numbers by
 _NOISE = 2.0**-18  # of an adapter that was merged
@@ -86,9 +86,9 @@ class _Sample:
         """How many of the values another copy of the weight cannot have by rounding or quantising."""
         moved = np.abs(other.values - self.values)
         size = np.maximum(np.abs(other.values), np.abs(self.values))
-        allowed = _NOISE * (size + size.mean()) + self.grid + other.grid
+        allowed = _NOISE * (size + size.mean()) + _SMALLEST + self.grid + other.grid
         if self.rounding != other.rounding:
-            allowed += (_ROUNDED_BY[self.rounding] + _ROUNDED_BY[other.rounding]) * size + _SMALLEST
+            allowed += (_ROUNDED_BY[self.rounding] + _ROUNDED_BY[other.rounding]) * size
         return int((~(moved <= allowed)).sum())
 
     def distance(self, other: _Sample) -> float:
@@ -240,10 +240,8 @@ def _token_tables(model: nn.Module) -> set[int]:
 def _sampled(tensor: Tensor, quantised: Tensor | None) -> _Sample:
     flat = tensor.reshape(-1)
     places = _places(len(flat))
-    values, rounding = (
-        flat[places.to(flat.device)].float().cpu().numpy() + 0.0,
-        _ROUNDINGS.get(tensor.dtype, 0),
-    )  # no -0
+    sample = flat[places.to(flat.device)].float().cpu() + 0.0  # no -0.0
+    values, rounding = sample.numpy(), _rounding(sample)
     if not len(flat) or (quantised is None and not _has_few_levels(flat, int(places[0]))):
         return _Sample(values, rounding)
     levels = flat if quantised is None else quantised.reshape(-1)
@@ -255,6 +253,12 @@ def _sampled(tensor: Tensor, quantised: Tensor | None) -> _Sample:
         for first, end in ((in_row, min(in_row + _SEGMENT, begin + row)), (in_all, in_all + _SEGMENT)):
             grids.append(_grid(levels[first:end].float().cpu().numpy(), at - first))
     return _Sample(values, rounding, max(grids))
+
+
+def _rounding(values: Tensor) -> int:
+    """What numbers have been rounded to, whatever they are kept in now."""
+    found = (number for number, dtype in enumerate(_ROUNDINGS, 1) if torch.equal(values.to(dtype).float(), values))
+    return max(found, default=0)
 
 
 def _has_few_levels(flat: Tensor, at: int) -> bool:

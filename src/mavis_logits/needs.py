@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -44,16 +44,24 @@ class Needs:
     @classmethod
     def of(cls, config: Any) -> Needs:
         """The needs that a value function's config, or its `config.json`, records."""
-        get = config.get if isinstance(config, Mapping) else lambda name: getattr(config, name, None)
+
+        def get(name: str) -> Any:
+            return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+
         shared = cls(list(get("objectives")), get("base_model"), get("tokenizer_fingerprint"))
         if get("embedding_size") is not None:
-            own = {"vocabulary": "vocab_size", "fingerprint": "base_fingerprint", "sketch": "base_sketch",
-                   "embedding": "embedding_size", "width": "hidden_size", "layer": "layer"}  # fmt: skip
-            return cls(**vars(shared) | {name: get(field) for name, field in own.items()})
+            return replace(
+                shared,
+                vocabulary=get("vocab_size"),
+                fingerprint=get("base_fingerprint"),
+                sketch=get("base_sketch"),
+                embedding=get("embedding_size"),
+                width=get("hidden_size"),
+                layer=get("layer"),
+            )
         backbone: Any = get("backbone_config") or {}
         rows = backbone.get("vocab_size") if isinstance(backbone, Mapping) else getattr(backbone, "vocab_size", None)
-        own = {"fingerprint": get("backbone_fingerprint"), "sketch": get("backbone_sketch"), "vocabulary": rows}
-        return cls(**vars(shared) | own)
+        return replace(shared, fingerprint=get("backbone_fingerprint"), sketch=get("backbone_sketch"), vocabulary=rows)
 
     @property
     def reads_states(self) -> bool:
@@ -76,7 +84,8 @@ class Needs:
             raise ValueError(
                 f"the value model for {self.objectives} knows {known} tokens, but the base model's scores have "
                 f"{count}: it was made for another tokenizer; use one made for this base model. If the others only pad "
-                f"the base model's table, pass tokenizer=, or forbid them (suppress_tokens=list(range({known}, {count})))"
+                "the base model's table, pass tokenizer=, or forbid them "
+                f"(suppress_tokens=list(range({known}, {count})))"
             )
 
     def check_shape(self, model: nn.Module) -> None:

@@ -152,8 +152,11 @@ class ValueHead(PushMixin, PreTrainedModel):
 
         Raises:
             OSError: nothing there, a corrupt or incomplete file, or weights only as a pickle.
+            ValueError: `quantization_config` is given.
         """
         name = str(pretrained_model_name_or_path)
+        if kwargs.get("quantization_config") is not None:
+            raise ValueError("a value head is small, and is not quantised: leave quantization_config out")
         return load_complete(super().from_pretrained, name, "none", **kwargs)  # type: ignore[no-any-return]
 
     def bind(self, model: PreTrainedModel, check: bool = True) -> ValueHead:

@@ -67,6 +67,8 @@ class ValueModelConfig(ObjectivesMixin, PreTrainedConfig):
         self.backbone, self.backbone_class = backbone, backbone_class
         self.backbone_fingerprint, self.backbone_sketch = backbone_fingerprint, backbone_sketch
         kwargs = self._take_objectives(kwargs)
+        for name in ("attn_implementation", "experts_implementation"):  # those of the backbone would be taken from it
+            kwargs.setdefault(name, getattr(self.backbone_config, f"_{name}", None))
         super().__init__(pad_token_id=pad_token_id, **kwargs)
 
 

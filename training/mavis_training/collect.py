@@ -264,7 +264,7 @@ def vllm_sampler(
     return Sampler(tokenizer, metadata, lambda rows, ids, seed: sample(rows, ids, seed=seed))
 
 
-def _weights(model: PreTrainedModel, store: str) -> dict[str, str | None]:
+def _weights(model: PreTrainedModel, store: str) -> dict[str, Any]:
     """How a store records a base model: as it does already, if it is that one (another version knows it otherwise)."""
     identity = Identity(model)
     if Path(store, METADATA_FILE).exists():

@@ -220,7 +220,8 @@ def _walk(module: nn.Module, prefix: str, adapters: bool, changes: tuple[Any, ..
     inner = _inside(module)
     if inner is not None:
         for name in _soft_prompts(module) if adapters else ():
-            yield from _walk(module.prompt_encoder[name], f"{prefix}prompt_encoder.", False, ())  # type: ignore[index]
+            encoder: Any = module.prompt_encoder
+            yield from _walk(encoder[name], f"{prefix}prompt_encoder.", False, ())
         yield from _walk(inner, prefix, adapters, changes)
     elif isinstance(module, TrainableTokensWrapper):
         yield from _walk(module.token_adapter, prefix, adapters, changes)
@@ -244,14 +245,15 @@ def _own(module: nn.Module, prefix: str, changes: tuple[Any, ...]) -> Iterator[W
     """A module's own tensors. `changes` are to its weight, or to the only parameter that they name."""
     packed = {"W_q", "qweight", "weight_packed"} & {*module._parameters, *module._buffers}
     if packed:  # HQQ, GPTQ, AWQ, compressed-tensors
-        yield Weight(f"{prefix}weight", module, packed.pop(), changes)
+        yield Weight(f"{prefix}weight", module, next(iter(packed)), tuple(change for _, change in changes))
     for name, parameter in module._parameters.items():
         if parameter is not None and name not in _SCALES and not packed:
             mine = tuple(change for target, change in changes if target == name)
             yield Weight(prefix + name, module, name, mine)
     for name, buffer in module._buffers.items():
-        saved = buffer is not None and name not in module._non_persistent_buffers_set
-        if saved and buffer.is_floating_point() and name not in _SCALES and not packed:
+        if buffer is None or name in module._non_persistent_buffers_set:
+            continue
+        if buffer.is_floating_point() and name not in _SCALES and not packed:
             yield Weight(prefix + name, module, name, is_parameter=False)
 
 
