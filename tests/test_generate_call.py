@@ -93,7 +93,8 @@ def test_only_the_call_of_the_model_that_asks_counts(base: PreTrainedModel) -> N
 
     inner = base.generate(IDS, **CALL, streamer=outer, custom_generate=nested)
     assert found == [{"streamer": outer}, {}]
-    assert len(outer.parts) == 1 and not outer.ended, "the prompts, put by generate itself"
+    assert len(outer.parts) == 1, "the prompts, put by generate itself"
+    assert not outer.ended
     assert torch.equal(inner, base.generate(IDS, **CALL, custom_generate=strategy()))
     assert arguments_of_call(base) == {}
 

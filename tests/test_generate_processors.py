@@ -10,11 +10,17 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel, SynthIDTextWatermarkingConfig
 
-from mavis_logits import MavisBeamSearch, MavisBestOfN, MavisBlockwise, MavisLogitsProcessor, MavisSampling
-from mavis_logits import MavisTreeSearch
+from mavis_logits import (
+    MavisBeamSearch,
+    MavisBestOfN,
+    MavisBlockwise,
+    MavisLogitsProcessor,
+    MavisSampling,
+    MavisTreeSearch,
+)
 from strategy_checks import ENDS
 from test_generate_arguments import SlowSampling, functions
-from tiny import EOS, PAD, VOCABULARY, make_base, make_head, make_value_model
+from tiny import EOS, PAD, VOCABULARY, make_head, make_value_model
 
 K = 6
 PROMPTS = torch.tensor([[5, 6, 7, 8, 9], [PAD, PAD, PAD, 10, 11], [PAD, 12, 13, 14, 15], [20, 21, 22, 23, 24]])

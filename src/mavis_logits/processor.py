@@ -154,7 +154,9 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
             self._local.begun = input_ids.shape[1] if prompts else 0
         live = ~ended_rows(input_ids, self._eos, self.pad_token_id, self._local.begun)
         choice = self.choose(scores)
-        eos = torch.tensor([token for token in sorted(self._eos) if token < scores.shape[1]], device=scores.device).long()
+        eos = torch.tensor(
+            [token for token in sorted(self._eos) if token < scores.shape[1]], device=scores.device
+        ).long()
         ended = torch.isin(input_ids[:, -1:], eos).any(dim=1)
         # Once a text has ended, a grammar may well forbid everything.
         over = ended if self.pad_token_id is None else ended | (input_ids[:, -1:] == self.pad_token_id).any(dim=1)
