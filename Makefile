@@ -37,6 +37,11 @@ test-slow: $(INSTALLED)
 matrix:
 	$(PYTHON) tests/matrix.py $(ARGS)
 
+# Every model type that transformers knows, in two processes, and the page that says which work.
+models: $(INSTALLED)
+	$(BIN)/python tests/models/sweep.py --out docs/results/models.json $(ARGS); status=$$?; \
+	  $(BIN)/python docs/models_page.py && exit $$status
+
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/decode.py $(ARGS)
 

@@ -158,7 +158,8 @@ def versions(results: Path) -> str:
         )
         for name, one in run.items()
     ]
-    return "\n".join([*table(["", *packages, "failed in the suite", "in the sweep over model types"], rows), ""])
+    lines = table(["", *packages, "failed in the suite", "in the sweep over model types"], rows)
+    return "\n".join([*lines, "", "All packages and tests: [docs/results/versions.md](docs/results/versions.md).", ""])
 
 
 def tried(counts: dict[str, int]) -> int:

@@ -45,7 +45,9 @@ def main(argv: Sequence[str]) -> int:
     if "--check" in argv:
         same = PAGE.exists() and PAGE.read_text(encoding="utf-8") == text
         if not same:
-            print("docs/models.md differs from docs/results/models.json. Run: make models-page", file=sys.stderr)
+            print(
+                "docs/models.md differs from docs/results/models.json. Run: python docs/models_page.py", file=sys.stderr
+            )
         return int(not same)
     PAGE.write_text(text, encoding="utf-8")
     return 0
@@ -59,10 +61,9 @@ def rendered(results: Mapping[str, Any]) -> str:
     lines = [
         "# Which models work",
         "",
-        "Made by `python tests/models/sweep.py --out docs/results/models.json` and `python docs/models_page.py`: a",
-        "tiny random model of every type that transformers knows, its windows shorter than the prompts, against slow",
-        f"twins that read everything from scratch. {versions}; {results['date']}, {results['machine']}, seed "
-        f"{results['seed']}, {results['seconds'] // 60} minutes.",
+        "Made by `make models`: a tiny random model of every type that transformers knows, its windows shorter than",
+        f"the prompts, against slow twins that read everything from scratch. {versions};",
+        f"{results['date']}, {results['machine']}, seed {results['seed']}, {results['seconds'] // 60} minutes.",
         "",
         "- **exact**: the same distribution, values, weights or gradients as the slow twin, up to rounding. Where a",
         "  type of transformers itself says something else with a cache than without, or beside padding, the twin is",

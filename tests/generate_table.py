@@ -17,7 +17,6 @@ from transformers import (
     MinNewTokensLengthLogitsProcessor,
     StoppingCriteriaList,
     SynthIDTextWatermarkingConfig,
-    WatermarkingConfig,
 )
 
 from strategy_checks import Collector, StopAfter, letter_tokenizer

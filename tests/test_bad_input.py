@@ -78,7 +78,7 @@ def test_a_mistyped_setting() -> None:
 
 
 def test_a_head_of_another_base_model() -> None:
-    with pytest.raises(ValueError, match=r"trained on the hidden states of .*, but the model given has weights \w{16}"):
+    with pytest.raises(ValueError, match=r"on the hidden states of .*, but the model given has weights 2:\w{16}: load"):
         steer(make_head(make_base(), "a"), model=make_base(seed=5))
 
 

@@ -281,8 +281,9 @@ def test_a_backbone_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_an_adapter_for_another_architecture_is_refused(tmp_path: Path) -> None:
     save_own_adapter(tmp_path)
-    with pytest.warns(UserWarning, match="other weights"), pytest.raises(ValueError, match="does not fit the backbone"):
-        ValueModel.from_pretrained(tmp_path, backbone=make_base("gpt2"))
+    for check in (True, False):
+        with pytest.raises(ValueError, match="does not fit the backbone"):
+            ValueModel.from_pretrained(tmp_path, backbone=make_base("gpt2"), check=check)
 
 
 def test_what_is_no_value_model_is_refused(tmp_path: Path) -> None:

@@ -95,8 +95,16 @@ def arguments(row: Row, strategy: bool) -> tuple[dict[str, Any], Tensor]:
 
 
 def functions(base: PreTrainedModel) -> dict[str, Any]:
+<<<<<<< HEAD
+    return {
+        "value_functions": {"a": make_head(base, "a"), "b": make_value_model("b")},
+        "weights": WEIGHTS,
+        "beta": BETA,
+    }
+=======
     both = {"a": make_head(base, "a"), "b": make_value_model("b")}
     return {"value_functions": both, "weights": WEIGHTS, "beta": BETA}
+>>>>>>> h-features
 
 
 def run(base: PreTrainedModel, call: dict[str, Any], **more: Any) -> Tensor:

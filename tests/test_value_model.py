@@ -238,12 +238,6 @@ def test_a_merged_model_can_be_saved_whole(tmp_path: Path) -> None:
     assert_same(ValueModel.from_pretrained(tmp_path / "whole"), merged)
 
 
-def test_an_adapter_on_other_weights_warns(tmp_path: Path) -> None:
-    lora_model(make_base()).save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="was trained on other weights"):
-        ValueModel.from_pretrained(tmp_path, backbone=make_base(seed=5))
-
-
 def test_a_second_adapter_is_refused() -> None:
     model = lora_model(make_base())
     with pytest.raises(ValueError, match="has a LoRA adapter already; merge it first"):

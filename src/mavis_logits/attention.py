@@ -77,6 +77,11 @@ def holding(decoder: PreTrainedModel) -> Hold:
     return _switched.hold(decoder.config)
 
 
+def implementation_of(config: PreTrainedConfig) -> str | None:
+    """The attention that a model runs while nobody is `holding` it."""
+    return "sdpa" if config._attn_implementation == IMPLEMENTATION else config._attn_implementation
+
+
 def _switch(config: PreTrainedConfig) -> Undo:
     parts = [config, *(part for name in config.sub_configs if (part := getattr(config, name, None)) is not None)]
     before = [(part, part._attn_implementation) for part in parts]

@@ -11,42 +11,68 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from .adapters import adapter_settings, check_tensors
+from .attention import implementation_of
 from .backbone import Backbone
 from .backbone.anatomy import name_of_class
-from .fingerprint import weights_fingerprint
-from .loading import commit_of, damage_is_os_error, find_file, find_weights, hub_arguments, load_complete, read_json
+from .backbone.weights import copy_weights
+from .loading import (
+    WEIGHTS,
+    commit_of,
+    damage_is_os_error,
+    find_file,
+    find_weights,
+    hub_arguments,
+    load_complete,
+    read_json,
+)
+from .needs import Needs
 from .value_model import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     HEAD_WEIGHTS,
     ValueModel,
     ValueModelConfig,
-    load_adapter,
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
 _TRL_HEAD = "v_head.summary."
 
 
-def load_value_model(
-    cls: type[ValueModel],
-    name: str,
-    *,
-    backbone: PreTrainedModel | str | None,
-    merge: bool,
-    objectives: Sequence[str] | None,
-    **kwargs: Any,
-) -> ValueModel:
-    """Load the value model `name` (Hub id or folder); see `ValueModel.from_pretrained`."""
+@dataclass(frozen=True)
+class Options:
+    """How a value model is read; see `ValueModel.from_pretrained`.
+
+    Attributes:
+        backbone: of an adapter, as the caller insists.
+        base: a model that is used as an adapter's backbone if it is the one that the adapter was trained on.
+        merge: fold an adapter into the weights.
+        objectives: names of the outputs.
+        check: refuse another backbone than an adapter was trained on.
+    """
+
+    backbone: PreTrainedModel | str | None = None
+    base: PreTrainedModel | None = None
+    merge: bool = True
+    objectives: Sequence[str] | None = None
+    check: bool = True
+
+
+def load_value_model(cls: type[ValueModel], name: str, options: Options, **kwargs: Any) -> ValueModel:
+    """Load the value model `name` (Hub id or folder) with `kwargs` as for transformers' models."""
     hub = hub_arguments(kwargs)
     found: list[dict[str, Any]] = []
     for file in ("config.json", ADAPTER_CONFIG):
@@ -59,13 +85,13 @@ def load_value_model(
     with damage_is_os_error(name):
         if config.get("model_type") == ValueModelConfig.model_type:
             if adapter:
-                return _load_own_adapter(cls, name, config, backbone, merge, hub, kwargs)
-            return load_complete(cls._from_own_checkpoint, name, **kwargs).eval()  # type: ignore[return-value]
+                return _load_own_adapter(cls, name, config, options, hub, kwargs)
+            return load_complete(cls._from_own_checkpoint, name, "none", **kwargs).eval()  # type: ignore[no-any-return]
         if adapter.get("task_type") == "SEQ_CLS" or _is_sequence_classifier(config):
-            return _load_sequence_classifier(cls, name, adapter, backbone, merge, objectives, hub, kwargs)
+            return _load_sequence_classifier(cls, name, adapter, options, hub, kwargs)
         head = _trl_head(name, hub)
         if head:
-            return _load_trl(cls, name, head, objectives, kwargs)
+            return _load_trl(cls, name, head, options.objectives, kwargs)
     if not adapter and find_file(name, "pytorch_model.bin", hub):
         raise OSError(
             f"{name} has its weights only as a pickle (pytorch_model.bin), which is not loaded: convert it to "
@@ -83,17 +109,6 @@ def _of_another_repo(arguments: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in arguments.items() if key not in ("revision", "subfolder")}
 
 
-def _one_device(name: str, device_map: Any) -> Any:
-    """The device that a `device_map` means for a small model; None for where it is."""
-    if isinstance(device_map, Mapping):
-        if list(device_map) != [""]:
-            raise ValueError(f"{name} is an adapter repo, which is put on one device: got device_map={device_map!r}")
-        return device_map[""]
-    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return device_map
-
-
 def _is_sequence_classifier(config: dict[str, Any]) -> bool:
     return any("ForSequenceClassification" in name for name in config.get("architectures") or ())
 
@@ -102,85 +117,176 @@ def _load_own_adapter(
     cls: type[ValueModel],
     name: str,
     config_json: dict[str, Any],
-    backbone: PreTrainedModel | str | None,
-    merge: bool,
+    options: Options,
     hub: dict[str, Any],
     kwargs: dict[str, Any],
 ) -> ValueModel:
-    config = ValueModelConfig.from_dict(config_json)
+    given = kwargs.get("config")  # AutoModel has read it already
+    config = given if isinstance(given, ValueModelConfig) else ValueModelConfig.from_dict(config_json)
     files = {file: find_file(name, file, hub) for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEAD_WEIGHTS)}
     missing = [file for file, path in files.items() if path is None]
     if missing:
         raise OSError(f"{name} is an adapter repo without {', '.join(missing)}: download or save it again")
-    folder = files[ADAPTER_WEIGHTS].parent  # type: ignore[union-attr]
-    source = config.backbone if backbone is None else backbone
+    dtype, attention, device = adapter_settings(name, kwargs)
+    trunk = _trunk(name, config, options, dtype or config.backbone_config.dtype or torch.float32, hub, kwargs)
+    if Backbone.of(trunk).vocabulary != config.backbone_config.vocab_size:
+        config.backbone_config = trunk.config  # the embedding has grown since
+    model = cls._assemble(config, trunk)
+    _put_on_adapter(model, files[ADAPTER_WEIGHTS].parent, options.merge)  # type: ignore[union-attr]
+    if attention is not None:
+        model.set_attn_implementation(attention)
+    return model if device is None else model.to(device)
+
+
+def _trunk(
+    name: str, config: ValueModelConfig, options: Options, dtype: torch.dtype, hub: Mapping[str, Any], kwargs: Any
+) -> PreTrainedModel:
+    """The layers that an adapter was trained on.
+
+    They are cut from the backbone that is insisted on, else from the base model if they are in it, else from what the
+    config names.
+    """
+    layers, why_not = config.backbone_config.num_hidden_layers, None
+    if options.backbone is None and options.base is not None and _may_be_in(config, options.base):
+        trunk = Backbone.of(options.base).truncated(layers, dtype)
+        why_not = Needs.of(config).backbone_difference(trunk)
+        if why_not is None:
+            return trunk
+    source = config.backbone if options.backbone is None else options.backbone
     if source is None:
         raise ValueError(f"{name} is an adapter and its config names no backbone: pass backbone=MODEL")
     if isinstance(source, str):
+        more = {key: kwargs[key] for key in ("trust_remote_code",) if key in kwargs}
         try:
-            source = load_complete(AutoModel.from_pretrained, source, **_of_another_repo(hub))
+            source = load_complete(AutoModel.from_pretrained, source, **_of_another_repo(dict(hub)), **more)
         except OSError as error:
+            instead = f". The base model given cannot take its place: {why_not}" if why_not is not None else ""
             raise OSError(
                 f"{name} is an adapter on the first layers of {source}, which could not be loaded: pass the loaded "
-                "model as backbone= (a processor that is given model= does so), or download it first"
+                f"model as backbone= (a processor that is given model= does so), or download it first{instead}"
             ) from error
-    layers = config.backbone_config.num_hidden_layers
-    trunk = Backbone.of(source).truncated(layers, kwargs.get("dtype") or torch.float32)
-    if config.backbone_fingerprint not in (None, weights_fingerprint(trunk)):
-        warnings.warn(
-            f"{name} was trained on other weights of {config.backbone} than those given; its values will be off. Pass "
-            "the model it was trained on as backbone=.",
-            stacklevel=4,
+    trunk = Backbone.of(source).truncated(layers, dtype)
+    difference = Needs.of(config).backbone_difference(trunk) if options.check else None
+    if difference is not None:
+        message = (
+            f"the adapter {name} does not fit the backbone given: it was trained on other weights "
+            f"({config.backbone or 'of no name'}), and its values would be off. Pass the model it was trained on as "
+            "backbone="
         )
+        if config.backbone_sketch is None:  # of version 1, which cannot tell a copy in float16 from another model
+            warnings.warn(f"{message}. {difference[0].upper()}{difference[1:]}.", stacklevel=5)
+        else:
+            raise ValueError(
+                f"{message}, or check=False if you know that they are the same. What is different: {difference}"
+            )
+    return trunk
+
+
+def _may_be_in(config: ValueModelConfig, base: PreTrainedModel) -> bool:
+    """Whether a model is worth comparing with the layers that an adapter was trained on."""
+    if config.backbone_fingerprint is None:  # nothing to compare: the name must do
+        return config.backbone == Backbone.of(base).model.config.name_or_path
+    found, wanted = Backbone.of(base).config, config.backbone_config
+    names = ("model_type", "hidden_size", "intermediate_size", "num_attention_heads")
+    return all(getattr(found, name, None) == getattr(wanted, name, None) for name in names)
+
+
+def _put_on_adapter(model: ValueModel, folder: Path, merge: bool) -> None:
+    """Put the adapter and head in `folder` on `model`; fold the adapter into the weights if `merge`."""
     lora = LoraConfig.from_pretrained(str(folder))
-    model = load_adapter(cls._assemble(config, trunk), lora, folder, merge)
-    device = _one_device(name, kwargs.get("device_map"))
-    return model if device is None else model.to(device)
+    lora.inference_mode = merge
+    adapter, head = load_file(folder / ADAPTER_WEIGHTS), load_file(folder / HEAD_WEIGHTS)
+    try:
+        model.add_lora(lora)
+    except (RuntimeError, ValueError) as error:  # PEFT's words for layers that are not there
+        raise ValueError(f"the adapter in {folder} does not fit the backbone given: {error}") from error
+    assert model.lora is not None
+    check_tensors(folder, adapter, get_peft_model_state_dict(model.lora, save_embedding_layers=False))
+    check_tensors(folder, head, model.head.state_dict())
+    set_peft_model_state_dict(model.lora, adapter)
+    model.head.load_state_dict(head)
+    if merge:
+        model.merge_lora()
+    model.eval()
 
 
 def _load_sequence_classifier(
     cls: type[ValueModel],
     name: str,
     adapter: dict[str, Any],
-    backbone: PreTrainedModel | str | None,
-    merge: bool,
-    objectives: Sequence[str] | None,
+    options: Options,
     hub: dict[str, Any],
     kwargs: dict[str, Any],
 ) -> ValueModel:
     """The trunk and the `score` layer of a sequence classifier; its own pooling by padding ids is not used."""
     if not adapter:
-        classifier = load_complete(AutoModelForSequenceClassification.from_pretrained, name, **kwargs)
-    elif not merge:
+        classifier = load_complete(AutoModelForSequenceClassification.from_pretrained, name, "outside", **kwargs)
+    elif not options.merge:
         raise ValueError(f"{name} is a PEFT sequence classifier, which is read merged: use merge=True")
     else:
-        score = _tensors(name, ADAPTER_WEIGHTS, "score.weight", hub)
-        labels = len(next(iter(score.values()))) if score else len(objectives or ["reward"])
-        base = _classifier_base(backbone or adapter["base_model_name_or_path"], labels, hub, kwargs)
-        classifier = PeftModel.from_pretrained(base, name, **hub).merge_and_unload()  # type: ignore[operator]
+        classifier = _adapted_classifier(name, adapter, options, hub, kwargs)
     score_layer = getattr(classifier, "score", None)
     if not isinstance(score_layer, torch.nn.Linear):
         raise ValueError(
             f"{name}: {type(classifier).__name__} has no linear `score` layer on a decoder; it cannot be read"
         )
-    names = _names(classifier, objectives, name)
+    names = _names(classifier, options.objectives, name)
     return _with_head(cls, Backbone.of(classifier).decoder, score_layer.weight, score_layer.bias, names)
 
 
-def _classifier_base(
-    backbone: PreTrainedModel | str, labels: int, hub: dict[str, Any], kwargs: dict[str, Any]
+def _adapted_classifier(
+    name: str, adapter: dict[str, Any], options: Options, hub: dict[str, Any], kwargs: dict[str, Any]
 ) -> PreTrainedModel:
-    """What a PEFT sequence classifier's adapter sits on; a copy, because PEFT changes the model it is given."""
+    """A sequence classifier with a PEFT adapter folded into it."""
+    dtype, attention, device = adapter_settings(name, kwargs)
+    tensors = _tensors(name, ADAPTER_WEIGHTS, "", hub)
+    score = [tensor for key, tensor in tensors.items() if key.endswith("score.weight")]
+    labels = len(score[0]) if score else len(options.objectives or ["reward"])
+    base = _classifier_base(
+        options.backbone or adapter["base_model_name_or_path"], labels, bool(score), dtype, _of_another_repo(hub)
+    )
+    if attention is not None:
+        base.set_attn_implementation(attention)
+    lora = PeftConfig.from_pretrained(name, **hub)
+    if lora.is_prompt_learning:
+        raise ValueError(f"{name} is a soft prompt, which cannot be folded into a value model's weights: train a LoRA")
+    model = get_peft_model(base, lora)
+    check_tensors(name, tensors, get_peft_model_state_dict(model, save_embedding_layers=False))  # type: ignore[arg-type]
+    set_peft_model_state_dict(model, tensors)  # type: ignore[arg-type]
+    classifier: PreTrainedModel = model.merge_and_unload()  # type: ignore[operator]
+    return classifier if device is None else classifier.to(device)  # type: ignore[arg-type]
+
+
+def _classifier_base(
+    backbone: PreTrainedModel | str, labels: int, score_follows: bool, dtype: torch.dtype | None, hub: dict[str, Any]
+) -> PreTrainedModel:
+    """What a PEFT sequence classifier's adapter sits on; a copy, because PEFT changes the model it is given.
+
+    Raises:
+        OSError: there is none, or one without some of the weights. Its `score` layer may be lacking if the adapter
+            brings one (`score_follows`).
+    """
     if isinstance(backbone, str):
-        own = _of_another_repo(kwargs) | {"num_labels": labels, "use_safetensors": True}
-        return AutoModelForSequenceClassification.from_pretrained(backbone, **own)
-    if hasattr(backbone, "score"):
-        return copy.deepcopy(backbone)
+        own, replaced = hub | ({} if dtype is None else {"dtype": dtype}), ()
+        if score_follows:
+            own, replaced = own | {"num_labels": labels}, ("score.weight",)  # type: ignore[assignment]
+        return load_complete(AutoModelForSequenceClassification.from_pretrained, backbone, replaced=replaced, **own)  # type: ignore[no-any-return]
+    scored = hasattr(backbone, "score")
+    if not scored and not score_follows:
+        raise OSError(
+            "the adapter brings no `score` layer, and the backbone given has none: pass the classifier that it was "
+            "trained on as backbone="
+        )
     config = copy.deepcopy(backbone.config)
-    config.num_labels = labels
-    classifier = AutoModelForSequenceClassification.from_config(config, dtype=backbone.dtype)
-    Backbone.of(classifier).decoder.load_state_dict(Backbone.of(backbone).decoder.state_dict())
-    return classifier
+    config.num_labels = backbone.config.num_labels if scored else labels
+    classifier = AutoModelForSequenceClassification.from_config(
+        config, dtype=dtype or backbone.dtype, attn_implementation=implementation_of(backbone.config)
+    )
+    if scored:
+        copy_weights(backbone, classifier)
+    else:
+        copy_weights(Backbone.of(backbone).decoder, Backbone.of(classifier).decoder)
+    return classifier  # type: ignore[no-any-return]
 
 
 def _names(classifier: PreTrainedModel, objectives: Sequence[str] | None, name: str) -> list[str]:
@@ -199,7 +305,9 @@ def _names(classifier: PreTrainedModel, objectives: Sequence[str] | None, name: 
 
 def _trl_head(name: str, hub: dict[str, Any]) -> dict[str, Tensor]:
     """Weight and bias of TRL's value head, if the checkpoint has one."""
-    head = _tensors(name, "model.safetensors", _TRL_HEAD, hub)
+    head = _tensors(name, WEIGHTS, _TRL_HEAD, hub)
+    if head and not any(key.endswith("weight") for key in head):
+        raise OSError(f"{name} lacks {_TRL_HEAD}weight: download or save it again")
     return {key.rpartition(".")[2]: tensor for key, tensor in head.items()}
 
 
@@ -217,7 +325,7 @@ def _load_trl(
 ) -> ValueModel:
     """The trunk and value head of TRL; some versions wrote the trunk's weights as `pretrained_model.*`."""
     causal = load_complete(
-        AutoModelForCausalLM.from_pretrained, name, **{"key_mapping": {r"^pretrained_model\.": ""}} | kwargs
+        AutoModelForCausalLM.from_pretrained, name, "outside", **{"key_mapping": {r"^pretrained_model\.": ""}} | kwargs
     )
     return _with_head(
         cls, Backbone.of(causal).decoder, head["weight"], head.get("bias"), list(objectives or ["reward"])
@@ -233,6 +341,8 @@ def _with_head(
         objectives=objectives,
         pad_token_id=trunk.config.pad_token_id,
     )
+    if len(weight) != len(objectives):
+        raise ValueError(f"{len(weight)} outputs were found, but {len(objectives)} objectives named: {objectives}")
     model = cls._assemble(config, trunk)
     with torch.no_grad():
         model.head.weight.copy_(weight)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import Backbone
-from .fingerprint import tokenizer_fingerprint
+from .checkpoints import Options, load_value_model
 from .fused import FusedValueModel, fusable_groups, why_not_fused
 from .holds import Holds, Undo
 from .loading import Source, find_file, hub_arguments, read_json
+from .needs import Needs
 from .value_head import ValueHead, ValueHeadConfig
 from .value_model import ValueModel, ValueModelConfig
 
@@ -43,7 +44,7 @@ class ValueFunctions:
         outputs = _outputs(given)
         for _, function, _ in outputs:
             if tokenizer is not None:
-                _check_tokenizer(function, tokenizer)
+                Needs.of(function.config).check_tokenizer(tokenizer)
         self._outputs = outputs if fuse is False else _fused(outputs, insist=fuse is True)
         self.objectives = [name for name, _, _ in self._outputs]
         self.all: list[ValueFunction] = list(dict.fromkeys(function for _, function, _ in self._outputs))
@@ -61,28 +62,26 @@ class ValueFunctions:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """While they are asked for values: without dropout, whatever mode the user has left them in.
-
-        Raises:
-            ValueError: value models have changed since they were fused.
-        """
+        """While they are asked for values: without dropout, whatever mode the user has left them in."""
         with ExitStack() as stack:
             for function in self.all:
-                if isinstance(function, FusedValueModel):
-                    function.check_sources()
-                elif function in _evaluated or any(part.training for part in (function, *function.children())):
+                training = any(part.training for part in (function, *function.children()))
+                if training or function in _evaluated:
                     stack.enter_context(_evaluated.hold(function))
             yield
 
-    def refresh(self) -> None:
-        """Look closely whether value functions have been changed; to be called where a text begins.
+    def refresh(self, thorough: bool = True) -> None:
+        """Look whether value functions have been changed.
+
+        Args:
+            thorough: look closely, as where a text begins (`Watch`).
 
         Raises:
             ValueError: value models have changed since they were fused.
         """
         for function in self.all:
             if isinstance(function, FusedValueModel):
-                function.check_sources(thorough=True)
+                function.check_sources(thorough)
             elif isinstance(function, ValueHead):
                 function.refresh()
 
@@ -151,14 +150,7 @@ class ValueFunctions:
     def check_vocabulary(self, size: int) -> None:
         """Raise `ValueError` if a value model's vocabulary is smaller than the scores' (`size` tokens)."""
         for model in self.models:
-            own = Backbone.of(model.backbone).vocabulary
-            if own < size:
-                raise ValueError(
-                    f"the value model for {model.config.objectives} knows {own} tokens, but the base model's scores "
-                    f"have {size}: it was made for another tokenizer; use one made for this base model. If the others "
-                    "only pad the base model's table, pass tokenizer=, or forbid them "
-                    f"(suppress_tokens=list(range({own}, {size})))"
-                )
+            Needs.of(model.config).check_scores(size, Backbone.of(model.backbone).vocabulary)
 
     def known(self, scores: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
         """`scores` [R, V] without the ids that only pad the base model's table and that a value model does not know.
@@ -257,16 +249,6 @@ def _check_kind(function: Any) -> None:
         )
 
 
-def _check_tokenizer(function: ValueModel | FusedValueModel | ValueHead, tokenizer: PreTrainedTokenizerBase) -> None:
-    expected, found = function.config.tokenizer_fingerprint, tokenizer_fingerprint(tokenizer)
-    if expected is not None and expected != found:
-        raise ValueError(
-            f"the value function for {function.config.objectives} reads tokens of another tokenizer ({expected}, of "
-            f"{function.config.base_model}) than the one given ({found}, {tokenizer.name_or_path}): use a value "
-            "function made for this base model"
-        )
-
-
 def load_value_functions(
     given: str | Path | Sequence[Any] | Mapping[str, Any],
     model: PreTrainedModel | None,
@@ -320,14 +302,10 @@ def _load(
     if kind == ValueHeadConfig.model_type:
         if model is None:
             raise ValueError(f"{name} is a value head, which needs its base model's hidden states: pass model=")
-        return ValueHead.from_pretrained(name, **{k: v for k, v in arguments.items() if k != "dtype"})
-    backbone = None
-    if kind == ValueModelConfig.model_type:
-        if model is not None and config.get("backbone") == model.config.name_or_path:
-            backbone = model
-        if not merge:
-            arguments = {"merge": False} | arguments
-    return ValueModel.from_pretrained(name, backbone=backbone, **arguments)
+        of_models = ("dtype", "torch_dtype", "attn_implementation", "quantization_config")
+        return ValueHead.from_pretrained(name, **{k: v for k, v in arguments.items() if k not in of_models})
+    own = kind == ValueModelConfig.model_type
+    return load_value_model(ValueModel, name, Options(base=model if own else None, merge=merge or not own), **arguments)
 
 
 class SpecialTokens(NamedTuple):

@@ -63,6 +63,8 @@ class StackedLoRALinear(nn.Module):
         y = self.base(x)
         copies = len(self.down)
         low = torch.bmm(x.reshape(copies, -1, x.shape[-1]), self.down)
+        if torch.is_autocast_enabled(x.device.type):  # which casts no operation that is in place
+            return y + torch.bmm(low, self.up).view_as(y)
         y.view(copies, -1, y.shape[-1]).baddbmm_(low, self.up)  # in place: y is nobody else's
         return y
 

@@ -21,7 +21,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .backbone import Backbone
-from .hooks import before, drop_compiled_code
+from .backbone.anatomy import tokens_in
+from .holds import Hold
+from .hooks import before, is_compiled, let_compiled_code_see
 
 _REMEMBERED = 3  # forward passes, all of them on other caches, that one call of a processor may have to choose from
 
@@ -41,6 +43,7 @@ class HiddenStates:
     def __init__(self, model: PreTrainedModel, layers: Iterable[int | None] = (None,)) -> None:
         self._inner = sorted({layer for layer in layers if layer is not None})
         self._local = threading.local()
+        self._seen: Hold | None = None
         backbone = Backbone.of(model)
         self.moved = False  # whether the output layer has been replaced since, by one of other weights perhaps
         self._model, self._layer = weakref.ref(backbone.model), weakref.ref(backbone.output_layer)
@@ -52,12 +55,19 @@ class HiddenStates:
             stack.callback(before(backbone.model, self._weakly(HiddenStates._before_model), with_kwargs=True).remove)
             self._remove = weakref.finalize(self, stack.pop_all().close)
         self._remove.atexit = False
-        drop_compiled_code(backbone.model)
+        self._seen = let_compiled_code_see(model)  # held for as long as this object lives
 
     def remove(self) -> None:
         """Take the hooks off, and forget all states."""
         self._remove()
+        self._seen = None
         self._local = threading.local()
+
+    @property
+    def may_be_unseen(self) -> bool:
+        """Whether the model has been compiled meanwhile, so that forward passes may go by without this object."""
+        model = self._model()
+        return self._seen is None and model is not None and is_compiled(model)
 
     @property
     def guided(self) -> bool:
@@ -109,9 +119,16 @@ class HiddenStates:
         past = next((given for given in (*args, *named.values()) if isinstance(given, Cache)), None)
         count = None
         if read is not None and (read.shape[1] > 1 or past is None):  # else a single position, which needs no counting
-            count = read.shape[1] + (int(past.get_seq_length()) if past is not None else 0)
+            count = read.shape[1] + (0 if past is None else tokens_in(past) or 0)
         self._local.tokens, self._local.read = tokens, count
-        self._local.current = None if past is None or torch.compiler.is_compiling() else weakref.ref(past)
+        self._local.current = None
+        if not torch.compiler.is_compiling():
+            self._local.current = None if past is None else weakref.ref(past)
+            model = self._model()
+            if (
+                self._seen is None and model is not None and "_compiled_call" in vars(model)
+            ):  # of generate's later steps
+                self._seen = let_compiled_code_see(model)
 
     def _follow(self) -> None:
         """Listen to the output layer that the model has now (resized embeddings are another one)."""
@@ -131,9 +148,13 @@ class HiddenStates:
         local = self._local
         every: dict[int | None, Tensor] = {None: states if states.ndim == 3 else states[:, None]}
         for layer in self._inner:
-            every[layer] = getattr(local, f"layer{layer}")
+            inner = getattr(local, f"layer{layer}", None)
+            if inner is None:  # it had been under way before the hooks came
+                return
+            every[layer] = inner
             setattr(local, f"layer{layer}", None)
-        forward = _Forward(every, local.tokens, local.read, local.current)
+        names = ("tokens", "read", "current")
+        forward = _Forward(every, *(getattr(local, name, None) for name in names))
         if torch.compiler.is_compiling():
             local.compiled = forward
         else:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable
+import importlib
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .holds import fork_safe_lock
+from .holds import Hold, Holds, Undo, fork_safe_lock
 
 _lock = fork_safe_lock()
 
@@ -56,21 +56,42 @@ def after(module: nn.Module, call: Callable[..., None]) -> RemovableHandle:
         return module.register_forward_hook(Hook(call))
 
 
-def drop_compiled_code(model: nn.Module) -> None:
-    """To be called when modules inside `model` that had no hooks have got some: have compiled code see them.
+def let_compiled_code_see(model: nn.Module) -> Hold | None:
+    """To be called when modules inside `model` have got hooks: have compiled code run them.
 
-    torch.compile takes modules without hooks to stay so: a model compiled before would go on without ours. Where it is
-    compiled, all compiled code is dropped, and compiled again when used. Hooks that are there at that time are watched:
-    when they go, nothing need be done.
+    torch.compile takes modules without hooks to stay so, and shares what it has compiled among all models of a class. A
+    model compiled before would go on without our hooks. So where it is compiled, all compiled code is dropped, to be
+    compiled again when used, and from then on the compiler watches for hooks, until what is returned is released.
+
+    Returns:
+        None where the model is not compiled; nothing is changed then.
     """
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None and dynamo.config.skip_nnmodule_hook_guards and is_compiled(model.modules()):
+    if not is_compiled(model):
+        return None
+    dynamo = importlib.import_module("torch._dynamo")
+    unaware = dynamo.config.skip_nnmodule_hook_guards
+    hold = _watching.hold(dynamo.config)
+    if unaware:
         torch.compiler.reset()
+    return hold
 
 
-def is_compiled(modules: Iterable[nn.Module]) -> bool:
-    """Whether any of `modules` has been given to torch.compile: itself, its forward, or its call by `generate`."""
-    for module in modules:
+def _watch_for_hooks(config: Any) -> Undo:
+    before = config.skip_nnmodule_hook_guards
+    config.skip_nnmodule_hook_guards = False
+
+    def undo() -> None:
+        config.skip_nnmodule_hook_guards = before
+
+    return undo
+
+
+_watching = Holds(_watch_for_hooks)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `model` or a module in it was given to torch.compile: itself, its forward, or its call by `generate`."""
+    for module in model.modules():
         own = vars(module)
         compiled = (
             own.get("_compiled_call_impl") is not None or "_compiled_call" in own or "_orig_mod" in own["_modules"]

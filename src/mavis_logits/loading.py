@@ -6,11 +6,11 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub import constants, hf_hub_download, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 WEIGHTS = "model.safetensors"
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
-LOADING_ARGUMENTS = (*HUB_ARGUMENTS, "device_map")
+LOADING_ARGUMENTS = (*HUB_ARGUMENTS, "device_map", "attn_implementation", "quantization_config")
 _RETRIES = (1, 4)  # seconds before a download is tried again
 _COMMIT = re.compile(r"/snapshots/([0-9a-f]{40})/")
 
@@ -65,19 +65,56 @@ def damage_is_os_error(name: str) -> Iterator[None]:
         ) from error
 
 
-def load_complete(from_pretrained: Callable[..., Any], name: str, **kwargs: Any) -> PreTrainedModel:
-    """`from_pretrained(name)`, refusing pickles and checkpoints that would leave weights at random.
+def load_complete(
+    from_pretrained: Callable[..., Any],
+    name: str,
+    spare: Literal["all", "outside", "none"] = "all",
+    replaced: Sequence[str] = (),
+    **kwargs: Any,
+) -> Any:
+    """`from_pretrained(name)`, refusing pickles and checkpoints that do not fill the model.
+
+    Args:
+        from_pretrained: of a transformers class.
+        name: Hub id or folder.
+        spare: which weights that find no place in the model a checkpoint may have: all, as a causal model has an
+            output layer that its decoder lacks; those outside of its parts; or none.
+        replaced: weights that may be missing, since others will take their place.
+        kwargs: of `from_pretrained`.
 
     Raises:
-        OSError: nothing there, no safetensors file, a damaged one, or one without some of the weights.
+        OSError: nothing there, no safetensors file, a damaged one, or one without some of the weights or with some of
+            another shape.
     """
     with damage_is_os_error(name):
         find_weights(name, WEIGHTS, hub_arguments(kwargs))  # so that they are checked on arrival
-        model, loading = from_pretrained(name, **kwargs | {"use_safetensors": True, "output_loading_info": True})
-    missing = sorted(loading["missing_keys"])
+        settings = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, loading = from_pretrained(name, **kwargs | settings)
+    wrong = sorted(item for item in loading["mismatched_keys"] if item[0] not in replaced)
+    if wrong:
+        key, found, expected = wrong[0]
+        raise OSError(
+            f"{name} has {len(wrong)} weights of another shape than its config says, {key} among them: "
+            f"{list(found)}, expected {list(expected)}. Download or save it again"
+        )
+    missing = sorted(set(loading["missing_keys"]) - set(replaced))
     if missing:
         raise OSError(f"{name} lacks {len(missing)} weights, {missing[0]} among them: download or save it again")
+    extra = sorted(k for k in loading["unexpected_keys"] if spare == "none" or (spare != "all" and _inside(model, k)))
+    if extra:
+        raise OSError(
+            f"{name} has {len(extra)} weights that its config knows no place for, {extra[0]} among them: its values "
+            "would be off without them. Download or save it again"
+        )
     return model
+
+
+def _inside(model: PreTrainedModel, key: str) -> bool:
+    """Whether a weight that was not used belongs inside one of the model's parts, as a further layer or an adapter."""
+    parts = key.split(".")[:-1]
+    modules = dict(model.named_modules())
+    known = max((n for n in range(1, len(parts) + 1) if ".".join(parts[:n]) in modules), default=0)
+    return known > 0 and modules[".".join(parts[:known])] is not model.base_model
 
 
 def hub_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -141,6 +141,8 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
             if self._hidden.moved and (base := self.base) is not None:
                 super().attach(base)
                 self._hidden.moved = False
+            if input_ids.shape[1] < 2 or (self._given is not None and self._given.waiting):  # another text
+                self._follow_base()
             hidden = self._hidden.take(input_ids)
             if hidden is None:
                 self._pass_through()
@@ -160,8 +162,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         check_scores(choice.reference, live)
         started = time.perf_counter()
         scored = self.worth_scoring(choice) & live[:, None]
-        if new:
-            self._functions.refresh()
+        self._functions.refresh(thorough=new)
         with self._functions.reading():
             values = self._values(input_ids, hidden, choice, scored, live, prompts)
         seconds = time.perf_counter() - started
@@ -188,6 +189,11 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         """Count a call without a state of the base model behind it; so many in a row are no assistant's drafts."""
         self.stats.pass_through()
         self._local.passed = getattr(self._local, "passed", 0) + 1
+        if self._local.passed == 1 and self._hidden is not None and self._hidden.may_be_unseen:
+            raise ValueError(
+                "the base model has been compiled since this processor was attached to it, and its hidden states may "
+                "go by unseen: call mavis.attach(model) again"
+            )
         if self._local.passed == _SUSPICIOUS:
             warnings.warn(
                 f"{_SUSPICIOUS} calls in a row came without a hidden state of the model that this processor is "
@@ -282,7 +288,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         return cached, cached.tracker.plan(sequences)
 
     def _is_new(self, input_ids: Tensor) -> bool:
-        """Whether these are no rows of the last call with a token more, as far as their shape tells."""
+        """Whether these are not the rows of the last call with a token more, as far as their shape tells."""
         before = getattr(self._local, "shape", None)
         self._local.shape = input_ids.shape
         return before is None or input_ids.shape[1] != before[1] + 1

@@ -265,6 +265,11 @@ class Steering:
         self._base = weakref.ref(model)
         return self
 
+    def _follow_base(self) -> None:
+        """Raise `ValueError` if the base model has become one that the value heads are not for."""
+        for head in self._functions.heads:
+            head.follow()
+
     def __copy__(self) -> Self:
         """Another that shares value functions, `stats` and `trace`, but not settings; attached to the same model."""
         return self._twin(dict(vars(self)))

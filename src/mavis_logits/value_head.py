@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from .backbone import Backbone
-from .fingerprint import weights_fingerprint
+from .backbone.weights import WeakModel, execution_device, state_of
+from .fingerprint import Identity
 from .hub.mixin import PushMixin
 from .loading import load_complete
+from .needs import Needs
 from .objectives import ObjectivesMixin, check_objectives
 
 _CHUNK_ELEMENTS = 1 << 24  # of the [R, k, width] activations that are alive at once
@@ -37,7 +39,7 @@ class ValueHeadConfig(ObjectivesMixin, PreTrainedConfig):
         dropout: while training.
         layer: after how many of the base model's layers the state is read, 1 to all; None: what enters the output
             embedding.
-        base_fingerprint: of the base model's weights (`mavis_logits.fingerprint.weights_fingerprint`).
+        base_fingerprint, base_sketch: of the base model's weights (`mavis_logits.fingerprint.Identity`).
         objectives, reward_mean, reward_scale, tokenizer_fingerprint, base_model, base_revision, recipe, iteration:
             see `ObjectivesMixin`.
     """
@@ -54,11 +56,12 @@ class ValueHeadConfig(ObjectivesMixin, PreTrainedConfig):
         dropout: float = 0.0,
         layer: int | None = None,
         base_fingerprint: str | None = None,
+        base_sketch: str | None = None,
         **kwargs: Any,
     ) -> None:
         self.hidden_size, self.embedding_size, self.vocab_size = hidden_size, embedding_size, vocab_size
         self.width, self.num_layers, self.dropout = width, num_layers, dropout
-        self.layer, self.base_fingerprint = layer, base_fingerprint
+        self.layer, self.base_fingerprint, self.base_sketch = layer, base_fingerprint, base_sketch
         kwargs = self._take_objectives(kwargs)
         super().__init__(**kwargs)
 
@@ -86,6 +89,9 @@ class ValueHead(PushMixin, PreTrainedModel):
         self.out = nn.Linear(config.width, len(config.objectives))
         self._embedding: list[Tensor] = []  # in a list, so that it is no parameter: it belongs to the base model
         self._table: tuple[Any, Tensor, list[Tensor]] | None = None
+        self._base = WeakModel()
+        self._base_state: tuple[int, torch.device] | None = None  # when it was bound
+        self._vouched: tuple[str, str] | None = None  # weights that the user has said are right
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -116,21 +122,23 @@ class ValueHead(PushMixin, PreTrainedModel):
             config: further fields of `ValueHeadConfig`.
         """
         check_objectives(objectives)
-        backbone = Backbone.of(model)
-        embedding = backbone.output_embedding
-        settings = {"base_model": model.config.name_or_path or None} | config
+        backbone, identity = Backbone.of(model), Identity(model)
+        rows, columns = backbone.output_embedding.shape
+        settings = {"base_model": backbone.model.config.name_or_path or None} | config
         head_config = ValueHeadConfig(
-            hidden_size=embedding.shape[1] if config.get("layer") is None else backbone.width,
-            embedding_size=embedding.shape[1],
-            vocab_size=embedding.shape[0],
+            hidden_size=columns if config.get("layer") is None else backbone.width,
+            embedding_size=columns,
+            vocab_size=rows,
             width=width,
             num_layers=num_layers,
             dropout=dropout,
             objectives=list(objectives),
-            base_fingerprint=weights_fingerprint(model),
+            base_fingerprint=identity.fingerprint,
+            base_sketch=identity.sketch,
             **settings,
         )
-        return cls(head_config).to(model.device).bind(model, check=False)  # type: ignore[arg-type]
+        head = cls(head_config).to(execution_device(backbone.output_layer))  # type: ignore[arg-type]
+        return head.bind(model, check=False)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -144,49 +152,50 @@ class ValueHead(PushMixin, PreTrainedModel):
 
         Raises:
             OSError: nothing there, a corrupt or incomplete file, or weights only as a pickle.
+            ValueError: `quantization_config` is given.
         """
         name = str(pretrained_model_name_or_path)
-        return load_complete(super().from_pretrained, name, **kwargs)  # type: ignore[return-value]
+        if kwargs.get("quantization_config") is not None:
+            raise ValueError("a value head is small, and is not quantised: leave quantization_config out")
+        return load_complete(super().from_pretrained, name, "none", **kwargs)  # type: ignore[no-any-return]
 
     def bind(self, model: PreTrainedModel, check: bool = True) -> ValueHead:
         """Take candidates' embeddings from `model`; returns self.
 
         Args:
             model: the base model whose hidden states `forward` will be given.
-            check: refuse a model with other weights than the head was trained on.
+            check: refuse a model with other weights than the head was trained on. Without it, the weights that `model`
+                has now count as those from then on.
 
         Raises:
             ValueError: another width, vocabulary, device or (with `check`) other weights.
         """
-        backbone = Backbone.of(model)
-        embedding = backbone.output_embedding
-        config = self.config
-        if embedding.shape != (config.vocab_size, config.embedding_size):
-            raise ValueError(
-                f"this value head is for an output embedding of {config.vocab_size} x {config.embedding_size}, but "
-                f"{type(model).__name__} has {embedding.shape[0]} x {embedding.shape[1]}: use the head's own base "
-                f"model, {config.base_model}"
-            )
-        layers = 0 if config.layer is None else len(backbone.layers)
-        if config.layer is not None and not 1 <= config.layer <= layers:
-            raise ValueError(
-                f"this value head reads the state after layer {config.layer}, but {type(model).__name__} has {layers} "
-                f"layers: name one of 1 to {layers}, or none for what enters the output embedding"
-            )
-        if embedding.device != self.device:
-            raise ValueError(
-                f"the value head is on {self.device}, the base model on {embedding.device}: move one of them"
-            )
-        if check and config.base_fingerprint is not None:
-            found = weights_fingerprint(model)
-            if found != config.base_fingerprint:
-                raise ValueError(
-                    f"this value head was trained on the hidden states of {config.base_model} (weights "
-                    f"{config.base_fingerprint}), but the model given has weights {found}: load that model, train a "
-                    "new head, or bind(model, check=False) if you know that the hidden states are the same"
-                )
-        self._embedding = [embedding]
+        state = (state_of(model), self.device)
+        if check and self._base() is model and self._base_state == state:
+            return self
+        needs, backbone = Needs.of(self.config), Backbone.of(model)
+        needs.check_shape(model)
+        device = execution_device(backbone.output_layer)
+        if device != self.device:
+            raise ValueError(f"the value head is on {self.device}, the base model on {device}: move one of them")
+        if not check:
+            identity = Identity(model)
+            self._vouched = (identity.fingerprint, identity.sketch)
+        elif self._vouched is None or Identity(model).difference(*self._vouched) is not None:
+            needs.check_states(model)
+        self._embedding = [backbone.output_embedding]
+        self._base, self._base_state = WeakModel(model), state
         return self
+
+    def follow(self) -> None:
+        """Bind again if the base model has changed since: for when it is about to write another text.
+
+        Raises:
+            ValueError: it is no longer a model that this head can be bound to; `bind` says why.
+        """
+        model = self._base()
+        if model is not None:
+            self.bind(model)
 
     @property
     def is_bound(self) -> bool:
@@ -210,7 +219,6 @@ class ValueHead(PushMixin, PreTrainedModel):
             raise ValueError("this value head is bound to no base model: call head.bind(model) first")
         if hidden.ndim != 2 or hidden.shape[1] != self.config.hidden_size:
             raise ValueError(f"hidden must be [rows, {self.config.hidden_size}], got {list(hidden.shape)}")
-        dtype = self.state.weight.dtype
         state = self.state(_normalised(hidden.to(self.state.weight)))  # an inner layer may be on another device
         if candidates is None:
             actions = self._actions()
@@ -218,7 +226,8 @@ class ValueHead(PushMixin, PreTrainedModel):
             chunks = [self._values(state[:, None] + chunk) for chunk in actions.split(step)]
             return torch.cat(chunks, dim=1)
         if self.training:
-            action = self.action(_normalised(self._embedding[0][candidates].to(dtype)))
+            embedding = self._embedding[0]
+            action = self.action(_normalised(embedding[candidates.to(embedding.device)].to(self.state.weight)))
             return self._values(state[:, None] + action)
         actions = self._actions()
         step = max(1, _CHUNK_ELEMENTS // (len(hidden) * self.config.width))
@@ -241,7 +250,7 @@ class ValueHead(PushMixin, PreTrainedModel):
         kept = self._table
         if kept is None or kept[0] != version:
             with torch.autocast(weight.device.type, enabled=False):
-                table = torch.cat([self.action(_normalised(rows.to(weight.dtype))) for rows in embedding.split(8192)])
+                table = torch.cat([self.action(_normalised(rows.to(weight))) for rows in embedding.split(8192)])
             kept = self._table = (version, table, [_sample(x).clone() for x in (weight, embedding)])
         return kept[1]
 
@@ -255,13 +264,15 @@ class ValueHead(PushMixin, PreTrainedModel):
                 self._table = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_embedding": [], "_table": None}  # a pickled head is bound to no base model
+        # A pickled head is bound to no base model.
+        return {**self.__dict__, "_embedding": [], "_table": None, "_base": WeakModel(), "_base_state": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ValueHead:
         """A head of its own, bound to the same base model."""
         twin = memo[id(self)] = self.__class__.__new__(self.__class__)
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        twin._embedding = list(self._embedding)
+        twin._embedding, twin._base_state = list(self._embedding), self._base_state
+        twin._base = copy.deepcopy(self._base, memo)  # if that is copied too, the copy
         return twin
 
 

@@ -13,18 +13,19 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
+from .attention import implementation_of
 from .backbone import Backbone
-from .backbone.anatomy import build, class_of_config, name_of_class
-from .fingerprint import weights_fingerprint
+from .backbone.anatomy import build, class_of_config, is_quantized, name_of_class
+from .fingerprint import Identity
 from .hub.mixin import PushMixin
-from .loading import load_complete
+from .loading import WEIGHTS, load_complete
 from .objectives import ObjectivesMixin, check_objectives
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -39,7 +40,8 @@ class ValueModelConfig(ObjectivesMixin, PreTrainedConfig):
         backbone_config: configuration of the decoder, or the same as a dictionary.
         backbone: Hub id of the model that an adapter repo's backbone is taken from (its first layers).
         backbone_class: name of the decoder's class where `AutoModel` would make another of its configuration.
-        backbone_fingerprint: of those weights before training, so that an adapter on other weights is noticed.
+        backbone_fingerprint, backbone_sketch: of those weights before training (`mavis_logits.fingerprint.Identity`),
+            so that an adapter on other weights is noticed.
         pad_token_id: of the tokenizer; tells left padding apart.
         objectives, reward_mean, reward_scale, tokenizer_fingerprint, base_model, base_revision, recipe, iteration:
             see `ObjectivesMixin`.
@@ -54,16 +56,19 @@ class ValueModelConfig(ObjectivesMixin, PreTrainedConfig):
         backbone: str | None = None,
         backbone_class: str | None = None,
         backbone_fingerprint: str | None = None,
+        backbone_sketch: str | None = None,
         pad_token_id: int | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(backbone_config, dict):
-            settings = dict(backbone_config)
+            settings = self._decode_special_floats(dict(backbone_config))
             backbone_config = CONFIG_MAPPING[settings.pop("model_type")](**settings)
         self.backbone_config: PreTrainedConfig = backbone_config or CONFIG_MAPPING["llama"]()
         self.backbone, self.backbone_class = backbone, backbone_class
-        self.backbone_fingerprint = backbone_fingerprint
+        self.backbone_fingerprint, self.backbone_sketch = backbone_fingerprint, backbone_sketch
         kwargs = self._take_objectives(kwargs)
+        for name in ("attn_implementation", "experts_implementation"):  # those of the backbone would be taken from it
+            kwargs.setdefault(name, getattr(self.backbone_config, f"_{name}", None))
         super().__init__(pad_token_id=pad_token_id, **kwargs)
 
 
@@ -96,6 +101,7 @@ class ValueModel(PushMixin, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     supports_gradient_checkpointing = True
+    _keep_in_fp32_modules: ClassVar = ["head"]  # in float16; and not quantised, for `values_of` reads its weights
     copies = 1  # of every row in the cache; `FusedValueModel` has one for each adapter
 
     def __init__(self, config: ValueModelConfig) -> None:
@@ -105,6 +111,10 @@ class ValueModel(PushMixin, PreTrainedModel):
         self._peft: list[PeftModel] = []  # in a list, so that it is no submodule: it wraps the backbone itself
         self.post_init()
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # it is a matter of the backbone's, whose configuration is part of this one's
+
     def _init_weights(self, module: nn.Module) -> None:
         """A new head says the mean reward everywhere; the backbone initialises itself."""
         if module is getattr(self, "head", None):
@@ -112,6 +122,11 @@ class ValueModel(PushMixin, PreTrainedModel):
             nn.init.zeros_(module.bias)
         elif hasattr(self, "backbone"):
             self.backbone._init_weights(module)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: initialising heeds what has been loaded, as in transformers' own classes, and reaches every buffer."""
+        return False
 
     @classmethod
     def from_backbone(
@@ -139,6 +154,7 @@ class ValueModel(PushMixin, PreTrainedModel):
         source = Backbone.of(given)
         source.require_causal()
         trunk = source.truncated(num_layers)
+        identity = Identity(trunk)
         settings: dict[str, Any] = {
             "pad_token_id": source.special()[0],
             "backbone": source.model.config.name_or_path or None,
@@ -146,7 +162,8 @@ class ValueModel(PushMixin, PreTrainedModel):
         value_config = ValueModelConfig(
             backbone_config=trunk.config,
             backbone_class=name_of_class(trunk),
-            backbone_fingerprint=weights_fingerprint(trunk),
+            backbone_fingerprint=identity.fingerprint,
+            backbone_sketch=identity.sketch,
             objectives=list(objectives),
             **settings,
         )
@@ -157,6 +174,7 @@ class ValueModel(PushMixin, PreTrainedModel):
 
     @classmethod
     def _assemble(cls, config: ValueModelConfig, backbone: PreTrainedModel) -> ValueModel:
+        config._attn_implementation = implementation_of(backbone.config)  # else a default would be put in its place
         with torch.device("meta"):  # the backbone is at hand: make no second one
             model = cls(config)
         model.backbone = backbone
@@ -191,9 +209,9 @@ class ValueModel(PushMixin, PreTrainedModel):
             input_ids: [R, T] tokens.
             attention_mask: [R, T] 1 for tokens and 0 for padding, or a ready 4-D mask (a dictionary of them for
                 backbones with several kinds of attention).
-            position_ids: [R, T]; counted from the first unmasked token if a 2-D mask is given without them.
+            position_ids: [R, T], as the backbone itself counts them; by default from each row's first unmasked token.
             past_key_values: cache of the tokens before `input_ids`.
-            use_cache: whether to return the cache.
+            use_cache: whether to return the cache; by default if one is given.
 
         Returns:
             `ValueModelOutput` with `values` [R, T, M] in float32.
@@ -201,14 +219,21 @@ class ValueModel(PushMixin, PreTrainedModel):
         backbone, shift = Backbone.of(self.backbone), None
         if position_ids is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             assert input_ids is not None
-            if backbone.takes("position_ids"):
-                position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-            elif past_key_values is None and not attention_mask[:, 0].all():
-                # It counts positions by itself, from the left: then padding goes to the right, where nothing sees it.
+            if past_key_values is not None:
+                if backbone.takes("position_ids"):
+                    position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+            elif not attention_mask[:, 0].all():
+                # Who counts positions, and from which number, differs by backbone. So padding goes to the right, where
+                # nothing sees it, and every backbone counts as it does without padding.
                 shift = attention_mask.argmax(dim=1)
                 input_ids, attention_mask = _rolled(input_ids, -shift), _rolled(attention_mask, -shift)
         hidden, cache = backbone.states(
-            input_ids, attention_mask, position_ids, cache=past_key_values, use_cache=use_cache, **kwargs
+            input_ids,
+            attention_mask,
+            position_ids,
+            cache=past_key_values,
+            use_cache=False if past_key_values is None and use_cache is None else use_cache,
+            **kwargs,
         )
         values = self.values_of(hidden)
         return ValueModelOutput(values if shift is None else _rolled(values, shift), cache)
@@ -232,7 +257,18 @@ class ValueModel(PushMixin, PreTrainedModel):
         return mean + scale * standardised
 
     def _save(self, folder: Path, **kwargs: Any) -> None:
-        """With a LoRA adapter, save an adapter repo (adapter, head, config; no copy of the backbone)."""
+        """With a LoRA adapter, save an adapter repo (adapter, head, config; no copy of the backbone).
+
+        What a folder held of the other kind goes first: half of each would be read as something that nobody saved.
+        """
+        if is_quantized(self) and getattr(self, "hf_quantizer", None) is None:
+            raise ValueError(
+                "this value model was quantised when it was read from another format, and cannot be saved so: load it "
+                "without quantization_config, save that, and give quantization_config when you load what was saved"
+            )
+        of_adapter, of_whole = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEAD_WEIGHTS), (WEIGHTS, f"{WEIGHTS}.index.json")
+        for file in of_adapter if self.lora is None else of_whole:
+            (folder / file).unlink(missing_ok=True)
         if self.lora is None:
             super()._save(folder, **kwargs)
         else:
@@ -240,7 +276,8 @@ class ValueModel(PushMixin, PreTrainedModel):
 
     def _save_adapter(self, folder: Path, peft: PeftModel) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        adapter = {k: v.detach().contiguous().cpu() for k, v in get_peft_model_state_dict(peft).items()}
+        state = get_peft_model_state_dict(peft, adapter_name=peft.active_adapter)
+        adapter = {k: v.detach().contiguous().cpu() for k, v in state.items()}
         lora = copy.deepcopy(peft.active_peft_config)
         lora.base_model_name_or_path, lora.inference_mode = self.config.backbone, True
         lora.save_pretrained(str(folder))
@@ -258,6 +295,7 @@ class ValueModel(PushMixin, PreTrainedModel):
         backbone: PreTrainedModel | str | None = None,
         merge: bool = True,
         objectives: Sequence[str] | None = None,
+        check: bool = True,
         **kwargs: Any,
     ) -> ValueModel:
         """Load a value model from the Hub or a folder.
@@ -271,17 +309,19 @@ class ValueModel(PushMixin, PreTrainedModel):
                 loaded from where the config says.
             merge: fold a LoRA adapter into the weights, which is faster; False keeps it trainable.
             objectives: names of the outputs, for checkpoints that do not name them.
-            kwargs: as for every transformers model (`revision`, `token`, `cache_dir`, `subfolder`, `dtype`, ...).
+            check: for adapter repos, refuse a backbone with other weights than the adapter was trained on.
+            kwargs: as for every transformers model (`revision`, `token`, `cache_dir`, `subfolder`, `dtype`,
+                `attn_implementation`, ...). An adapter repo takes these and `device_map`.
 
         Raises:
-            OSError: nothing there, a corrupt file, or weights only as pickles.
-            ValueError: neither a value model nor one of the formats above, or a missing backbone.
+            OSError: nothing there, a corrupt file, one with tensors too few or too many, or weights only as pickles.
+            ValueError: neither a value model nor one of the formats above, a missing backbone or (with `check`) another
+                one, or an argument that has no effect on this format.
         """
-        from .checkpoints import load_value_model
+        from .checkpoints import Options, load_value_model
 
-        return load_value_model(
-            cls, str(pretrained_model_name_or_path), backbone=backbone, merge=merge, objectives=objectives, **kwargs
-        )
+        name = str(pretrained_model_name_or_path)
+        return load_value_model(cls, name, Options(backbone, None, merge, objectives, check), **kwargs)
 
     @classmethod
     def _from_own_checkpoint(cls, name: str, **kwargs: Any) -> Any:
@@ -293,25 +333,6 @@ def _rolled(x: Tensor, shift: Tensor) -> Tensor:
     """[R, T, ...] with row r moved by `shift[r]` places to the right, around the end."""
     places = (torch.arange(x.shape[1], device=x.device) - shift[:, None]) % x.shape[1]
     return x[torch.arange(len(x), device=x.device)[:, None], places]
-
-
-def load_adapter(model: ValueModel, lora: LoraConfig, folder: Path, merge: bool) -> ValueModel:
-    """Put the adapter and head in `folder` on `model`; fold the adapter into the weights if `merge`."""
-    lora.inference_mode = merge
-    try:
-        model.add_lora(lora)
-        assert model.lora is not None
-        result: Any = set_peft_model_state_dict(model.lora, load_file(folder / ADAPTER_WEIGHTS))
-        model.head.load_state_dict(load_file(folder / HEAD_WEIGHTS))
-    except (RuntimeError, ValueError) as error:  # torch's and PEFT's words for weights of another shape or name
-        raise ValueError(f"the adapter in {folder} does not fit the backbone given: {error}") from error
-    if result.unexpected_keys:
-        raise ValueError(
-            f"the adapter in {folder} does not fit the backbone given: it has no {result.unexpected_keys[0]}"
-        )
-    if merge:
-        model.merge_lora()
-    return model.eval()
 
 
 AutoConfig.register(ValueModelConfig.model_type, ValueModelConfig, exist_ok=True)

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_SAMPLES = 32  # elements of every tensor that are compared
+_SAMPLES = 32  # elements of a tensor that are compared
+_SPREAD = 6  # tensors of which they are at every look
 
 
 class Watch:
     """Remembers what a model is made of, and tells when that has changed. It keeps none of it alive.
 
-    Noticed at every look are autocast coming or going, and tensors changed in place, cast or moved; at a thorough one
-    also those changed behind autograd's back (`weight.data`, or weights that came into being under `inference_mode`, of
-    which a sample is compared), replaced modules and parameters, and adapters that were switched.
+    Noticed at every look are autocast, adapters switched, and tensors changed in place, cast or moved. A
+    sample of a few also shows changes behind autograd's back (through `weight.data`, or of weights that came into being
+    under `inference_mode`); a thorough look takes one of all, and finds replaced modules and parameters.
 
     Args:
         model: what to watch.
@@ -27,45 +28,58 @@ class Watch:
     def __init__(self, model: nn.Module, autocast: bool = True) -> None:
         self._model = weakref.ref(model)
         self._minds_autocast = autocast
-        tensors, self._adapters = _parts(model)
+        tensors, adapted = _parts(model)
         self._tensors = [weakref.ref(tensor) for tensor in tensors]
         self._counting = [weakref.ref(tensor) for tensor in tensors if not tensor.is_inference()]
-        self._state = self._quick()
-        self._samples = _samples(tensors)
+        self._spread = self._tensors[:: max(1, len(tensors) // _SPREAD)]
+        self._adapted = [weakref.ref(layer) for layer in adapted]
+        self._state, self._some, self._all = self._quick(), _samples(_present(self._spread)), _samples(tensors)
 
     def changed(self, thorough: bool = True) -> bool:
-        """Whether the model is another than at first. A thorough look waits for the device."""
-        if self._quick() != self._state:
+        """Whether the model is another than at first. Waits for the device."""
+        if self._quick() != self._state or not _equal(_samples(_present(self._spread)), self._some):
             return True
         model = self._model()
         if not thorough or model is None:
             return False
-        tensors, adapters = _parts(model)
+        tensors, _ = _parts(model)
         same = len(tensors) == len(self._tensors) and all(a is b() for a, b in zip(tensors, self._tensors, strict=True))
-        return not same or adapters != self._adapters or not _equal(_samples(tensors), self._samples)
+        return not same or not _equal(_samples(tensors), self._all)
 
-    def _quick(self) -> tuple[Any, ...] | None:
-        try:
-            versions = sum([reference()._version for reference in self._counting])  # type: ignore[union-attr]
-        except AttributeError:  # one is gone
-            return None
-        ends = [reference() for reference in (*self._tensors[:1], *self._tensors[-1:])]
-        kind = ends[0].device.type if ends else "cpu"  # type: ignore[union-attr]
+    def _quick(self) -> tuple[Any, ...]:
+        ends = _present([*self._tensors[:1], *self._tensors[-1:]])
+        kind = ends[0].device.type if ends else "cpu"
         casts = self._minds_autocast and kind != "meta" and torch.is_autocast_enabled(kind)
-        autocast = torch.get_autocast_dtype(kind) if casts else None
-        return versions, autocast, [(end.dtype, end.device) for end in ends]  # type: ignore[union-attr]
+        counting = _present(self._counting)
+        return (
+            sum([tensor._version for tensor in counting]),
+            len(counting),
+            torch.get_autocast_dtype(kind) if casts else None,
+            [(end.dtype, end.device) for end in ends],
+            [_adapters(layer) for layer in _present(self._adapted)],
+        )
 
 
-def _parts(model: nn.Module) -> tuple[list[Tensor], list[Any]]:
-    """All parameters and buffers; and of PEFT's layers which adapters are active, and what they are multiplied by."""
-    tensors, adapters = [], []
+def _present(references: list[weakref.ref[Any]]) -> list[Any]:
+    return [found for reference in references if (found := reference()) is not None]
+
+
+def _parts(model: nn.Module) -> tuple[list[Tensor], list[nn.Module]]:
+    """All parameters and buffers, and the layers that PEFT has put adapters on."""
+    tensors, adapted = [], []
     for module in model.modules():
         own = vars(module)
         tensors += [tensor for tensor in own["_parameters"].values() if tensor is not None]
         tensors += [tensor for tensor in own["_buffers"].values() if tensor is not None]
         if "_active_adapter" in own:
-            adapters.append((copy(own["_active_adapter"]), own.get("_disable_adapters"), dict(own.get("scaling", {}))))
-    return tensors, adapters
+            adapted.append(module)
+    return tensors, adapted
+
+
+def _adapters(layer: nn.Module) -> tuple[Any, ...]:
+    """Which adapters of a layer are active, and what they are multiplied by."""
+    own = vars(layer)
+    return copy(own["_active_adapter"]), own.get("_disable_adapters"), tuple(own.get("scaling", {}).values())
 
 
 @torch.inference_mode(False)

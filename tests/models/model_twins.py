@@ -20,7 +20,7 @@ from transformers import LogitsProcessor, PreTrainedModel
 from mavis_logits import ValueHead, ValueModel
 from mavis_logits.backbone import Backbone
 from mavis_logits.testing import algorithm_2
-from model_types import EOS, PAD, PROMPT, build
+from model_types import BOS, EOS, PAD, PROMPT, build
 
 STEPS, K, BETA = 4, 5, 3.0
 # A written padding token would look like a row's end, and an end of sequence ends a row: neither is written.
@@ -37,6 +37,9 @@ class Nothing(Exception):
     """There is nothing to try."""
 
 
+Inner = Callable[[Any, int], Tensor]
+
+
 class Subject:
     """A model of a type with prompts for it, and what its twins have said."""
 
@@ -50,36 +53,53 @@ class Subject:
         self._fresh: dict[Any, Reading] = {}
         self._decoded: dict[Any, Any] = {}
         self.vocabulary = self.model.get_output_embeddings().weight.shape[0]
-        self.layer = max(1, self.model.config.get_text_config(decoder=True).num_hidden_layers // 2)
         self.read(rows[0])  # what cannot run at all is not built
-        self.first = self._first_state()
+        self.first, count = self._states()
+        self.layer = max(1, count // 2)
 
     def read(self, tokens: Tensor, layer: int | None = None) -> Reading:
         """The model after `tokens`, read from scratch."""
         key = (tuple(tokens.tolist()), layer)
         if key not in self._fresh:
-            self._fresh[key] = read(self.model, tokens[None], None if layer is None else layer - self.first)
+            self._fresh[key] = read(self.model, tokens[None], self.inner(layer))
         return self._fresh[key]
 
     def decode(self, inputs: dict[str, Tensor], sequences: Tensor, layer: int | None) -> list[list[Reading]]:
         """What `generate` reads on its way to `sequences`, by step and row."""
         key = (inputs["input_ids"].shape, tuple(sequences.flatten().tolist()), layer)
         if key not in self._decoded:
-            index = None if layer is None else layer - self.first
-            self._decoded[key] = decode(self.model, inputs, sequences, index)
+            self._decoded[key] = decode(self.model, inputs, sequences, self.inner(layer))
         return self._decoded[key]
 
     @torch.no_grad()
-    def _first_state(self) -> int:
-        """Which layer's output comes first in `hidden_states`: 0 (the embedding), or 1 if it knows other tokens."""
-        ids = self.single["input_ids"]
-        first = []
+    def _states(self) -> tuple[int, int]:
+        """Which layer's output comes first in `hidden_states`, and how many layers there are.
+
+        It is 0 (the embedding), or 1 if it knows other tokens than its own.
+        """
+        ids, first = self.single["input_ids"], []
         for tokens in (ids, torch.cat([ids[:, :-1].flip(1), ids[:, -1:]], dim=1)):
             states = getattr(self.model(input_ids=tokens, output_hidden_states=True), "hidden_states", None)
             if not states:
-                return 0
-            first.append(inner_state(states, 0, 1))
-        return int(difference(*first) > 1e-4)
+                return 0, self.model.config.get_text_config(decoder=True).num_hidden_layers
+            first.append(_at_end(states[0], 1))
+        self._entries = len(states)
+        knows = int(difference(*first) > 1e-4)
+        return knows, len(states) - 1 + knows
+
+    def inner(self, layer: int | None) -> Inner | None:
+        """What takes the state [R, d] after `layer` from the hidden states that transformers gives of R rows."""
+        if layer is None:
+            return None
+
+        def state(states: Any, rows: int) -> Tensor:
+            if not states:
+                raise Nothing("transformers gives no hidden states of this type")
+            if len(states) != self._entries:
+                raise Nothing("transformers gives hidden states of two streams of this type")
+            return _at_end(states[layer - self.first], rows)
+
+        return state
 
     def readings(self) -> dict[str, tuple[str, str]]:
         """How the library reads the model as a base, as a value model and in packed trees, each with the reason."""
@@ -153,22 +173,26 @@ def at_output(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 
 
 @torch.no_grad()
-def read(model: PreTrainedModel, ids: Tensor, layer: int | None = None) -> Reading:
+def read(model: PreTrainedModel, ids: Tensor, inner: Inner | None = None) -> Reading:
     """A plain forward pass over `ids` [1, T], without mask, positions or cache."""
     with at_output(model) as caught:
-        output = model(input_ids=ids, **({} if layer is None else {"output_hidden_states": True}))
-    inner = None if layer is None else inner_state(getattr(output, "hidden_states", None), layer, 1)[0]
-    return Reading(_suppressed(output.logits[0, -1]), last_position(caught[-1])[0], inner)
+        forget(model)
+        output = model(input_ids=ids, **({} if inner is None else {"output_hidden_states": True}))
+    state = None if inner is None else inner(getattr(output, "hidden_states", None), 1)[0]
+    return Reading(_suppressed(output.logits[0, -1]), last_position(caught[-1])[0], state)
 
 
-def inner_state(states: Any, layer: int, rows: int) -> Tensor:
-    """[R, d] of the last position, of one of a model's hidden states; the mean of parallel residual streams."""
-    if states is None:
-        raise Nothing("transformers gives no hidden states of this type")
-    found = states[layer]
-    if found.ndim == 4:
-        found = found.mean(dim=2) if found.shape[0] == rows else found.mean(dim=0)
-    return found[:, -1]
+def _at_end(states: Tensor, rows: int) -> Tensor:
+    """[R, d] of the last position; the mean of parallel residual streams."""
+    if states.ndim == 4:
+        states = states.mean(dim=2) if states.shape[0] == rows else states.mean(dim=0)
+    return states[:, -1]
+
+
+def forget(model: PreTrainedModel | ValueModel) -> None:
+    """Undo what reading longer texts has left: dynamic rotary frequencies stay stretched until a short text comes."""
+    if any(getattr(module, "rope_type", None) == "dynamic" for module in model.modules()):
+        model(torch.tensor([[BOS]]))
 
 
 def _suppressed(logits: Tensor) -> Tensor:
@@ -191,22 +215,22 @@ class _Forced(LogitsProcessor):
 
 @torch.no_grad()
 def decode(
-    model: PreTrainedModel, inputs: dict[str, Tensor], sequences: Tensor, layer: int | None
+    model: PreTrainedModel, inputs: dict[str, Tensor], sequences: Tensor, inner: Inner | None
 ) -> list[list[Reading]]:
     """`generate`'s own cached decoding of `sequences` [R, T]: what it read, by step and row."""
     steps = sequences.shape[1] - inputs["input_ids"].shape[1]
     with at_output(model) as caught:
         out = model.generate(
             **inputs, logits_processor=[_Forced(sequences)], do_sample=False, max_new_tokens=steps,
-            return_dict_in_generate=True, output_logits=True, output_hidden_states=layer is not None,
+            return_dict_in_generate=True, output_logits=True, output_hidden_states=inner is not None,
         )  # fmt: skip
     found = []
     for step, logits in enumerate(out.logits):
-        inner = None if layer is None else inner_state(out.hidden_states[step], layer, len(logits))
+        state = None if inner is None else inner((out.hidden_states or {step: None})[step], len(logits))
         output = last_position(caught[step])
         found.append(
             [
-                Reading(_suppressed(logits[r]), output[r], None if inner is None else inner[r])
+                Reading(_suppressed(logits[r]), output[r], None if state is None else state[r])
                 for r in range(len(logits))
             ]
         )
@@ -219,6 +243,7 @@ def fresh_values(model: ValueModel, prefix: Tensor, candidates: Tensor) -> Tenso
     found = model.__dict__.setdefault("_fresh", {})
     key = (tuple(prefix.tolist()), tuple(candidates.tolist()))
     if key not in found:
+        forget(model)
         sequences = torch.cat([prefix.expand(len(candidates), -1), candidates[:, None]], dim=1)
         found[key] = model(sequences).values[:, -1, 0]
     return found[key]

@@ -94,6 +94,8 @@ TWEAKS: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
     "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}},
     "doge": {"keep_window_size": WINDOW},
+    "dory": {"n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1, "num_hidden_layers": 4,
+             "layer_types": ["sliding_attention", "full_attention"] * 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, **_MIXED},
     "dots3_note_text": {"swa_q_lora_rank": 4, "swa_kv_lora_rank": 4, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8,
                         "swa_v_head_dim": 8},
@@ -122,6 +124,7 @@ TWEAKS: dict[str, dict[str, Any]] = {
     "reformer": {"axial_pos_embds": False, "local_attn_chunk_length": 4},
     "smollm3": _SWITCHED,
     "starcoder2": {"sliding_window": WINDOW},
+    "xlm": {"causal": True, "pad_index": PAD, "eos_index": EOS, "bos_index": BOS, "mask_index": 5, "mask_token_id": 5},
     "xmod": {"default_language": "en_XX"},
     "glm4v_moe_text": {"rope_parameters": _SPLIT["rope_parameters"] | {"mrope_section": [1, 1, 0]}},
     "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "num_hidden_layers": 4,
@@ -227,12 +230,16 @@ def _shrunk(config: PreTrainedConfig, given: Mapping[str, Any]) -> PreTrainedCon
             settings[name] = _shrunk(value, TWEAKS.get(value.model_type, {}) | (own or {}))
         elif name == "is_decoder":
             settings[name] = True
+        elif re.search(r"drop|jitter", name) and isinstance(value, float):
+            settings[name] = 0.0
         elif value is None and name in _UNSET:
             settings[name] = _UNSET[name]
         elif name in _SPECIAL:
             settings[name] = _SPECIAL[name]
         elif isinstance(value, int) and re.search(r"token_(id|index)$", name):
             settings[name] = min(value, VOCABULARY - 1)
+        elif name == "rope_parameters" and value and "mrope_section" in value:
+            settings[name] = value | {"mrope_section": _SPLIT["rope_parameters"]["mrope_section"]}
         elif isinstance(value, list | tuple) and value and kept:
             settings[name] = _of_layers(name, value, layers, kept)
         elif isinstance(value, int | float) and not isinstance(value, bool):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -35,6 +36,7 @@ from model_twins import (
     Subject,
     Wrong,
     difference,
+    forget,
     fresh_values,
     hold,
     prefixes,
@@ -106,10 +108,12 @@ def same_states(subject: Subject) -> str:
 
 
 @torch.no_grad()
-def _same_values(subject: Subject, model: ValueModel, other: ValueModel) -> None:
+def _same_values(subject: Subject, model: ValueModel, other: ValueModel, tolerance: float = 1e-4) -> None:
     for ids in (subject.single["input_ids"], subject.prompts["input_ids"][:1]):
+        forget(model)
+        forget(other)
         mine, theirs = model(ids).values, other(ids).values
-        hold(difference(mine, theirs) / max(1.0, float(mine.std())), "values after loading", 1e-4)
+        hold(difference(mine, theirs) / max(1.0, float(mine.std())), "values after loading", tolerance)
 
 
 def reload(subject: Subject) -> None:
@@ -129,16 +133,20 @@ def truncated(subject: Subject) -> str:
 
 
 def lora(subject: Subject) -> None:
+    """An adapter on every linear layer."""
     try:
         model = subject.own_value_model(lora=LoraConfig(r=2, target_modules="all-linear"))
-    except ValueError as error:
-        if any("peft" in frame.filename for frame in traceback.extract_tb(error.__traceback__)):
-            raise Nothing(f"PEFT: {str(error)[:200]}") from error
+        with torch.no_grad():
+            model(subject.single["input_ids"])
+    except Exception as error:
+        if any(f"{os.sep}peft{os.sep}" in frame.filename for frame in traceback.extract_tb(error.__traceback__)[-2:]):
+            raise Nothing(f"PEFT's LoRA does not fit: {' '.join(str(error).split())[:200]}") from error
         raise
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         for merge in (False, True):
-            _same_values(subject, model, ValueModel.from_pretrained(folder, backbone=subject.model, merge=merge))
+            loaded = ValueModel.from_pretrained(folder, backbone=subject.model, merge=merge)
+            _same_values(subject, model, loaded, TOLERANCE)  # merging rounds the weights
 
 
 def _tree() -> LabelledTree:
@@ -166,7 +174,13 @@ def training(packed: bool) -> Callable[[Subject], str]:
     """Values and gradients of a batch of our making against those of every sequence alone."""
 
     def check(subject: Subject) -> str:
-        model = subject.own
+        model = subject.own.train()  # no dropout: tiny configurations have none
+        try:
+            return compare(model)
+        finally:
+            model.eval()
+
+    def compare(model: ValueModel) -> str:
         item = _tree()
         kept = np.ones(len(item.tree), dtype=bool)
         nodes = node_examples(item, kept, True)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from tqdm.auto import tqdm
@@ -17,7 +18,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrain
 from mavis_logits import MavisConfig
 from mavis_logits.demo.chat import ChatTemplate
 from mavis_logits.demo.smollm2 import MODEL_ID, converted_folder, load_chat_model
-from mavis_logits.fingerprint import tokenizer_fingerprint, weights_fingerprint
+from mavis_logits.fingerprint import Identity, parameters_fingerprint, tokenizer_fingerprint
 from mavis_logits.steering import Steering
 
 from . import rollout_vllm
@@ -27,7 +28,7 @@ from .ranks import Ranks, join
 from .rollout import sample_trees
 from .settings import torch_dtype
 from .tree import Tree
-from .tree_store import StoreMetadata, TreeStore
+from .tree_store import METADATA_FILE, StoreMetadata, TreeStore
 
 Backend = Literal["transformers", "vllm"]
 
@@ -218,7 +219,7 @@ def transformers_sampler(
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         sampling=config.sampling(),
         policy=describe(steering),
-        weights_fingerprint=weights_fingerprint(model),
+        **_weights(model, config.store),
         versions={name: version(name) for name in ("torch", "transformers", "mavis-logits")},
     )
     sample = partial(
@@ -256,11 +257,21 @@ def vllm_sampler(
         model=MODEL_ID if config.model == "smollm2" else config.model,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         sampling=config.sampling(),
-        weights_fingerprint=None if model is None else weights_fingerprint(model),
+        **({} if model is None else _weights(model, config.store)),
         versions={"vllm": rollout_vllm.engine_version(), "mavis-logits": version("mavis-logits")},
     )
     sample = partial(rollout_vllm.sample_trees, engine, eos=eos_token_ids(_generation(folder), tokenizer), shape=config)
     return Sampler(tokenizer, metadata, lambda rows, ids, seed: sample(rows, ids, seed=seed))
+
+
+def _weights(model: PreTrainedModel, store: str) -> dict[str, Any]:
+    """How a store records a base model: as it does already, if it is that one (another version knows it otherwise)."""
+    identity = Identity(model)
+    if Path(store, METADATA_FILE).exists():
+        known = TreeStore.open(store).metadata
+        if known.weights_fingerprint and identity.difference(known.weights_fingerprint, known.weights_sketch) is None:
+            return {"weights_fingerprint": known.weights_fingerprint, "weights_sketch": known.weights_sketch}
+    return {"weights_fingerprint": identity.fingerprint, "weights_sketch": identity.sketch}
 
 
 def load_policy(
@@ -283,7 +294,7 @@ def describe(steering: Steering | None) -> dict[str, Any]:
     if steering is None:
         return {}
     functions = [
-        {"objectives": f.config.objectives, "weights": weights_fingerprint(f)}  # type: ignore[arg-type]
+        {"objectives": f.config.objectives, "weights": parameters_fingerprint(f)}  # type: ignore[arg-type]
         for f in steering._functions.all
     ]
     return {"settings": asdict(steering.config), "value_functions": functions}

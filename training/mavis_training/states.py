@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from mavis_logits.backbone import Backbone
-from mavis_logits.fingerprint import weights_fingerprint
+from mavis_logits.fingerprint import Identity
 
 from .files import open_safetensors, replace_when_whole
 from .packing import Layout, pack, packed_inputs
@@ -42,31 +42,31 @@ def compute_states(store: TreeStore, model: PreTrainedModel, folder: str | Path,
         ValueError: the model is not the one they were sampled from, or the folder holds states of another model, of
             another layer or of other trees.
     """
-    fingerprint = weights_fingerprint(model)
-    store.require_origin(weights_fingerprint=fingerprint)
+    store.require_base(model)
+    identity = Identity(model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     ranks = join(str(model.device))
-    todo = ranks.share(ranks.agree(lambda: _without_states(store, folder, fingerprint, layer)))
+    todo = ranks.share(ranks.agree(lambda: _without_states(store, folder, identity, layer)))
     started, tokens = time.monotonic(), 0
     with tqdm(todo, desc="hidden states", unit="shard", disable=not ranks.is_main) as progress:
         for shard in progress:
             trees = shard.trees()
             states = {str(i): tree_states(model, pack(tree), layer) for i, tree in enumerate(trees)}
             with replace_when_whole(states_path(folder, shard)) as temporary:
-                save_file(states, temporary, metadata=_origin(fingerprint, trees, layer))
+                save_file(states, temporary, metadata=_origin(identity.fingerprint, trees, layer))
             tokens += sum(map(len, states.values()))
             progress.set_postfix_str(f"{tokens / (time.monotonic() - started):.0f} tokens/s")
     ranks.wait()
 
 
-def _without_states(store: TreeStore, folder: Path, fingerprint: str, layer: int | None) -> list[Shard]:
+def _without_states(store: TreeStore, folder: Path, identity: Identity, layer: int | None) -> list[Shard]:
     """The shards whose states are still to be computed; those that are there are checked."""
     todo = []
     for shard in store.shards():
         path = states_path(folder, shard)
         if path.exists():
-            _require_same_origin(path, _origin(fingerprint, shard.trees(), layer))
+            _require_same_origin(path, identity, shard.trees(), layer)
         else:
             todo.append(shard)
     return todo
@@ -158,10 +158,13 @@ def output_embedding_input(backbone: Backbone) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-def _require_same_origin(path: Path, origin: dict[str, str]) -> None:
+def _require_same_origin(path: Path, identity: Identity, trees: list[Tree], layer: int | None) -> None:
     with open_safetensors(path, "pt") as file:
         found = file.metadata() or {}
     found = {"layer": str(None)} | found  # the first files named neither their layer nor their trees
+    origin, base = _origin(identity.fingerprint, trees, layer), found.get("base_fingerprint")
+    if identity.difference(base) is None:
+        origin["base_fingerprint"] = base or origin["base_fingerprint"]  # perhaps of an older version
     for name, what in (("base_fingerprint", "a model with weights"), ("layer", "layer"), ("trees", "trees")):
         if found.get(name, origin[name]) != origin[name]:
             raise ValueError(f"{path} holds states of {what} {found[name]}, not {origin[name]}: use another folder.")

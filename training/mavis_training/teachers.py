@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from mavis_logits.backbone import Backbone
-from mavis_logits.fingerprint import weights_fingerprint
+from mavis_logits.fingerprint import parameters_fingerprint
 from mavis_logits.functions import load_value_functions
 from mavis_logits.value_head import ValueHead
 from mavis_logits.value_model import ValueModel
@@ -52,10 +52,10 @@ class Teacher:
         """16 hex digits of all that its values depend on: its weights, its reward units and its base model's."""
         config = self.function.config
         parts = (
-            weights_fingerprint(self.function),
+            parameters_fingerprint(self.function),
             config.reward_mean,
             config.reward_scale,
-            weights_fingerprint(self.base) if self.base is not None else None,
+            parameters_fingerprint(self.base) if self.base is not None else None,
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 

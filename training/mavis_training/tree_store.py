@@ -24,6 +24,9 @@ from typing import Any
 import h5py
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
+
+from mavis_logits.fingerprint import Identity
 
 from .files import TEMPORARY_SUFFIX, read_json, write_bytes, write_json
 from .tree import NODE_DTYPES, Tree
@@ -33,7 +36,7 @@ __all__ = ["FORMAT_VERSION", "Shard", "StoreMetadata", "Tree", "TreeStore"]
 FORMAT_VERSION = 1
 METADATA_FILE = "metadata.json"
 # Fields that may differ between the runs that fill one store.
-_DESCRIPTIVE_FIELDS = frozenset({"created", "versions"})
+_DESCRIPTIVE_FIELDS = frozenset({"created", "versions", "weights_sketch"})
 _SHARD_NAME = re.compile(r"trees-(\d{5})\.h5")
 _OBJECTIVE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
 
@@ -48,7 +51,7 @@ class StoreMetadata:
         sampling: max_new_tokens, layers, root_children, children, temperature, seed, dtype: what shapes the samples.
         policy: steering settings of pi_gen; empty when pi_gen is the reference.
         revision: base model revision, if it has one.
-        weights_fingerprint: of the base model (`mavis_logits.fingerprint.weights_fingerprint`); None if not known.
+        weights_fingerprint, weights_sketch: of the base model (`mavis_logits.fingerprint.Identity`); None if not known.
         versions: library versions of the run that created the store (not compared on reopening).
         created: ISO time of creation (not compared on reopening).
         format_version: of the files.
@@ -60,6 +63,7 @@ class StoreMetadata:
     policy: dict[str, Any] = field(default_factory=dict)
     revision: str | None = None
     weights_fingerprint: str | None = None
+    weights_sketch: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     format_version: int = FORMAT_VERSION
@@ -227,6 +231,17 @@ class TreeStore:
             raise ValueError(
                 f"{folder} was sampled from {metadata.model} with weights {metadata.weights_fingerprint}, but the base "
                 f"model given has weights {weights_fingerprint}: give that model, or collect new trees from this one."
+            )
+
+    def require_base(self, model: nn.Module) -> None:
+        """Raise `ValueError` if the trees were sampled from another base model than `model`, as far as is known."""
+        metadata, identity = self.metadata, Identity(model)
+        difference = identity.difference(metadata.weights_fingerprint, metadata.weights_sketch)
+        if difference is not None:
+            raise ValueError(
+                f"{self.folder} was sampled from {metadata.model} with weights {metadata.weights_fingerprint}, but the "
+                f"base model given has weights {identity.fingerprint}: give that model, or collect new trees from this "
+                f"one. What is different: {difference}."
             )
 
     def require_same(self, metadata: StoreMetadata) -> None:

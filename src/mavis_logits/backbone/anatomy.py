@@ -86,13 +86,21 @@ def given_cache(inputs: Mapping[str, Any]) -> Any:
     return next((inputs[name] for name in _CACHE_NAMES if inputs.get(name) is not None), None)
 
 
+def tokens_in(cache: Any) -> int | None:
+    """How many tokens a cache holds; None if it cannot tell (one of recurrent states alone)."""
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:
+        return None
+
+
 def holds_tokens(cache: Any) -> bool:
     """Whether a cache has been written to."""
-    try:
-        return bool(cache.get_seq_length())
-    except ValueError:  # one of recurrent states alone cannot count
-        states = (getattr(layer, "has_previous_state", False) for layer in cache.layers)
-        return any(any(state.values()) if isinstance(state, dict) else bool(np.any(state)) for state in states)
+    count = tokens_in(cache)
+    if count is not None:
+        return count > 0
+    states = (getattr(layer, "has_previous_state", False) for layer in cache.layers)
+    return any(any(state.values()) if isinstance(state, dict) else bool(np.any(state)) for state in states)
 
 
 def name_of_class(decoder: PreTrainedModel) -> str | None:
@@ -179,11 +187,11 @@ def find_decoder(model: PreTrainedModel) -> PreTrainedModel:
     head = output_layer(model)
     body = model.base_model
     if text_config(model) is model.config and not model.config.is_encoder_decoder:
-        if head is None and not model.can_generate():
-            return model
         # What AutoModel makes of the configuration, so that it can be made again.
         if body is not model and isinstance(body, PreTrainedModel) and name_of_class(body) is None:
             return body
+        if head is None and not model.can_generate():
+            return model
     decoder = _named_decoder(model)
     if isinstance(decoder, PreTrainedModel) and (head is None or not _contains(decoder, head)):
         return decoder
@@ -238,6 +246,18 @@ def attention_windows(config: PreTrainedConfig) -> dict[str, int | None] | None:
     return {kind: window if kind == "sliding_attention" else None for kind in sorted(kinds)}
 
 
+def rope_kind(parameters: Mapping[str, Any]) -> str:
+    """How rotary frequencies are made."""
+    return str(parameters.get("rope_type", parameters.get("type", "default")))
+
+
+def frequencies_drift(config: PreTrainedConfig) -> bool:
+    """Whether rotary frequencies change with every further token from some length on (dynamic NTK)."""
+    parameters = field(config, "rope_parameters") or field(config, "rope_scaling") or {}
+    nested = [value for value in parameters.values() if isinstance(value, Mapping)]
+    return any("dynamic" in rope_kind(one) for one in [parameters, *nested])
+
+
 def frequencies_change_at(config: PreTrainedConfig) -> int | None:
     """The length from which on rotary frequencies depend on it (dynamic NTK, LongRoPE), so that cached keys are off.
 
@@ -247,7 +267,7 @@ def frequencies_change_at(config: PreTrainedConfig) -> int | None:
     nested = [value for value in parameters.values() if isinstance(value, Mapping)] or [parameters]
     lengths: list[int] = []
     for one in nested:
-        kind = str(one.get("rope_type", one.get("type", "default")))
+        kind = rope_kind(one)
         if "dynamic" in kind or kind == "longrope":
             length = one.get("original_max_position_embeddings") or getattr(
                 config, "original_max_position_embeddings", None
@@ -258,6 +278,8 @@ def frequencies_change_at(config: PreTrainedConfig) -> int | None:
 
 def longest_sequence(config: PreTrainedConfig) -> int | None:
     """The tokens that a decoder has positions for; None if unknown or unlimited."""
+    if frequencies_drift(config):
+        return None  # made for longer texts than it was trained on
     for name in ("max_position_embeddings", "n_positions", "max_target_positions"):
         found = getattr(config, name, None)
         if isinstance(found, int) and found > 0:
@@ -282,9 +304,17 @@ def output_width(config: PreTrainedConfig) -> int:
     return int(getattr(config, "word_embed_proj_dim", None) or config.hidden_size)
 
 
+def field(config: PreTrainedConfig, name: str) -> Any:
+    """A field of a configuration; None if it has none of this name, or another one for every layer."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # transformers raises an error of its own for fields that differ by layer
+        return None
+
+
 def per_layer_settings(config: PreTrainedConfig, count: int) -> dict[str, list[Any]]:
     """The fields of a config that are lists of one entry for each of `count` layers."""
-    fields = {name: getattr(config, name, None) for name in {*vars(config), "layer_types"}}
+    fields = {name: field(config, name) for name in {*vars(config), "layer_types"}}
     return {name: value for name, value in fields.items() if isinstance(value, list) and len(value) == count}
 
 
@@ -312,6 +342,9 @@ def cut_config(config: PreTrainedConfig, layers: int, keep: int) -> None:
             setattr(config, name, values[:keep])
         except AttributeError:
             continue  # derived from the count
+    shared = field(config, "num_kv_shared_layers")
+    if shared:  # the last layers, counted from the end, use keys of earlier ones
+        config.num_kv_shared_layers = max(0, keep - (layers - shared))
 
 
 def states_of(output: Any) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..attention import holding
+from ..attention import holding, implementation_of
 from ..cache import RaggedCache, Windows
 from ..hooks import after, before
-from . import anatomy, probe
+from . import anatomy, probe, weights
 from .anatomy import UnsupportedModel
 from .probe import Reading
 
@@ -85,7 +86,8 @@ class Backbone:
     @property
     def scores(self) -> int:
         """V, how many scores the model gives."""
-        return self.output_embedding.shape[0]
+        rows = getattr(self.output_layer, "out_features", None)
+        return int(rows if rows is not None else self.output_embedding.shape[0])
 
     @property
     def longest(self) -> int | None:
@@ -116,8 +118,15 @@ class Backbone:
 
     @property
     def output_embedding(self) -> Tensor:
-        """The weights [V, d] of the output layer, detached."""
-        return self.output_layer.weight.detach()  # type: ignore[union-attr, operator]
+        """The weights [V, d] of the output layer, detached: as it computes, were they packed, adapted or offloaded.
+
+        Raises:
+            UnsupportedModel: they cannot be told.
+        """
+        weight = weights.weight_of(self.output_layer)
+        if weight is None:
+            raise UnsupportedModel(f"the output embedding of {self.name} cannot be read: load its weights unquantised")
+        return weight
 
     # How it may be read
 
@@ -135,6 +144,11 @@ class Backbone:
     def stable_length(self) -> int | None:
         """The length from which on cached keys are off, since rotary frequencies depend on it; None if never."""
         return anatomy.frequencies_change_at(self.config)
+
+    @property
+    def drifts(self) -> bool:
+        """Whether from `stable_length` on frequencies change with every token, and `generate` keeps stale keys."""
+        return anatomy.frequencies_drift(self.config)
 
     def require_causal(self) -> None:
         """Raise `UnsupportedModel` if states depend on later tokens too."""
@@ -161,12 +175,14 @@ class Backbone:
         feed = cache.prepare(one[None], one)
         given = feed.inputs(self.windows, self.decoder.dtype) | {"cache": cache, "use_cache": True}
         arrived: dict[str, Any] = {}
+        thread = threading.get_ident()
 
-        def cut_off(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            arrived.update(kwargs)
-            raise _Reached
+        def cut_off(args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+            if threading.get_ident() == thread:  # others may be using the model
+                arrived.update(kwargs or {})
+                raise _Reached
 
-        handle = self.decoder.register_forward_pre_hook(cut_off, with_kwargs=True)
+        handle = before(self.decoder, cut_off, with_kwargs=True)
         try:
             with torch.no_grad():
                 self.model(**self._bound(self.model, {**dict.fromkeys(_INPUTS), **given}, handed_on=True))
@@ -275,11 +291,23 @@ class Backbone:
                     f"num_layers must be 1 to {total} (the layers that {type(decoder).__name__} has), got {num_layers}"
                 )
             if num_layers < total:
+                why = probe.cut_of(decoder, total, num_layers)
+                if why is not None:
+                    raise ValueError(
+                        f"{type(decoder).__name__} cannot be cut to {num_layers} layers ({why}): leave num_layers out"
+                    )
                 anatomy.cut_config(config, total, num_layers)
-        trunk = anatomy.build(
-            type(decoder), config, attn_implementation=decoder.config._attn_implementation, dtype=dtype or decoder.dtype
-        )
-        _copy_weights(decoder, trunk)
+        with torch.random.fork_rng(devices=[]):  # of weights that are overwritten
+            trunk = anatomy.build(
+                type(decoder),
+                config,
+                attn_implementation=implementation_of(decoder.config),
+                dtype=dtype or decoder.dtype,
+            )
+        try:
+            weights.copy_weights(decoder, trunk)
+        except ValueError as error:
+            raise ValueError(f"{type(decoder).__name__} cannot be cut to fewer layers: {error}") from error
         return trunk.eval() if not decoder.training else trunk
 
     def special(
@@ -301,26 +329,3 @@ class Backbone:
 
 class _Reached(Exception):
     """Leaves a forward pass at the decoder."""
-
-
-def _copy_weights(source: PreTrainedModel, target: PreTrainedModel) -> None:
-    """Weights and buffers of `target` become those of the same name in `source`, without adapters.
-
-    Raises:
-        ValueError: one has another shape, so that the model cannot be cut.
-    """
-    given = {name.replace(".base_layer", ""): tensor for name, tensor in source.state_dict().items()}
-    wanted = target.state_dict()
-    for name, tensor in wanted.items():
-        found = given.get(name)
-        if found is None or found.shape != tensor.shape:
-            what = "is not there" if found is None else f"is {list(found.shape)}, and would be {list(tensor.shape)}"
-            raise ValueError(
-                f"{type(source).__name__} cannot be cut to fewer layers: its {name} {what}. Leave num_layers out"
-            )
-    target.load_state_dict({name: given[name] for name in wanted})
-    # Buffers that no state dict holds are made anew by the class; those that were changed since are not those of it.
-    for name, buffer in source.named_buffers():
-        own = dict(target.named_buffers()).get(name)
-        if own is not None and name not in wanted and own.shape == buffer.shape:
-            own.data.copy_(buffer)

@@ -7,8 +7,10 @@ than a fiftieth of what the broken law moves.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import os
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,10 +20,20 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ..attention import holding
+from ..attention import holding, implementation_of
 from ..cache import RaggedCache, attention_masks
-from .anatomy import arguments_of, attention_windows, layer_lists, states_of, text_config
+from .anatomy import (
+    arguments_of,
+    attention_windows,
+    build,
+    cut_config,
+    field,
+    layer_lists,
+    states_of,
+    text_config,
+)
 from .specimen import WINDOW, Specimen, take_specimen
+from .weights import copy_weights
 
 Kind = Literal["packed", "masked", "repeated", "plain"]
 _SHARE = 0.02  # of what the broken law moves
@@ -29,6 +41,15 @@ _LENGTHS = (WINDOW + 3, WINDOW + 8)  # of the rows of a trial
 _CANDIDATES = 3
 _lock = threading.Lock()
 _known: dict[tuple[type, str, str], Any] = {}
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.Lock()  # in a forked child: who had it is not here
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 class Reading(NamedTuple):
@@ -89,9 +110,14 @@ def is_causal(decoder: PreTrainedModel) -> bool:
     return _once(decoder, "causal", _try_causality)
 
 
+def cut_of(decoder: PreTrainedModel, layers: int, keep: int) -> str | None:
+    """Why a copy of only the first `keep` layers would not give what these give in the whole; None if it does."""
+    return _once(decoder, f"cut to {keep} of {layers}", lambda whole: _try_cut(whole, layers, keep))
+
+
 def _once(decoder: PreTrainedModel, question: str, trial: Callable[[PreTrainedModel], Any]) -> Any:
     """The answer of a trial, made once in a process for each class and configuration."""
-    settings = decoder.config.to_dict() | {"implementation": decoder.config._attn_implementation}
+    settings = decoder.config.to_dict() | {"implementation": implementation_of(decoder.config)}
     for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
         settings.pop(name, None)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
@@ -101,6 +127,7 @@ def _once(decoder: PreTrainedModel, question: str, trial: Callable[[PreTrainedMo
             if key not in _known:
                 with (
                     torch.device("cpu"),
+                    torch.random.fork_rng(devices=[]),
                     torch.inference_mode(False),
                     torch.no_grad(),
                     torch.autocast("cpu", enabled=False),
@@ -115,7 +142,7 @@ def _try_readings(decoder: PreTrainedModel) -> Reading:
     if why is None:
         if isinstance(specimen, str):
             return Reading("plain", specimen)
-        implementation = decoder.config._attn_implementation
+        implementation = implementation_of(decoder.config)
         if implementation != "eager" and type(decoder)._supports_attention_backend:
             packed = _tried(lambda: _ragged_error(specimen, packed=True))
             if packed is None:
@@ -141,6 +168,34 @@ def _try_trees(decoder: PreTrainedModel) -> Reading:
     return Reading("packed", "") if why is None else Reading("plain", why)
 
 
+def _try_cut(decoder: PreTrainedModel, layers: int, keep: int) -> str | None:
+    specimen = take_specimen(decoder, whole=True)
+    place = layers_of_specimen(specimen) if isinstance(specimen, Specimen) else specimen
+    if isinstance(specimen, str) or isinstance(place, str):
+        return str(place)
+    config = copy.deepcopy(specimen.decoder.config)
+    try:
+        cut_config(config, layers, keep)
+        short = build(type(decoder), config, dtype=torch.float32).eval()
+        copy_weights(specimen.decoder, short)
+        again = field(type(config).from_dict(config.to_dict()), "layer_types")
+    except Exception as error:  # a configuration may forbid it in its own words
+        return str(error)
+    if again is not None and again != field(config, "layer_types"):
+        return f"its configuration wants {again[-1]} as the kind of the last layer"
+    found: list[Tensor] = []
+    tokens = specimen.tokens(2, max(_LENGTHS))
+    for one in (specimen, Specimen(short)):
+        layer = one.decoder.get_submodule(place.name)[keep - 1]  # type: ignore[index]
+        handle = layer.register_forward_hook(lambda _, __, output: found.append(states_of(output)))
+        try:
+            one.states(tokens)
+        finally:
+            handle.remove()
+    off, size = (found[0] - found[1]).abs().max(), found[0].abs().max()
+    return None if off <= 1e-3 * size else f"the states after layer {keep} would be off by {off:.1g} of {size:.1g}"
+
+
 def _try_causality(decoder: PreTrainedModel) -> bool:
     specimen = take_specimen(decoder)
     if isinstance(specimen, str):
@@ -157,7 +212,7 @@ def _not_ragged(decoder: PreTrainedModel, cached: bool = True) -> str | None:
     config, arguments = text_config(decoder), arguments_of(decoder)
     if getattr(decoder, "_is_stateful", False):
         return "it keeps a recurrent state, which has no branches"
-    implementation = config._attn_implementation or ""
+    implementation = implementation_of(config) or ""
     if "flash" in implementation or "flex" in implementation:
         return f'{implementation} takes no 4-D mask (attn_implementation="sdpa" does)'
     for name in ("position_ids", "attention_mask"):
@@ -281,10 +336,13 @@ def _after(specimen: Specimen, row: Tensor, candidates: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _try_layers(decoder: PreTrainedModel) -> LayerPlace | str:
-    """Which list of modules runs one after the other when text is read, and how their outputs are laid out."""
     specimen = take_specimen(decoder)
-    if isinstance(specimen, str):
-        return specimen
+    return specimen if isinstance(specimen, str) else layers_of_specimen(specimen)
+
+
+@torch.no_grad()
+def layers_of_specimen(specimen: Specimen) -> LayerPlace | str:
+    """Which list of modules runs one after the other when text is read, and how their outputs are laid out."""
     rows, positions = 3, 7
     called: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
     handles = []

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .anatomy import arguments_of, build, cut_config, layer_count_fields, layer_lists, per_layer_settings, text_config
+from .anatomy import (
+    arguments_of,
+    build,
+    cut_config,
+    field,
+    layer_count_fields,
+    layer_lists,
+    per_layer_settings,
+    text_config,
+)
 
 VOCABULARY = 97
 WINDOW = 6  # shorter than the sequences of every trial
@@ -54,14 +63,14 @@ class Specimen:
         return torch.randint(_FIRST_TOKEN, size, (rows, length), generator=generator)
 
 
-def take_specimen(decoder: PreTrainedModel) -> Specimen | str:
-    """A small copy of `decoder` that reads plain text, or why there is none.
+def take_specimen(decoder: PreTrainedModel, whole: bool = False) -> Specimen | str:
+    """A small copy of `decoder` that reads plain text, of all its layers if it is to be `whole`; or why there is none.
 
     Nothing of the process changes: not the random state, the default dtype, the default device or gradient mode.
     """
     error = "no small copy of it can be built"
     implementation = "eager" if decoder.config._attn_implementation == "eager" else "sdpa"
-    for config in _configs(decoder):
+    for config in _configs(decoder, whole):
         try:
             found = Specimen(_build(type(decoder), config, implementation))
             if torch.isfinite(found.states(found.tokens(2, 4))).all():
@@ -72,7 +81,7 @@ def take_specimen(decoder: PreTrainedModel) -> Specimen | str:
     return error
 
 
-def _configs(decoder: PreTrainedModel) -> Iterator[PreTrainedConfig]:
+def _configs(decoder: PreTrainedModel, whole: bool) -> Iterator[PreTrainedConfig]:
     """Ever less shrunk configurations."""
     layers = max((len(found) for found in layer_lists(decoder).values()), default=0)
     for narrow, short, inner in ((True, True, True), (False, True, True), (False, False, True), (False, False, False)):
@@ -89,7 +98,7 @@ def _configs(decoder: PreTrainedModel) -> Iterator[PreTrainedConfig]:
         if narrow:
             _set(text, _narrow(text))
         _lift_rope_limits(text)
-        if short:
+        if short and not whole:
             _cut(text, layers)
         yield config
 
@@ -97,7 +106,7 @@ def _configs(decoder: PreTrainedModel) -> Iterator[PreTrainedConfig]:
 def _set(config: PreTrainedConfig, values: Mapping[str, Any], only_int: bool = False) -> None:
     """Set the fields that the config has (with a whole number, if asked for)."""
     for name, value in values.items():
-        found = getattr(config, name, None)
+        found = field(config, name)
         if found is None or (only_int and not (isinstance(found, int) and found > value)):
             continue
         setattr(config, name, value)
@@ -105,10 +114,10 @@ def _set(config: PreTrainedConfig, values: Mapping[str, Any], only_int: bool = F
 
 def _narrow(config: PreTrainedConfig) -> dict[str, int]:
     """Fewer heads of the same size, as many to each key."""
-    heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    heads, width = field(config, "num_attention_heads"), field(config, "hidden_size")
     if not isinstance(heads, int) or not isinstance(width, int) or width <= 256:
         return {}
-    keys = getattr(config, "num_key_value_heads", None)
+    keys = field(config, "num_key_value_heads")
     keys = keys if isinstance(keys, int) and keys else heads
     few = min(keys, 2)
     new = heads // keys * few

@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..bundle import Bundle
 from ..config import MavisConfig
 from ..loading import read_json
+from ..needs import Needs
 
 CARD, CARD_DETAILS, METRICS = "README.md", "card.json", "metrics.json"
 PLOTS = ("foresight.png", "steering.png")
@@ -146,6 +147,7 @@ def render_card(
         load_base=(details.load_base or "").strip() or None,
         layers=(config.get("backbone_config") or {}).get("num_hidden_layers"),
         state_layer=config.get("layer"),
+        needs=Needs.of(config).in_words(),
         iteration=config.get("iteration", 0),
         recipe=yaml.safe_dump(recipe, sort_keys=False).strip() if recipe else "",
         sampling=(recipe.get("data") or {}).get("sampling") or {},

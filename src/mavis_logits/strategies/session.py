@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any, Self
 
@@ -20,6 +20,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from ..backbone import Backbone
 from ..functions import ValueFunction, check_context
 from ..fused import FusedValueModel
+from ..hooks import let_compiled_code_see
 from ..scorer import ValueScorer, make_scorer
 from ..steering import Steering, Step
 from ..value_model import ValueModel
@@ -83,12 +84,8 @@ class Session:
             raise ValueError(
                 f"reading='packed', but the base {self._backbone.name} is {reading.kind}: {reading.reason}"
             )
-        if (
-            as_generate
-            or wanted == "repeated"
-            or not reading.ragged
-            or self._backbone.why_not_handed_on(input_ids.device)
-        ):
+        as_generate = as_generate or wanted == "repeated" or self._backbone.drifts or not reading.ragged
+        if as_generate or self._backbone.why_not_handed_on(input_ids.device) is not None:
             self._reader = self._generate_reader()
         else:
             self._reader = RaggedReader(self._backbone, len(input_ids), input_ids.device)
@@ -109,6 +106,8 @@ class Session:
                 for layer in {head.config.layer for head in self._steering._functions.heads}:
                     handle = self._backbone.catch(layer, partial(self._keep, threading.get_ident(), layer))
                     stack.callback(handle.remove)
+                if self._steering._functions.heads:
+                    stack.enter_context(let_compiled_code_see(self.model) or nullcontext())
             self._stack = stack.pop_all()
         return self
 

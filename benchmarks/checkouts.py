@@ -1,0 +1,155 @@
+"""Two checkouts of this repository side by side: does a change make decoding slower?
+
+Each gets a process of its own; the two decode in turns, the same prompts with the same seed, so that a machine which
+slows down slows both. Printed and written is the ratio of this checkout's time to the other's, round by round.
+
+    git worktree add ../before COMMIT
+    python benchmarks/checkouts.py ../before                 # writes docs/results/checkouts.json
+
+Run it on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+CARDS = ROOT / "model_cards"
+PROMPTS = [
+    "How do I make good tea?",
+    "Tell me about the sea.",
+    "Why is the sky blue?",
+    "What is a good name for a cat?",
+]
+SIDES = ("this", "other")
+CASES = [
+    f"{values} by {way}, batch {batch}"
+    for values in ("plain", "head", "two value models")
+    for way in (("generate",) if values == "plain" else ("processor", "strategy"))
+    for batch in (1, 8)
+]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compare, print and write."""
+    options = parser().parse_args(argv)
+    if options.work:
+        work(options.new_tokens)
+        return 0
+    workers = {"this": start(ROOT, options.new_tokens), "other": start(Path(options.other), options.new_tokens)}
+    imports = {side: ask(worker, "ready") for side, worker in workers.items()}
+    rows = []
+    for case in CASES:
+        seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+        for number in range(options.rounds + 1):
+            for side in SIDES if number % 2 else SIDES[::-1]:
+                taken = ask(workers[side], case)
+                if number:  # the first round warms up
+                    seconds[side].append(taken)
+        ratios = sorted(a / b for a, b in zip(seconds["this"], seconds["other"], strict=True))
+        rows.append({"case": case, "ratio": statistics.median(ratios), "least": ratios[0], "most": ratios[-1]})
+        print(f"{case:36} {rows[-1]['ratio']:.3f}  ({ratios[0]:.2f} to {ratios[-1]:.2f})", flush=True)
+    for worker in workers.values():
+        worker.stdin.close()
+        worker.wait()
+    result = {
+        "other": commit(Path(options.other)), "this": commit(ROOT), "date": str(date.today()), "seed": 0,
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+        "rounds": options.rounds, "new_tokens": options.new_tokens, "import_seconds": imports, "rows": rows,
+    }  # fmt: skip
+    Path(options.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("other", help="folder of the other checkout")
+    found.add_argument("--rounds", type=int, default=7)
+    found.add_argument("--new-tokens", type=int, default=32)
+    found.add_argument("--out", default=str(ROOT / "docs" / "results" / "checkouts.json"))
+    found.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    return found
+
+
+def start(checkout: Path, new_tokens: int) -> subprocess.Popen[str]:
+    """A process that decodes with the code of a checkout, on request."""
+    path = os.pathsep.join(str(checkout / folder) for folder in ("src", "training"))
+    command = [sys.executable, __file__, str(checkout), "--work", "--new-tokens", str(new_tokens)]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, cwd=ROOT, **pipes)
+
+
+def ask(worker: subprocess.Popen[str], case: str) -> float:
+    """The seconds that a worker took."""
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    print(case, file=worker.stdin, flush=True)
+    return float(worker.stdout.readline())
+
+
+def commit(checkout: Path) -> str:
+    """The commit that is checked out in a folder."""
+    command = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def work(new_tokens: int) -> None:
+    """Decode what standard input asks for; the seconds go to standard output."""
+    started = time.perf_counter()
+    import mavis_logits
+
+    mavis_logits.MavisLogitsProcessor  # noqa: B018 (imported only when used)
+    imported = time.perf_counter() - started
+    import torch
+    import transformers
+
+    from mavis_logits.demo.smollm2 import load_chat_model
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    model, tokenizer = load_chat_model("smollm2")
+    values: dict[str, Any] = {
+        "head": str(CARDS / "smollm2-135m-value-head"),
+        "two value models": {name: str(CARDS / f"smollm2-135m-value-{name}") for name in ("helpful", "humour")},
+    }
+    made: dict[str, dict[str, Any]] = {}
+    for case in map(str.strip, sys.stdin):
+        if case == "ready":
+            print(imported, flush=True)
+            continue
+        name, _, rest = case.partition(" by ")
+        way, _, batch = rest.partition(", batch ")
+        key = f"{name} {way}"
+        if key not in made:
+            made[key] = {}
+            if name != "plain":
+                kind = mavis_logits.MavisLogitsProcessor if way == "processor" else mavis_logits.MavisSampling
+                steer = kind.from_pretrained(values[name], beta=5.0, model=model)
+                made[key] = {"logits_processor": [steer]} if way == "processor" else {"custom_generate": steer}
+        texts = [PROMPTS[i % len(PROMPTS)] for i in range(int(batch))]
+        inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+        torch.manual_seed(0)
+        started = time.perf_counter()
+        model.generate(
+            **inputs, **made[key], do_sample=True, temperature=1.0, top_k=0, min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        print(time.perf_counter() - started, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
