@@ -244,18 +244,20 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
                 f"the prompt is given as inputs_embeds, which the value models for {names} cannot read: give input_ids "
                 "beside them, or use value heads"
             )
-        masked = None
-        for prompt in prompts:
-            padding = prompt.padding(input_ids)
-            if padding is not None and prompt.unreadable is not None:
-                raise ValueError(
-                    f"the base model was also given {prompt.unreadable}, which the value models for {names} cannot "
-                    "read: use value heads, or leave it out"
-                )
-            masked = padding if padding is not None else masked
+        read = [(prompt, padding) for prompt in prompts if (padding := prompt.padding(input_ids)) is not None]
+        prompt, masked = read[-1] if read else (None, None)
+        if prompt is not None and prompt.unreadable is not None:
+            raise ValueError(
+                f"the base model was also given {prompt.unreadable}, which the value models for {names} cannot read: "
+                "use value heads, or leave it out"
+            )
         if "padding" not in self._local.__dict__:
             self._local.padding = LeftPadding()
-        stripped: list[Tokens] = self._local.padding.strip(input_ids, masked, self.pad_token_id, self._borders)
+        pad, borders = self.pad_token_id, self._borders
+        if self._given is not None and len(input_ids) == 1 and (pad is None or pad in borders):
+            # An assistant drafts before the base model reads, whose mask will tell. A single prompt is seldom padded.
+            pad, borders = None, frozenset()
+        stripped: list[Tokens] = self._local.padding.strip(input_ids, masked, pad, borders)
         return stripped
 
     def _score(self, model: Scored, sequences: list[Any], candidates: Tensor, kept: Tensor | None) -> Tensor:
