@@ -167,8 +167,8 @@ def collect(
         tokenizer: its tokenizer.
 
     Raises:
-        ValueError: a prompt is empty, a duplicate, or too long for a model's context, the store was sampled with other settings, or the value
-            functions do not fit the model. Nothing has been sampled then.
+        ValueError: a prompt is empty, a duplicate, or too long for a model's context, the store was sampled with other
+            settings, or the value functions do not fit the model. Nothing has been sampled then.
         OSError: the prompts file cannot be read.
         ImportError: backend "vllm" without vllm.
     """
@@ -238,9 +238,7 @@ def transformers_sampler(
         temperature=config.temperature,
         steering=steering,
     )
-    return Sampler(
-        tokenizer, metadata, lambda rows, ids, seed: sample(rows, ids, seed=seed), contexts(model, steering)
-    )
+    return Sampler(tokenizer, metadata, lambda rows, ids, seed: sample(rows, ids, seed=seed), contexts(model, steering))
 
 
 def vllm_sampler(

@@ -230,7 +230,9 @@ def _generate_all(
 
 def _origins(config: EvaluateConfig, rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """By setting, everything that shapes its completions."""
-    shared = {name: getattr(config, name) for name in ("seeds", "max_new_tokens", "batch_size", "dtype", "chat_template")}
+    shared = {
+        name: getattr(config, name) for name in ("seeds", "max_new_tokens", "batch_size", "dtype", "chat_template")
+    }
     shared["model"] = model_origin(config.model)
     return {
         name: completions_origin(setting, rows, config.value_functions, **shared)

@@ -25,7 +25,9 @@ _PIECES, _PIECE = 16, 64  # of a tensor; bytes
 _HEADER = struct.Struct("<Q")  # of a safetensors file: the length of its description
 _CONTENT = frozenset({".json", ".safetensors", ".bin", ".gguf", ".model", ".txt", ".jinja", ".py"})
 # What commands leave beside a model: it tells of the model, and is no part of it.
-_ASIDE = frozenset({"metrics.json", "agreement.json", "train_config.json", "sft_config.json", "training.json", "card.json"})
+_ASIDE = frozenset(
+    {"metrics.json", "agreement.json", "train_config.json", "sft_config.json", "training.json", "card.json"}
+)
 _ASIDE_FOLDERS = frozenset({"checkpoints", "states", "runs", "original"})
 _CONFIGS = ("config.json", "adapter_config.json", "mavis_bundle.json")
 
@@ -81,7 +83,9 @@ def require_same(
     found = ["it does not say of which (an older version kept it)"] if old is None else differences(old, as_json(new))
     if found:
         anew = "give fresh: true (--fresh true) to put this run's in its place, " if fresh else ""
-        raise ValueError(f"{what}: {'; '.join(found)}. Use the same settings, {anew}or give another folder for {place}.")
+        raise ValueError(
+            f"{what}: {'; '.join(found)}. Use the same settings, {anew}or give another folder for {place}."
+        )
 
 
 def model_origin(source: str) -> dict[str, Any]:

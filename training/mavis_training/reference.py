@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mavis_logits.backbone import Backbone
 from mavis_logits.steering import Steering
+
+if TYPE_CHECKING:
+    from .data import LabelledTree
 
 # Of a generation config: ids that the reference keeps, and what shapes no distribution.
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
@@ -120,4 +124,17 @@ def require_room(
                 f"{len(long)} prompts and {max_new_tokens} new tokens (max_new_tokens) are longer than the {longest} "
                 f"tokens that {name} can read: {', '.join(long[:5])}. Nothing has been sampled: {advice} "
                 "max_new_tokens."
+            )
+
+
+def require_trees_fit(trees: Iterable[LabelledTree], backbone: nn.Module) -> None:
+    """Raise `ValueError` if a tree is deeper than a backbone can read; the message names its prompt."""
+    longest = Backbone.of(backbone).longest
+    for item in trees if longest is not None else ():
+        depth = len(item.tree.prompt_tokens) + int(item.tree.end().max())
+        if depth > longest:
+            raise ValueError(
+                f"the tree of the prompt {item.tree.prompt_id!r} has {depth} tokens from its root to its deepest leaf, "
+                f"more than the {longest} that the backbone can read: use a backbone with a longer context, or collect "
+                "shorter trees."
             )

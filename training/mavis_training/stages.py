@@ -5,7 +5,6 @@ Of several processes (`mavis_training.ranks`) all do a stage's work together, an
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -138,4 +137,3 @@ def _read(path: Path) -> dict[str, Any]:
             "another output."
         )
     return content["stages"]
-
