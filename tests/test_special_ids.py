@@ -77,7 +77,8 @@ class Steered(LogitsProcessor):
                     continue
                 text = row + input_ids[number, width:].tolist()
                 log_ref = torch.log_softmax(scores[number].double(), dim=-1)
-                texts = torch.cat([torch.tensor(text).expand(len(log_ref), -1), torch.arange(len(log_ref))[:, None]], dim=1)
+                following = torch.arange(len(log_ref))[:, None]
+                texts = torch.cat([torch.tensor(text).expand(len(log_ref), -1), following], dim=1)
                 with torch.no_grad():
                     values = model(texts).values[:, -1, 0]
                 expected = algorithm_2(log_ref, lambda token: float(values[token]), K, BETA)  # noqa: B023

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .backbone import Backbone
 from .hooks import before
 from .rows import Tokens
 
@@ -42,12 +43,14 @@ class Prompt:
         mask: attention mask [R, T] as it was given; None if there was none.
         positions: [R, n] of the tokens, if they were given.
         unreadable: a kind of input that is no text, if there was one.
+        masked: whether the model is given masks at all, so that none means that there is no padding.
     """
 
     tokens: Tensor | None
     mask: Any
     positions: Tensor | None
     unreadable: str | None
+    masked: bool = True
 
     def padding(self, input_ids: Tokens) -> Tokens | None:
         """[R] padding on the left of `input_ids` [R, T]; None if this is another text, or not told. Waits for it."""
@@ -60,7 +63,7 @@ class Prompt:
             if len(read) != rows or not np.array_equal(read, input_ids[:, length - read.shape[1] :]):
                 return None
         if self.mask is None:
-            return np.zeros(rows, dtype=np.int64)
+            return np.zeros(rows, dtype=np.int64) if self.masked else None
         if isinstance(self.mask, Tensor) and self.mask.ndim == 2:
             # What a soft prompt or a cache adds stands on the left.
             end = self.mask.shape[1] - drafted
@@ -81,6 +84,7 @@ class Given:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._local = threading.local()
+        self._masked = Backbone.of(model).hands_mask_on
         reference = weakref.ref(self)
 
         def note(args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
@@ -110,5 +114,5 @@ class Given:
             return
         mask, positions = named.get("attention_mask"), named.get("position_ids")
         prompts = self._local.__dict__.setdefault("prompts", [])
-        prompts.append(Prompt(tokens, mask, positions, unreadable(named)))
+        prompts.append(Prompt(tokens, mask, positions, unreadable(named), self._masked))
         del prompts[:-_REMEMBERED]

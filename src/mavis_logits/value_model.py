@@ -187,6 +187,11 @@ class ValueModel(PushMixin, PreTrainedModel):
         """Freeze the backbone and put a trainable LoRA adapter on it."""
         if self._peft:
             raise ValueError("this value model has a LoRA adapter already; merge it first (load it with merge=True)")
+        if Backbone.of(self.backbone).shares_layers:
+            raise ValueError(
+                f"{type(self.backbone).__name__} uses some layers several times, which an adapter cannot tell apart: "
+                "train all weights (lora=None; in a recipe lora.rank: 0)"
+            )
         self._peft = [PeftModel(self.backbone, lora)]
 
     @property

@@ -165,7 +165,11 @@ class Reading:
 def at_output(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     """What enters the output embedding in every forward pass."""
     caught: list[Tensor] = []
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, args: caught.append(
+            args[0][:, 0] if args[0].ndim == 4 else args[0]
+        )  # ProphetNet: the next token's stream
+    )
     try:
         yield caught
     finally:

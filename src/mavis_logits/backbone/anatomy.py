@@ -200,6 +200,8 @@ def find_decoder(model: PreTrainedModel) -> PreTrainedModel:
         for module in model.modules()
         if module is not model and isinstance(module, PreTrainedModel) and (head is None or not _contains(module, head))
     ]
+    text = [module for module in inside if type(module.config) is type(text_config(model))]
+    inside = text or inside
     if inside:  # the largest; of two of one size the outer one, which comes first
         return max(inside, key=lambda module: sum(p.numel() for p in module.parameters()))
     if head is None:
@@ -269,10 +271,9 @@ def frequencies_change_at(config: PreTrainedConfig) -> int | None:
     for one in nested:
         kind = rope_kind(one)
         if "dynamic" in kind or kind == "longrope":
-            length = one.get("original_max_position_embeddings") or getattr(
-                config, "original_max_position_embeddings", None
-            )
-            lengths.append(int(length or getattr(config, "max_position_embeddings", 0)))
+            names = ("original_max_position_embeddings", "max_position_embeddings")
+            found = [one.get(names[0]), *(field(config, name) for name in names)]
+            lengths.append(next((length for length in found if isinstance(length, int)), 0))
     return min(lengths, default=None)
 
 
@@ -301,6 +302,8 @@ def embedding_rows(decoder: PreTrainedModel) -> int:
 
 def output_width(config: PreTrainedConfig) -> int:
     """The width of a decoder's last hidden states."""
+    if config.model_type == "reformer":
+        return 2 * int(config.hidden_size)  # reversible layers: both halves
     return int(getattr(config, "word_embed_proj_dim", None) or config.hidden_size)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..attention import holding, implementation_of
 from ..cache import RaggedCache, Windows
-from ..holds import Hold
 from ..hooks import after, before
 from . import anatomy, probe, weights
 from .anatomy import UnsupportedModel
@@ -57,17 +57,22 @@ class Backbone:
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The layers of the decoder, in order.
+        """The layers of the decoder, in order; without those that only images pass.
 
         Raises:
             UnsupportedModel: they cannot be told.
         """
-        return self.decoder.get_submodule(self._place.name)  # type: ignore[return-value]
+        place = self._place
+        every: nn.ModuleList = self.decoder.get_submodule(place.name)  # type: ignore[assignment]
+        if not place.skipped:
+            return every
+        return nn.ModuleList(layer for layer in every if type(layer) not in place.skipped)
 
     @property
     def width(self) -> int:
         """d, of the states after every layer."""
-        return int(self.config.hidden_size)
+        place = probe.layers_of(self.decoder)
+        return int(self.config.hidden_size) * (1 if isinstance(place, str) else place.times)
 
     @property
     def output_width(self) -> int:
@@ -128,6 +133,13 @@ class Backbone:
             raise UnsupportedModel(f"the output embedding of {self.name} cannot be read: load its weights unquantised")
         return weight
 
+    @property
+    def shares_layers(self) -> bool:
+        """Whether linear layers at several places are one, or share their weights (Zamba)."""
+        every = self.decoder.named_modules(remove_duplicate=False)
+        weights = [layer.weight for _, layer in every if isinstance(layer, nn.Linear)]
+        return len(weights) != len(set(weights))
+
     # How it may be read
 
     @property
@@ -144,6 +156,19 @@ class Backbone:
     def stable_length(self) -> int | None:
         """The length from which on cached keys are off, since rotary frequencies depend on it; None if never."""
         return anatomy.frequencies_change_at(self.config)
+
+    @property
+    def hands_mask_on(self) -> bool:
+        """Whether `generate` gives the model the attention mask of a prompt; some types prepare inputs without."""
+        if self.is_encoder_decoder:
+            return True
+        ones = torch.ones(1, 2, dtype=torch.long, device=self.model.device)
+        try:
+            prepare: Any = self.model.prepare_inputs_for_generation
+            inputs = prepare(ones, attention_mask=ones, use_cache=False)
+        except Exception:  # made for arguments that only generate has
+            return True
+        return inputs.get("attention_mask") is not None
 
     @property
     def drifts(self) -> bool:
@@ -240,7 +265,7 @@ class Backbone:
         wanted = {name: given[name] for name in _INPUTS}
         return anatomy.arguments_of(module).bind(type(module).__name__, wanted, handed_on)
 
-    def packed_attention(self) -> Hold:
+    def packed_attention(self) -> AbstractContextManager[Any]:
         """While it is open, the decoder runs `ragged_attention`."""
         return holding(self.decoder)
 
@@ -256,7 +281,10 @@ class Backbone:
             What takes the hook off again.
         """
         if layer is None:
-            return before(self.output_layer, lambda args: catch(args[0].detach()))
+            # ProphetNet foresees several tokens; the first of its streams [R, streams, T, d] is of the next one.
+            return before(
+                self.output_layer, lambda args: catch((args[0][:, 0] if args[0].ndim == 4 else args[0]).detach())
+            )
         place = self._place
         if not 1 <= layer <= len(self.layers):
             raise UnsupportedModel(f"{self.name} has {len(self.layers)} layers: name one of 1 to {len(self.layers)}")
@@ -284,6 +312,8 @@ class Backbone:
         """
         decoder = self.decoder
         config = copy.deepcopy(decoder.config)
+        if num_layers == anatomy.field(self.config, "num_hidden_layers"):
+            num_layers = None  # all there are, whether or not they can be told apart
         if num_layers is not None:
             total = len(self.layers)
             if not 1 <= num_layers <= total:

@@ -76,10 +76,14 @@ class LayerPlace(NamedTuple):
     Attributes:
         name: of the list of layers.
         order: axes of a layer's output that are rows, positions and width; the others are parallel streams.
+        times: how many times the model's width that is: of streams side by side.
+        skipped: classes of layers in the list that text alone does not pass (they look at images).
     """
 
     name: str
     order: tuple[int, int, int]
+    times: int = 1
+    skipped: frozenset[type] = frozenset()
 
     def arranged(self, states: Tensor) -> Tensor:
         """A layer's output as [R, T, d]; of parallel streams the mean."""
@@ -342,40 +346,57 @@ def _try_layers(decoder: PreTrainedModel) -> LayerPlace | str:
 
 @torch.no_grad()
 def layers_of_specimen(specimen: Specimen) -> LayerPlace | str:
-    """Which list of modules runs one after the other when text is read, and how their outputs are laid out."""
+    """Which list of modules runs one after the other when text is read, and how their outputs are laid out.
+
+    Of several such lists it is the one after whose first module stand the hidden states that the model itself shows.
+    """
     rows, positions = 3, 7
-    called: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
+    called: dict[str, list[tuple[int, Tensor]]] = {}
     handles = []
-    for name, layers in layer_lists(specimen.decoder).items():
+    lists = layer_lists(specimen.decoder)
+    for name, layers in lists.items():
         for i, layer in enumerate(layers):
 
             def hook(_: Any, __: Any, output: Any, name: str = name, i: int = i) -> None:
-                called.setdefault(name, []).append((i, tuple(states_of(output).shape)))
+                called.setdefault(name, []).append((i, states_of(output)))
 
             handles.append(layer.register_forward_hook(hook))
     try:
-        last = specimen.states(specimen.tokens(rows, positions)).shape[-1]
+        tokens = specimen.tokens(rows, positions)
+        last = specimen.states(tokens).shape[-1]
+        shown = specimen.shown(tokens)
     finally:
         for handle in handles:
             handle.remove()
-    whole, width = layer_lists(specimen.decoder), getattr(specimen.config, "hidden_size", last)
-    for name, calls in sorted(called.items(), key=lambda item: -len(item[1])):
-        if [i for i, _ in calls] != list(range(len(whole[name]))):
-            continue  # not each once, in order
-        shapes = {shape for _, shape in calls}
-        order = _order(next(iter(shapes)), rows, positions, width) if len(shapes) == 1 else None
-        if order is not None:
-            return LayerPlace(name, order)
-    return "its layers do not run one after the other on one state of the width of its output"
-
-
-def _order(shape: tuple[int, ...], rows: int, positions: int, width: int) -> tuple[int, int, int] | None:
+    width = getattr(specimen.config, "hidden_size", last)
     found = []
-    for size in (rows, positions, width):
+    for name, calls in called.items():
+        calls = calls[: len({i for i, _ in calls})]
+        numbers = [i for i, _ in calls]
+        if numbers != sorted(set(numbers)) or len(called[name]) % len(calls):
+            continue  # not one after the other
+        shapes = {tuple(states.shape) for _, states in calls}
+        order, times = _order(next(iter(shapes)), rows, positions, width) if len(shapes) == 1 else (None, 1)
+        if order is not None:
+            kinds = {type(lists[name][i]) for i in numbers}
+            first = calls[0][1]
+            is_shown = any(state.shape == first.shape and torch.equal(state, first) for state in shown)
+            skipped = {type(layer) for layer in lists[name]} - kinds
+            found.append((not is_shown, -len(calls), LayerPlace(name, order, times, frozenset(skipped))))
+    if not found:
+        return "its layers do not run one after the other on one state of the width of its output"
+    return min(found, key=lambda item: item[:2])[2]
+
+
+def _order(shape: tuple[int, ...], rows: int, positions: int, width: int) -> tuple[tuple[int, int, int] | None, int]:
+    """The axes of rows, positions and width, and how many times the model's width the last is."""
+    times = 1
+    if width not in shape and len(shape) == 3 and shape[-1] % width == 0:
+        times = shape[-1] // width  # parallel streams side by side
+    found: list[int] = []
+    for size in (rows, positions, width * times):
         axes = [axis for axis, own in enumerate(shape) if own == size and axis not in found]
-        if size == width:
-            axes = axes[-1:]
         if not axes:
-            return None
-        found.append(axes[0])
-    return tuple(found)  # type: ignore[return-value]
+            return None, times
+        found.append(axes[-1] if size == width * times else axes[0])
+    return tuple(found), times  # type: ignore[return-value]

@@ -56,6 +56,16 @@ class Specimen:
         given = arguments_of(self.decoder).bind("", {"use_cache": False} if "use_cache" not in inputs else {})
         return self.decoder(input_ids=tokens, **given, **inputs).last_hidden_state.float()
 
+    @torch.no_grad()
+    def shown(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """The hidden states that the decoder itself shows; none if it shows none."""
+        try:
+            given = arguments_of(self.decoder).bind("", {"use_cache": False})
+            output = self.decoder(input_ids=tokens, output_hidden_states=True, **given)
+        except (TypeError, ValueError, AttributeError):
+            return ()
+        return tuple(state for state in output.get("hidden_states") or () if isinstance(state, Tensor))
+
     def tokens(self, rows: int, length: int, seed: int = 0) -> Tensor:
         """[rows, length] random token ids, none of them special."""
         generator = torch.Generator().manual_seed(seed)
@@ -141,7 +151,7 @@ def _lift_rope_limits(config: PreTrainedConfig) -> None:
 def _cut(config: PreTrainedConfig, layers: int) -> None:
     """Keep the fewest first layers among which is every kind, at least two."""
     counts = layer_count_fields(config, layers)
-    if not counts or getattr(config, "num_kv_shared_layers", 0):
+    if not counts or field(config, "num_kv_shared_layers"):
         return  # keys of the last layers are those of earlier ones, counted from the end
     settings = per_layer_settings(config, layers)
     kinds = [tuple(str(values[i]) for values in settings.values()) for i in range(layers)]
