@@ -189,8 +189,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run what is asked for; 1 if a test failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="oldest, newest, trial; both of the former by default")
-    parser.add_argument("--tests", nargs="+", help="pytest's arguments, in place of suite and sweep")
     parser.add_argument("--with", nargs="+", dest="other", metavar="NAME==VERSION", help="what trial has")
+    parser.add_argument("--tests", nargs=argparse.REMAINDER, help="pytest's arguments, in place of suite and sweep")
     options = parser.parse_args(argv)
     known = environments(dict(line.lower().split("==") for line in options.other or []))
     names = options.names or [name for name in known if (name == "trial") == bool(options.other)]
