@@ -120,7 +120,7 @@ def test_an_adapter_put_on_later_is_refused_while_it_is_active(kind: Any) -> Non
     base = make_base()
     steering = kind(make_head(base, "a"), beta=3.0, top_k=5, model=base)
     expected = write(base, steering)
-    base.add_adapter(LoraConfig(r=4, target_modules=["q_proj"]))
+    adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"]))  # in place
     assert torch.equal(write(base, steering), expected)  # it does nothing yet
     with torch.no_grad():
         for name, parameter in base.named_parameters():
@@ -128,7 +128,7 @@ def test_an_adapter_put_on_later_is_refused_while_it_is_active(kind: Any) -> Non
                 parameter.normal_(std=0.2)
     with pytest.raises(ValueError, match="the adapter default is active, without which it is the same: disable it"):
         write(base, steering)
-    base.disable_adapters()  # the way out
+    adapted.base_model.disable_adapter_layers()  # the way out
     assert torch.equal(write(base, steering), expected)
 
 
