@@ -145,6 +145,11 @@ class Backbone:
         """The length from which on cached keys are off, since rotary frequencies depend on it; None if never."""
         return anatomy.frequencies_change_at(self.config)
 
+    @property
+    def drifts(self) -> bool:
+        """Whether from `stable_length` on frequencies change with every token, and `generate` keeps stale keys."""
+        return anatomy.frequencies_drift(self.config)
+
     def require_causal(self) -> None:
         """Raise `UnsupportedModel` if states depend on later tokens too."""
         if not probe.is_causal(self.decoder):
