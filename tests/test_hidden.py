@@ -15,6 +15,7 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LogitsProcessor,
     PreTrainedModel,
 )
 
@@ -160,3 +161,40 @@ def test_a_model_compiled_before_is_steered_all_the_same(layer: int | None) -> N
         steered = base.generate(IDS, logits_processor=[mavis], **static)
         assert mavis.stats.passed_through == 0
         assert torch.equal(steered, base.generate(IDS, logits_processor=[mavis], **settings))
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("negative", [None, [[20, 21, 22, 23], [24, 25, 26, 27]], [[20, 21, 22, 23, 28, 29, 30]] * 2])
+@pytest.mark.parametrize("layer", [None, 1])
+def test_states_under_guidance_are_those_of_the_prompt(layer: int | None, negative: Any, use_cache: bool) -> None:
+    """Classifier-free guidance runs the model on other sequences between its pass over the prompt and the processor."""
+    base = make_base()
+    hidden = HiddenStates(base, [layer])
+    seen = []
+
+    class Take(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            seen.append((input_ids, hidden.take(input_ids)))
+            return scores
+
+    base.generate(
+        IDS, attention_mask=torch.ones_like(IDS), pad_token_id=PAD, do_sample=False, max_new_tokens=5,
+        guidance_scale=1.5, negative_prompt_ids=None if negative is None else torch.tensor(negative),
+        use_cache=use_cache, logits_processor=[Take()],
+    )  # fmt: skip
+    hidden.remove()
+    assert len(seen) == 5
+    for input_ids, states in seen:
+        with torch.no_grad():
+            wanted = base.base_model(input_ids, output_hidden_states=True).hidden_states
+        assert_state(states, wanted[-1 if layer is None else layer][:, -1], layer=layer)
+
+
+def test_a_pass_left_over_from_plain_decoding_is_not_taken_for_the_next() -> None:
+    base = make_base()
+    hidden = HiddenStates(base)
+    kept = base.generate(IDS, max_new_tokens=1, pad_token_id=PAD, return_dict_in_generate=True)  # its cache lives on
+    other = IDS.flip(1)
+    run(base, other)
+    assert_state(hidden.take(other), expected(base, other)[:, -1])
+    assert kept.sequences.shape == (2, 5)

@@ -69,25 +69,15 @@ class HiddenStates:
         model = self._model()
         return self._seen is None and model is not None and is_compiled(model)
 
-    @property
-    def guided(self) -> bool:
-        """Whether the model ran once more after the pass whose states were handed out last, on other sequences.
-
-        So it does in classifier-free guidance, whose scores are not those of the pass alone.
-        """
-        return getattr(self._local, "guided", False)
-
     def take(self, input_ids: Tensor) -> dict[int | None, Tensor] | None:
         """The states [R, d] behind the scores of the sequences `input_ids` [R, T] (padding included), by layer.
 
         None if no forward pass of the base model has led to these scores: then they are an assistant's, or a probe's.
         """
-        forwards = self._recent()
-        fitting = [f for f in forwards if f.index(input_ids) is not None]
+        fitting = [f for f in self._recent() if f.index(input_ids) is not None]
         if not fitting:
             return None
         taken = fitting[0] if len(fitting) == 1 else self._behind(input_ids, fitting)
-        self._local.guided = taken is not forwards[-1]
         self._local.past = taken.past
         index = taken.index(input_ids)
         assert index is not None
