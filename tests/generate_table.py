@@ -206,8 +206,8 @@ CALL = [
     row("inputs", WORKS, case=lambda: {"inputs": PROMPTS, "input_ids": None}),
     row("generation_config", WORKS, case=lambda: {"generation_config": GenerationConfig(
         max_new_tokens=3, pad_token_id=PAD, eos_token_id=ENDS)}),
-    row("logits_processor", WORKS, note="in front of a processor of ours, please (see its docstring). One that looks rows "
-        "up by number or remembers them is shown the whole batch by MavisSampling; the searches refuse one whose "
+    row("logits_processor", WORKS, note="in front of a processor of ours, please (see its docstring). One that looks "
+        "rows up by number or remembers them is shown the whole batch by MavisSampling; the searches refuse one whose "
         "answers depend on what it has seen",
         case=lambda: {"logits_processor": [MinNewTokensLengthLogitsProcessor(5, 3, ENDS, device="cpu")]}),
     row("stopping_criteria", WORKS, case=lambda: {"stopping_criteria": StoppingCriteriaList([StopAfter(60)])}),
@@ -243,9 +243,9 @@ MORE = [
 PAGE = """# generate's own arguments
 
 What becomes of every argument of `generate` when a `MavisLogitsProcessor` or a strategy decodes. "Works" means: exactly
-as an obvious slow twin says that re-reads every text from scratch. "Refused" means: a `ValueError` that names the argument.
-The table is made and held by `tests/test_generate_arguments.py`, which knows every argument of the supported releases of
-transformers; one that a newer release adds is refused by strategies until it is known.
+as an obvious slow twin says that re-reads every text from scratch. "Refused" means: a `ValueError` that names the
+argument. The table is made and held by `tests/test_generate_arguments.py`, which knows every argument of the supported
+releases of transformers; one that a newer release adds is refused by strategies until it is known.
 
 Some things `generate` decides alone, and nothing here can help: with `cache_implementation="paged"` it hands over to
 continuous batching and drops logits processors and strategies without a word. It hands neither `streamer` nor

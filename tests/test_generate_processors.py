@@ -10,11 +10,17 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel, SynthIDTextWatermarkingConfig
 
-from mavis_logits import MavisBeamSearch, MavisBestOfN, MavisBlockwise, MavisLogitsProcessor, MavisSampling
-from mavis_logits import MavisTreeSearch
+from mavis_logits import (
+    MavisBeamSearch,
+    MavisBestOfN,
+    MavisBlockwise,
+    MavisLogitsProcessor,
+    MavisSampling,
+    MavisTreeSearch,
+)
 from strategy_checks import ENDS
 from test_generate_arguments import SlowSampling, functions
-from tiny import EOS, PAD, VOCABULARY, make_base, make_head, make_value_model
+from tiny import EOS, PAD, VOCABULARY, make_head, make_value_model
 
 K = 6
 PROMPTS = torch.tensor([[5, 6, 7, 8, 9], [PAD, PAD, PAD, 10, 11], [PAD, 12, 13, 14, 15], [20, 21, 22, 23, 24]])
@@ -184,7 +190,7 @@ def test_a_constraint_behind_that_allows_no_candidate_gets_its_likeliest_token(
 
 def test_tokens_that_are_no_candidates_have_no_probability(base: PreTrainedModel) -> None:
     mavis = MavisLogitsProcessor(make_value_model("a"), beta=2.0, top_k=K, candidate_min_p=0.2, model=base)
-    scores = torch.randn(4, VOCABULARY)
+    scores = torch.stack([torch.randperm(VOCABULARY) for _ in range(4)]) / 25
     scores[:, 40:50] = -torch.inf
     out = mavis(PROMPTS, scores)
     assert torch.isneginf(out[:, 40:50]).all()
