@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel, TextIteratorStreamer
+from transformers import DynamicCache, MaxLengthCriteria, PreTrainedModel, TextIteratorStreamer
 
 from mavis_logits import MavisBestOfN, MavisBlockwise, MavisSampling
 from mavis_logits.strategies.arguments import arguments_of_call
@@ -103,8 +103,6 @@ def test_a_strategy_called_by_hand_needs_no_generate(base: PreTrainedModel) -> N
     expected = base.generate(IDS, **CALL, custom_generate=strategy())
     config = base.generation_config
     config.update(do_sample=False)
-    from transformers import MaxLengthCriteria
-
     assert torch.equal(strategy()(base, IDS, stopping_criteria=[MaxLengthCriteria(8)]), expected)
 
 

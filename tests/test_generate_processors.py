@@ -190,7 +190,7 @@ def test_a_constraint_behind_that_allows_no_candidate_gets_its_likeliest_token(
 
 def test_tokens_that_are_no_candidates_have_no_probability(base: PreTrainedModel) -> None:
     mavis = MavisLogitsProcessor(make_value_model("a"), beta=2.0, top_k=K, candidate_min_p=0.2, model=base)
-    scores = torch.randn(4, VOCABULARY)
+    scores = torch.stack([torch.randperm(VOCABULARY) for _ in range(4)]) / 25
     scores[:, 40:50] = -torch.inf
     out = mavis(PROMPTS, scores)
     assert torch.isneginf(out[:, 40:50]).all()

@@ -27,7 +27,7 @@ from mavis_logits.rows import ended_rows, guess_padding
 from mavis_logits.testing import algorithm_2
 from tiny import EOS, PAD, VOCABULARY, make_base, make_head, make_value_model
 
-K, BETA = 6, 3.0
+K, BETA, END = 6, 3.0, 96
 ROWS = [[7, 11, 12, 13], [7, 14], [15, 7, 16]]  # 7 is the special id: it begins two texts and stands inside one
 
 
@@ -66,19 +66,19 @@ class Steered(LogitsProcessor):
         self.calls.append((input_ids, scores, out))
         return out
 
-    def hold(self, rows: list[list[int]], every: bool = True) -> None:
-        """Against Algorithm 2 on the rows' texts, which `rows` begin."""
+    def hold(self, rows: list[list[int]]) -> None:
+        """Against Algorithm 2 on the rows' texts, which `rows` begin, up to their ends."""
         model = self.inner._functions.models[0]
         assert self.calls
         for input_ids, scores, out in self.calls:
             width = self.calls[0][0].shape[1]
             for number, row in enumerate(rows):
-                if not every and torch.equal(out[number], scores[number]):
+                new = input_ids[number, width:].tolist()
+                if END in new:
                     continue
-                text = row + input_ids[number, width:].tolist()
                 log_ref = torch.log_softmax(scores[number].double(), dim=-1)
-                following = torch.arange(len(log_ref))[:, None]
-                texts = torch.cat([torch.tensor(text).expand(len(log_ref), -1), following], dim=1)
+                every = torch.arange(len(log_ref))
+                texts = torch.cat([torch.tensor(row + new).expand(len(every), -1), every[:, None]], dim=1)
                 with torch.no_grad():
                     values = model(texts).values[:, -1, 0]
                 expected = algorithm_2(log_ref, lambda token: float(values[token]), K, BETA)  # noqa: B023
@@ -100,7 +100,7 @@ def test_the_attention_mask_tells_padding_from_text(ids: dict[str, Any], width: 
     base, model = base_with(**ids), value_model_with(**ids)
     for rows in (ROWS, ROWS[:1], [[7, 7, 20], [7, 7, 7, 21]]):
         mavis = steer(model, model=base)
-        call = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": 7, "eos_token_id": 96}
+        call = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": 7, "eos_token_id": END}
         base.generate(**padded(rows, 7, width), **call, logits_processor=[mavis])
         mavis.hold(rows)
         # Another call goes by its own mask, also where its ids begin like those of the last.
@@ -112,7 +112,7 @@ def test_the_attention_mask_tells_padding_from_text(ids: dict[str, Any], width: 
 
 def test_beams_drafts_and_later_turns_keep_their_padding() -> None:
     base, model = base_with(pad_token_id=7, eos_token_id=7), value_model_with(pad_token_id=7)
-    call = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": 7, "eos_token_id": 96}
+    call = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": 7, "eos_token_id": END}
     mavis = steer(model, model=base)
     base.generate(**padded(ROWS, 7), **call, num_beams=2, logits_processor=[mavis])
     mavis.hold([row for row in ROWS for _ in range(2)])
@@ -132,7 +132,7 @@ def test_beams_drafts_and_later_turns_keep_their_padding() -> None:
 def test_without_the_model_what_may_be_either_is_refused() -> None:
     ids = {"pad_token_id": 7, "eos_token_id": 7}
     base, model = base_with(**ids), value_model_with(**ids)
-    call = {"do_sample": False, "max_new_tokens": 3, "eos_token_id": 96, "pad_token_id": 7}
+    call = {"do_sample": False, "max_new_tokens": 3, "eos_token_id": END, "pad_token_id": 7}
     given = {"pad_token_id": 7, "eos_token_id": 7}
     with pytest.raises(ValueError, match=r"begins with token 7.*also begins or ends texts: pass model="):
         base.generate(**padded(ROWS[:2], 7), **call, logits_processor=[steer(model, **given)])
@@ -149,7 +149,7 @@ def test_padding_is_never_made_up_of_eos() -> None:
     ids = {"eos_token_id": 7}
     base, model = base_with(**ids), value_model_with()
     assert special_tokens([model], base).pad is None
-    call = {"do_sample": False, "max_new_tokens": 3, "eos_token_id": 96, "pad_token_id": 7}
+    call = {"do_sample": False, "max_new_tokens": 3, "eos_token_id": END, "pad_token_id": 7}
     with pytest.raises(ValueError, match=r"begin with token 7, which may be padding or text, and no padding token"):
         base.generate(**padded([[11, 12, 13], [14]], 7), **call, logits_processor=[steer(model, eos_token_id=7)])
     for way_out in ({"model": base}, {"eos_token_id": 7, "pad_token_id": 7}, {"tokenizer": Words(pad=7, eos=7)}):
@@ -186,7 +186,7 @@ def test_the_tokenizer_is_believed() -> None:
     assert special_tokens([model]).pad == 8
     # A token added for padding, of which configurations do not know.
     mavis = steer(model, tokenizer=tokenizer)
-    call = {"do_sample": False, "max_new_tokens": 3, "eos_token_id": 96, "pad_token_id": 90}
+    call = {"do_sample": False, "max_new_tokens": 3, "eos_token_id": END, "pad_token_id": 90}
     base.generate(**padded([[11, 12, 13], [14]], 90), **call, logits_processor=[mavis])
     mavis.hold([[11, 12, 13], [14]])
 
@@ -195,7 +195,7 @@ def test_a_prompt_closes_nothing() -> None:
     base = base_with(pad_token_id=EOS, eos_token_id=EOS)
     rows = [[11, 12, EOS, EOS], [13, 14, 15, 16]]
     mavis = steer(value_model_with(), model=base)
-    call = {"do_sample": False, "max_new_tokens": 3, "eos_token_id": 96, "pad_token_id": EOS}
+    call = {"do_sample": False, "max_new_tokens": 3, "eos_token_id": END, "pad_token_id": EOS}
     base.generate(**padded(rows, EOS), **call, logits_processor=[mavis])
     mavis.hold(rows)
     ids = torch.tensor(rows)
@@ -384,7 +384,7 @@ def test_soft_prompts_are_read_by_processor_and_strategies(base: PreTrainedModel
         for parameter in tuned.prompt_encoder.parameters():
             parameter.normal_()
     rows = [[5, 6, 7], [8, 9, 10, 11, 12]]
-    call = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": PAD, "eos_token_id": 96}
+    call = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": PAD, "eos_token_id": END}
     mavis = steer(make_value_model("a"), model=tuned)
     output = tuned.generate(**padded(rows, PAD), **call, logits_processor=LogitsProcessorList([mavis]))
     mavis.hold(rows)

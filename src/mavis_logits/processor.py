@@ -19,7 +19,8 @@ from .given import Given
 from .hidden import HiddenStates
 from .rows import LeftPadding, Plan, RowTracker, Tokens, ended_rows
 from .scorer import Scored, ValueScorer, make_scorer
-from .steering import Choice, Steering, Step, check_scores
+from .steering import Steering
+from .step import Choice, Step, check_scores
 from .trace import MavisTrace
 from .watch import Watch
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 _SUSPICIOUS = 64  # calls in a row without a state: more than an assistant drafts
 # Scores of tokens that are no candidates: none is left of their probability, but their order. Ends of text come behind
 # the -1e9 of beams that do not exist, lest generate's beam search take one for a sequence.
-_FAR, _FARTHER, _SPREAD = 2.0**20, 1e10, 16.0
+_FAR, _FARTHER, _SPREAD = 2.0**23, 1e10, 2.0**10
 
 
 class _Cached(NamedTuple):
@@ -57,7 +58,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
 
     Put constraints (grammars, banned words) in front of it: they choose among what it then values. One behind it may
     forbid all of its candidates; the token that is likeliest under the reference of those allowed is then taken, an end
-    of text last. For this, tokens that are no candidates get scores of about -1e6, in the order of the reference, and
+    of text last. For this, tokens that are no candidates get scores of about -1e7, in the order of the reference, and
     not -inf. Their probability is 0 all the same.
 
     Without `model=` the tokens alone must tell what is padding and which rows `generate` has closed (`rows.py`), and
@@ -159,9 +160,8 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
             self._local.begun = input_ids.shape[1] if prompts else 0
         live = ~ended_rows(input_ids, self._eos, self.pad_token_id, self._local.begun)
         choice = self.choose(scores)
-        eos = torch.tensor(
-            [token for token in sorted(self._eos) if token < scores.shape[1]], device=scores.device
-        ).long()
+        known = [token for token in sorted(self._eos) if token < scores.shape[1]]
+        eos = torch.tensor(known, dtype=torch.long, device=scores.device)
         ended = torch.isin(input_ids[:, -1:], eos).any(dim=1)
         # Once a text has ended, a grammar may well forbid everything.
         over = ended if self.pad_token_id is None else ended | (input_ids[:, -1:] == self.pad_token_id).any(dim=1)

@@ -14,7 +14,7 @@ from .holds import fork_safe_lock
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from .steering import Step
+    from .step import Step
 
 _counting = fork_safe_lock()  # one object may be counting in several threads
 KEPT = 256  # candidates a row that a trace keeps of a step

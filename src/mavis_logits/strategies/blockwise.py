@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList
 
 from ..backbone import Backbone
-from ..steering import Choice, check_scores
+from ..step import Choice, check_scores
 from ..tilting import combine
 from .base import MavisOutput, MavisStrategy, pad_token
 from .sampling import sample_index

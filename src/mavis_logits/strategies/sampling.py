@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList
 
-from ..steering import Step
+from ..step import Step
 from .base import MavisOutput, MavisStrategy, pad_token
 from .session import Session
 

@@ -22,7 +22,8 @@ from ..functions import ValueFunction, check_context
 from ..fused import FusedValueModel
 from ..hooks import let_compiled_code_see
 from ..scorer import ValueScorer, make_scorer
-from ..steering import Steering, Step
+from ..steering import Steering
+from ..step import Step
 from ..value_model import ValueModel
 from .processors import RowProcessors
 from .reader import BaseReader, GenerateReader, RaggedReader, prepared_inputs

@@ -1,0 +1,87 @@
+"""One step of Algorithm 2 as plain records: what it chooses among, and what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a step chooses among, before any value is known (Algorithm 2, line 2).
+
+    Attributes:
+        candidates: [R, k] token ids, the likeliest first (in order of their ids if they are the whole vocabulary).
+        reference: [R, k] log pi_ref, normalised over the whole vocabulary; -inf for those that take no part.
+        everything: [R, V] log pi_ref of all tokens, where those that are no candidates keep theirs; else None.
+    """
+
+    candidates: Tensor
+    reference: Tensor
+    everything: Tensor | None
+
+    @property
+    def mask(self) -> Tensor:
+        """[R, k] bool, candidates that take part."""
+        return torch.isfinite(self.reference)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of R rows over k candidates and M objectives.
+
+    Attributes:
+        candidates, reference: as in `Choice`.
+        values: [R, k, M] in reward units; NaN where they were not asked for.
+        combined: [R, k] sum over m of lambda_m V_m, not normalised; 0 for candidates that take no part.
+        tilted: [R, k] log pi, the distribution to sample from.
+        beta: [] or [R].
+        kl: [R] exact divergence of pi from the reference over the whole vocabulary, in nats.
+        everything: [R, V] log pi of all tokens, in order, where that is at hand; else only candidates have probability.
+        others: [R] log(pi / pi_ref) of every token that is no candidate, -inf where these have no probability.
+    """
+
+    candidates: Tensor
+    reference: Tensor
+    values: Tensor
+    combined: Tensor
+    tilted: Tensor
+    beta: Tensor
+    kl: Tensor
+    everything: Tensor | None
+    others: Tensor
+
+    @property
+    def broken(self) -> Tensor:
+        """[R] bool, rows in which the base model or a value function gave a NaN or infinity, or nothing is allowed."""
+        nothing = torch.isneginf(self.reference).all(dim=1)
+        return nothing | torch.isnan(self.kl) | ~torch.isfinite(self.combined).all(dim=1)
+
+    def log_probs(self, vocabulary: int) -> Tensor:
+        """[R, V] log pi of all tokens, -inf for those without probability."""
+        if self.everything is not None:
+            return self.everything
+        nothing = self.tilted.new_full((len(self.tilted), vocabulary), -torch.inf)
+        return nothing.scatter(1, self.candidates, self.tilted)
+
+
+def check_scores(reference: Tensor, live: Tensor | None = None) -> None:
+    """Raise `ValueError` if the reference's log-probabilities [R, k] hold NaN or allow nothing.
+
+    Args:
+        reference: as in `Choice`.
+        live: [R] rows that matter; None for all.
+    """
+    best = reference.amax(dim=1)  # NaN if there is one
+    best = best if live is None else best.masked_fill(~live, 0.0)
+    if torch.isfinite(best).all():
+        return
+    if torch.isnan(best).any():
+        raise ValueError("the base model's scores hold NaN: it overflows in its dtype, or its weights are damaged")
+    row = int((~torch.isfinite(best)).int().argmax())
+    raise ValueError(
+        f"every token is forbidden after row {row} of the batch: the constraints (logits processors, bad words, "
+        "prefix_allowed_tokens_fn) in front of the value functions leave none to choose from"
+    )
