@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+import sysconfig
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -42,15 +44,24 @@ def compute_rewards(
 
     Raises:
         ValueError: a column that the function needs is missing, or it returns another count than R, or something that
-            is no finite number.
+            is no finite number; or the function raises, which is then the error's cause: the message has the place
+            in the code, and the completion as far as can be seen from outside.
     """
     given = {**columns, "prompts": prompts, "completions": completions}
     if completion_ids is not None:
         given["completion_ids"] = completion_ids
-    returned = reward(**_accepted(reward, given, name))
-    if inspect.iscoroutine(returned):
-        with ThreadPoolExecutor(1) as thread:  # a notebook's own thread runs an event loop already
-            returned = thread.submit(asyncio.run, returned).result()
+    arguments = _accepted(reward, given, name)
+    try:
+        returned = reward(**arguments)
+        if inspect.iscoroutine(returned):
+            with ThreadPoolExecutor(1) as thread:  # a notebook's own thread runs an event loop already
+                returned = thread.submit(asyncio.run, returned).result()
+        if isinstance(returned, Iterator):
+            returned = list(returned)  # a generator raises here, if anywhere
+    except Exception as error:  # a reward function is a user's: anything may come out of it
+        where = _where_it_raised(error, completions, prompt_ids)
+        told = str(error) if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"reward {name!r} raised {type(error).__name__} {where}: {told}") from error
     if returned is None or isinstance(returned, str) or not hasattr(returned, "__iter__"):
         raise ValueError(f"reward {name!r} returned {type(returned).__name__}, expected a list of numbers.")
     rewards = [_number(value) for value in returned]
@@ -81,6 +92,35 @@ def _accepted(function: Reward, given: dict[str, Any], name: str) -> dict[str, A
         )
     taken = {p.name: named[p.name] for p in parameters if p.name in named}
     return given | taken if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters) else taken
+
+
+def _where_it_raised(error: Exception, completions: Sequence[str], prompt_ids: Sequence[str] | None) -> str:
+    """The place in the reward's code, and the prompt: that of the one completion which its variables hold, if any."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename != __file__]
+    own = [frame for frame in frames if not _is_installed(frame.f_code.co_filename)] or frames[:1]
+    place = ""
+    if own:
+        lines = {id(frame): line for frame, line in traceback.walk_tb(error.__traceback__)}
+        place = f"in {own[-1].f_code.co_name}, {own[-1].f_code.co_filename}, line {lines[id(own[-1])]}, "
+    by_text: dict[str, list[int]] = {}
+    for index, completion in enumerate(completions):
+        by_text.setdefault(completion, []).append(index)
+    held = {value for frame in frames for value in frame.f_locals.values() if type(value) is str and value in by_text}
+    found = by_text[held.pop()] if len(held) == 1 else []
+    if prompt_ids is None:
+        return f"{place}at completion {found[0]}" if found else f"{place}in a call with {len(completions)} completions"
+    names = list(dict.fromkeys(prompt_ids[i] for i in found or range(len(completions))))
+    if len(names) == 1:
+        at = f"at completion {found[0]} of the call, " if found else ""
+        return f"{place}{at}of prompt {names[0]!r}"
+    many = ", ".join(map(repr, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return f"{place}at a completion of one of the prompts {many}"
+
+
+def _is_installed(file: str) -> bool:
+    """Whether a file is of an installed package or of Python itself, and so not what a user would mend."""
+    paths = sysconfig.get_paths()
+    return file.startswith("<frozen") or any(file.startswith(paths[key]) for key in ("stdlib", "purelib", "platlib"))
 
 
 def _log_nothing(*args: Any, **kwargs: Any) -> None:

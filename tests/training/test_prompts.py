@@ -18,11 +18,14 @@ def test_rows_keep_their_columns_and_the_limit_holds(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{}", r"line 2: expected an object with 'id' and 'prompt' \(KeyError\('id'\)\)"),
-        ("[]", "line 2: expected an object"),
-        ("{", "line 2: expected an object"),
+        ("{}", "line 2: expected an object with 'prompt', it has nothing: rename the field"),
+        ('{"id": "b", "question": "w"}', "line 2: expected .* it has id, question: .*--prompt_column NAME"),
+        ("[]", "line 2: expected a JSON object, got list"),
+        ("{", "line 2: not valid JSON"),
         ('{"id": "b", "prompt": " "}', "line 2: the prompt of 'b' is empty; remove the line"),
-        ('{"id": "b", "prompt": ["w"]}', "line 2: the prompt of 'b' is empty"),
+        ('{"id": "b", "prompt": ["w"]}', "line 2: column 'prompt' holds list, expected text or messages"),
+        ('{"id": "b", "prompt": 5}', "line 2: the prompt of 'b' is of type int, not text"),
+        ('{"id": [1], "prompt": "w"}', r"line 2: the id \[1\] is list, expected a text or a whole number"),
         ('{"id": "a", "prompt": "w"}', "line 2: the id 'a' occurs twice"),
     ],
 )
