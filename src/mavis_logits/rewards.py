@@ -9,6 +9,7 @@ import sysconfig
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
 from typing import Any, Protocol
 
 
@@ -60,8 +61,10 @@ def compute_rewards(
             returned = list(returned)  # a generator raises here, if anywhere
     except Exception as error:  # a reward function is a user's: anything may come out of it
         where = _where_it_raised(error, completions, prompt_ids)
+        if where is None and isinstance(error, ValueError):  # a reward of this library: its message says it all
+            raise
         told = str(error) if isinstance(error, ValueError) else repr(error)
-        raise ValueError(f"reward {name!r} raised {type(error).__name__} {where}: {told}") from error
+        raise ValueError(f"reward {name!r} raised {type(error).__name__} {where or 'in a library'}: {told}") from error
     if returned is None or isinstance(returned, str) or not hasattr(returned, "__iter__"):
         raise ValueError(f"reward {name!r} returned {type(returned).__name__}, expected a list of numbers.")
     rewards = [_number(value) for value in returned]
@@ -94,18 +97,20 @@ def _accepted(function: Reward, given: dict[str, Any], name: str) -> dict[str, A
     return given | taken if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters) else taken
 
 
-def _where_it_raised(error: Exception, completions: Sequence[str], prompt_ids: Sequence[str] | None) -> str:
-    """The place in the reward's code, and the prompt: that of the one completion which its variables hold, if any."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename != __file__]
-    own = [frame for frame in frames if not _is_installed(frame.f_code.co_filename)] or frames[:1]
-    place = ""
-    if own:
-        lines = {id(frame): line for frame, line in traceback.walk_tb(error.__traceback__)}
-        place = f"in {own[-1].f_code.co_name}, {own[-1].f_code.co_filename}, line {lines[id(own[-1])]}, "
+def _where_it_raised(error: Exception, completions: Sequence[str], prompt_ids: Sequence[str] | None) -> str | None:
+    """The place in the user's code, and the prompt: that of the one completion which its variables hold, if any.
+
+    None if no code of a user's was running.
+    """
+    own = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if _is_users(frame)]
+    if not own:
+        return None
+    frame, line = own[-1]
+    place = f"in {frame.f_code.co_name}, {frame.f_code.co_filename}, line {line}, "
     by_text: dict[str, list[int]] = {}
     for index, completion in enumerate(completions):
         by_text.setdefault(completion, []).append(index)
-    held = {value for frame in frames for value in frame.f_locals.values() if type(value) is str and value in by_text}
+    held = {value for frame, _ in own for value in frame.f_locals.values() if type(value) is str and value in by_text}
     found = by_text[held.pop()] if len(held) == 1 else []
     if prompt_ids is None:
         return f"{place}at completion {found[0]}" if found else f"{place}in a call with {len(completions)} completions"
@@ -117,10 +122,12 @@ def _where_it_raised(error: Exception, completions: Sequence[str], prompt_ids: S
     return f"{place}at a completion of one of the prompts {many}"
 
 
-def _is_installed(file: str) -> bool:
-    """Whether a file is of an installed package or of Python itself, and so not what a user would mend."""
-    paths = sysconfig.get_paths()
-    return file.startswith("<frozen") or any(file.startswith(paths[key]) for key in ("stdlib", "purelib", "platlib"))
+def _is_users(frame: FrameType) -> bool:
+    """Whether a frame runs code that a user would mend: neither ours nor an installed package's nor Python's own."""
+    paths, file = sysconfig.get_paths(), frame.f_code.co_filename
+    installed = any(file.startswith(paths[key]) for key in ("stdlib", "purelib", "platlib"))
+    ours = str(frame.f_globals.get("__name__", "")).startswith(("mavis_logits.", "mavis_training."))
+    return not (ours or installed or file.startswith("<frozen"))
 
 
 def _log_nothing(*args: Any, **kwargs: Any) -> None:
