@@ -119,7 +119,7 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
 
 
 def numbered_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a JSONL file, each with the number of its line. Raises as `read_json_lines`, when it gets there."""
+    """The objects of a JSONL file, each with the number of its line. Raises as `read_json_lines`."""
     for number, line in numbered_lines(path):
         try:
             row = json.loads(line)

@@ -20,8 +20,9 @@ from .formats import Columns, Dropped, Limits, column_prompt
 def read_prompts(source: str, limit: int | None = None) -> list[dict[str, Any]]:
     """Rows of a JSON-lines file with a unique `id` (a text) and a non-empty `prompt` each, or the lines of a .txt file.
 
-    A row without an id gets one made from its prompt, and is left out, with a warning, if that is there already. A prompt that is a list of messages, as TRL has them, becomes the
-    row's `conversation`, and its last user turn the prompt. A .txt file has one prompt a line.
+    A row without an id gets one made from its prompt, and is left out, with a warning, if that is there already. A
+    prompt that is a list of messages, as TRL has them, becomes the row's `conversation`, and its last user turn the
+    prompt. A .txt file has one prompt a line.
 
     Args:
         source: the file, such as `make_prompts` writes.
@@ -51,7 +52,9 @@ def read_prompts(source: str, limit: int | None = None) -> list[dict[str, Any]]:
     if not rows:
         raise ValueError(f"{source} has no prompts")
     if repeated:
-        warnings.warn(f"{source}: {repeated} lines repeat a prompt that stands before them and are left out", stacklevel=2)
+        warnings.warn(
+            f"{source}: {repeated} lines repeat a prompt that stands before them and are left out", stacklevel=2
+        )
     return list(rows.values())
 
 

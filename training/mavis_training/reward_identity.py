@@ -127,7 +127,7 @@ def _of_function(function: Any, seen: set[int]) -> Iterator[str]:
     defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     for value in [*cells, *globals_, *defaults]:
         ours = getattr(value, "__module__", None) == function.__module__
-        if isinstance(value, _IMMUTABLE) or isinstance(value, tuple | frozenset | nn.Module) or ours:
+        if isinstance(value, (*_IMMUTABLE, tuple, frozenset, nn.Module)) or ours:
             yield from _parts(value, seen)
 
 

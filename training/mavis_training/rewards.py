@@ -39,8 +39,9 @@ def load_reward(spec: RewardSpec, device: str | torch.device = "cpu") -> Reward:
 
     Args:
         spec: a folder or Hub id of a sequence classification model, or of a PEFT adapter for one; `"module:function"`
-            of an installed module or a file in the current folder; `"file.py:function"`; or a mapping of `model` (a classifier) and fields of `ClassifierSettings`. A `reward_config.json` beside the
-            model may hold these fields too; the mapping goes before it.
+            of an installed module or a file in the current folder; `"file.py:function"`; or a mapping of `model` (a
+            classifier) and fields of `ClassifierSettings`. A `reward_config.json` beside the model may hold these
+            fields too; the mapping goes before it.
         device: where a model goes.
 
     Raises:
@@ -171,7 +172,8 @@ def _imported(module: str, file: str | None, folder: str) -> ModuleType:
     if file is None or module in sys.modules:
         return importlib.import_module(module)
     spec = importlib.util.spec_from_file_location(module, file)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     made = sys.modules[module] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(made)
