@@ -155,8 +155,8 @@ def tell_repeats(trees: Iterable[Tree], where: str) -> None:
         warnings.warn(
             f"{where}: {len(repeated)} of {len(ids)} prompts stand under several ids, such as "
             f"{' and '.join(map(repr, repeated[0][:2]))}; they count once for each of their "
-            f"{sum(map(len, repeated))} ids. All trees of one prompt go to the same side of the split; mavis prompts leaves "
-            "repeats out.",
+            f"{sum(map(len, repeated))} ids. All trees of one prompt go to the same side of the split; "
+            "mavis prompts leaves repeats out.",
             stacklevel=3,
         )
 
