@@ -94,5 +94,5 @@ def test_one_prompt_under_several_ids_is_on_one_side_and_told(tmp_path):
 def test_two_stores_of_the_same_trees_are_refused(tmp_path):
     for name, seeds in (("first", range(4)), ("second", range(2, 6))):
         of_seeds(tmp_path / name, seeds)
-    with pytest.raises(ValueError, match="2 of 4 trees of .*second are those of .*first.*another seed"):
+    with pytest.raises(ValueError, match=r"2 of 4 trees of .*second are those of .*first.*another seed"):
         load_trees([str(tmp_path / "first"), str(tmp_path / "second")], ["a"], 0.0)

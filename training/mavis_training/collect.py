@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mavis_logits import MavisConfig
+from mavis_logits.backbone.anatomy import longest_sequence
 from mavis_logits.demo.chat import ChatTemplate
 from mavis_logits.demo.smollm2 import MODEL_ID, converted_folder, load_chat_model
 from mavis_logits.fingerprint import Identity, parameters_fingerprint, tokenizer_fingerprint
@@ -25,6 +26,7 @@ from . import rollout_vllm
 from .label import load_tokenizer
 from .prompts import encode_prompts, read_prompts
 from .ranks import Ranks, join
+from .reference import Reference, contexts, eos_token_ids, require_room
 from .rollout import sample_trees
 from .settings import torch_dtype
 from .tree import Tree
@@ -140,11 +142,13 @@ class Sampler:
         tokenizer: of the base model.
         metadata: of the store that it fills.
         sample: (prompt rows, their token ids, seed) -> their trees.
+        contexts: how many tokens each model that reads them can read; None where that is not known.
     """
 
     tokenizer: PreTrainedTokenizerBase
     metadata: StoreMetadata
     sample: Callable[[list[dict[str, Any]], list[list[int]], int], list[Tree]]
+    contexts: dict[str, int | None]
 
 
 def collect(
@@ -163,8 +167,8 @@ def collect(
         tokenizer: its tokenizer.
 
     Raises:
-        ValueError: a prompt is empty, too long or a duplicate, the store was sampled with other settings, or the value
-            functions do not fit the model. Nothing has been sampled then.
+        ValueError: a prompt is empty, a duplicate, or too long for a model's context, the store was sampled with other
+            settings, or the value functions do not fit the model. Nothing has been sampled then.
         OSError: the prompts file cannot be read.
         ImportError: backend "vllm" without vllm.
     """
@@ -173,6 +177,7 @@ def collect(
     make = vllm_sampler if config.backend == "vllm" else transformers_sampler
     sampler = make(config, ranks, model, tokenizer)
     tokens = encode_prompts(rows, sampler.tokenizer, config.max_prompt_tokens, config.chat_template)
+    require_room(rows, tokens, config.max_new_tokens, sampler.contexts)
     prompts = {str(row["id"]): (row, ids) for row, ids in zip(rows, tokens, strict=True)}
     if ranks.is_main:
         TreeStore.create(config.store, sampler.metadata)
@@ -214,6 +219,9 @@ def transformers_sampler(
         model, tokenizer = load_chat_model(config.model, torch_dtype(config.dtype))
     model.to(ranks.device).eval()  # type: ignore[arg-type]
     steering = load_policy(config.policy, model, tokenizer)
+    reference = Reference.of(model, tokenizer)
+    if ranks.is_main and (notice := reference.notice(config.model)):
+        tqdm.write(notice)
     metadata = StoreMetadata(
         model=model.config.name_or_path or type(model).__name__,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
@@ -225,12 +233,12 @@ def transformers_sampler(
     sample = partial(
         sample_trees,
         model,
-        eos=eos_token_ids(model.generation_config, tokenizer),
+        eos=set(reference.eos),
         shape=config,
         temperature=config.temperature,
         steering=steering,
     )
-    return Sampler(tokenizer, metadata, lambda rows, ids, seed: sample(rows, ids, seed=seed))
+    return Sampler(tokenizer, metadata, lambda rows, ids, seed: sample(rows, ids, seed=seed), contexts(model, steering))
 
 
 def vllm_sampler(
@@ -251,8 +259,8 @@ def vllm_sampler(
     folder = str(converted_folder()) if config.model in ("smollm2", MODEL_ID) else config.model
     tokenizer = tokenizer or load_tokenizer(folder)
     longest = config.max_prompt_tokens + config.max_new_tokens
-    context = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", longest)
-    engine = rollout_vllm.load_engine(folder, config.dtype, min(longest, context), config.vllm)
+    context = longest_sequence(AutoConfig.from_pretrained(folder).get_text_config(decoder=True))
+    engine = rollout_vllm.load_engine(folder, config.dtype, min(longest, context or longest), config.vllm)
     metadata = StoreMetadata(
         model=MODEL_ID if config.model == "smollm2" else config.model,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
@@ -261,7 +269,9 @@ def vllm_sampler(
         versions={"vllm": rollout_vllm.engine_version(), "mavis-logits": version("mavis-logits")},
     )
     sample = partial(rollout_vllm.sample_trees, engine, eos=eos_token_ids(_generation(folder), tokenizer), shape=config)
-    return Sampler(tokenizer, metadata, lambda rows, ids, seed: sample(rows, ids, seed=seed))
+    return Sampler(
+        tokenizer, metadata, lambda rows, ids, seed: sample(rows, ids, seed=seed), {"the base model": context}
+    )
 
 
 def _weights(model: PreTrainedModel, store: str) -> dict[str, Any]:
@@ -298,13 +308,6 @@ def describe(steering: Steering | None) -> dict[str, Any]:
         for f in steering._functions.all
     ]
     return {"settings": asdict(steering.config), "value_functions": functions}
-
-
-def eos_token_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Every token that ends a sequence, from the model's generation config and the tokenizer."""
-    configured = generation.eos_token_id if generation is not None else None
-    ids = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
-    return {i for i in ids if isinstance(i, int)}
 
 
 def _generation(model: str) -> GenerationConfig:

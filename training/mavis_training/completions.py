@@ -8,7 +8,6 @@ left alone.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -25,9 +24,10 @@ from mavis_logits.functions import load_value_functions
 from mavis_logits.steering import Steering
 from mavis_logits.strategies import MavisSampling, MavisStrategy
 
-from .collect import eos_token_ids
 from .files import read_json, write_json
-from .rewards import Reward, RewardSpec, compute_rewards
+from .kept import as_json, code_origin, digest, function_origin, model_origin, require_same
+from .reference import Reference
+from .rewards import Reward, RewardSpec, compute_rewards, packaged_folder, split_spec
 
 STRATEGIES: dict[str, type[MavisStrategy]] = {
     "sampling": MavisSampling,
@@ -36,6 +36,7 @@ STRATEGIES: dict[str, type[MavisStrategy]] = {
     "blockwise": strategies.MavisBlockwise,
     "tree_search": strategies.MavisTreeSearch,
 }
+_FORMAT = 2  # of kept completions: other numbers are of versions that would have written other texts
 _RETURNED = "num_return_sequences"
 _OWN_FUNCTIONS = "value_functions"
 _GIVEN_HERE = {"args", "kwargs", "streamer", "stop_strings", "reward_functions", "reward_weights", "reward_columns"}
@@ -50,12 +51,14 @@ class Completions:
         texts: S * P * n; those of one prompt in the setting's own order, best first.
         lengths: tokens of each.
         log_ratios: log pi / pi_ref of each whole completion in nats; None where the policy has none (a search).
+        reference: pi_ref, as `Reference.record` says it.
     """
 
     prompt_ids: list[str]
     texts: list[str]
     lengths: list[int]
     log_ratios: list[float] | None
+    reference: dict[str, Any] | None = None
 
     @property
     def returned(self) -> int:
@@ -131,24 +134,27 @@ def complete(
     returned: int,
 ) -> Completions:
     """`returned` completions of every prompt (token ids), sampled at temperature 1 over what the steering leaves."""
+    reference = Reference.of(model, tokenizer)
     batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt", padding_side="left").to(model.device)
     how: dict[str, Any] = {"custom_generate": steering} if isinstance(steering, MavisStrategy) else {}
     if isinstance(steering, MavisLogitsProcessor):
         steering.reset()
         how = {"logits_processor": [steering]}
-    output = model.generate(  # type: ignore[operator]
-        **batch, **how, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
-        num_return_sequences=returned, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    with reference.applied(model):
+        output = model.generate(  # type: ignore[operator]
+            **batch, **how, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
+            num_return_sequences=returned, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
     new = output[:, batch["input_ids"].shape[1] :]
-    ends = torch.isin(new, torch.tensor(sorted(eos_token_ids(model.generation_config, tokenizer)), device=new.device))
+    ends = torch.isin(new, torch.tensor(sorted(reference.eos), device=new.device))
     lengths = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, new.shape[1])
     ratios: list[float] | None = None
     if steering is None:
         ratios = [0.0] * len(new)
     elif steering.trace is not None:
         ratios = steering.trace.log_ratios(new).sum(dim=1).tolist()
-    return Completions([], tokenizer.batch_decode(new, skip_special_tokens=True), lengths.tolist(), ratios)
+    texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+    return Completions([], texts, lengths.tolist(), ratios, reference.record())
 
 
 def complete_all(
@@ -177,26 +183,55 @@ def complete_all(
         [text for part in parts for text in part.texts],
         [length for part in parts for length in part.lengths],
         ratios if parts[0].log_ratios is not None else None,
+        parts[0].reference,
     )
 
 
-def write_completions(path: Path, setting: Mapping[str, Any], done: Completions) -> None:
-    """Keep completions, with the setting that wrote them."""
-    write_json(path, {"setting": dict(setting)} | asdict(done))
+def completions_origin(
+    setting: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    value_functions: str | Mapping[str, str] | None,
+    **rest: Any,
+) -> dict[str, Any]:
+    """Everything that shapes the completions of one setting.
+
+    Args:
+        setting: of decoding.
+        rows: the prompts' rows.
+        value_functions: those of all settings, in use where the setting has none of its own; None for none.
+        rest: seeds, length, base model and so on.
+    """
+    functions = setting.get(_OWN_FUNCTIONS, value_functions) if setting else None
+    own = {key: value for key, value in setting.items() if key != _OWN_FUNCTIONS}
+    asked = [[row["id"], row["prompt"], row.get("conversation")] for row in rows]
+    made_by = None if functions is None else function_origin(functions)
+    return {"format": _FORMAT, "setting": own, "value_functions": made_by, "prompts": digest(asked)} | rest
 
 
-def read_completions(path: Path, setting: Mapping[str, Any], prompt_ids: list[str]) -> Completions:
+def write_completions(path: Path, origin: Mapping[str, Any], done: Completions) -> None:
+    """Keep completions, with what shaped them."""
+    write_json(path, {"origin": dict(origin)} | asdict(done))
+
+
+def read_completions(
+    path: Path, origin: Mapping[str, Any], place: str = "completions", fresh: bool = True
+) -> Completions:
     """Completions kept earlier.
+
+    Args:
+        path: JSON file.
+        origin: what shapes those that are wanted.
+        place: the setting that says where they are kept.
+        fresh: whether the command has this setting.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: they are of another setting or of other prompts or seeds.
+        ValueError: they are of another origin; the message says what differs.
     """
     content = read_json(path)
-    if content.pop("setting") != setting or content["prompt_ids"] != prompt_ids:
-        raise ValueError(
-            f"{path} holds completions of other settings or prompts: delete it, or give another folder for completions"
-        )
+    content.pop("setting", None)  # of older versions
+    what = f"{path} holds completions of other settings"
+    require_same(what, content.pop("origin", None), as_json(origin), place, fresh)
     return Completions(**content)
 
 
@@ -206,6 +241,7 @@ def perplexity(
     prompts: Sequence[list[int]],
     load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
     batch_size: int,
+    origin: Mapping[str, Any],
 ) -> float:
     """Perplexity of the texts, tokenized anew, under the base model left alone; what is found in `path` is taken.
 
@@ -215,8 +251,9 @@ def perplexity(
         prompts: token ids of the P prompts.
         load: gives the base model and its tokenizer.
         batch_size: texts per forward.
+        origin: of the texts.
     """
-    texts = _digest(done.texts)
+    texts = digest([done.texts, origin])
     kept = read_json(path) if path.exists() else {}
     if kept.get("texts") != texts:
         model, tokenizer = load()
@@ -254,10 +291,6 @@ def _log_likelihoods(
     return sums
 
 
-def _digest(texts: Sequence[str]) -> str:
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
-
-
 def judge(
     path: Path,
     done: Completions,
@@ -268,23 +301,34 @@ def judge(
     """Every reward of every text by objective, [S * P * n]; those found in `path` are not computed again.
 
     Args:
-        path: JSON file in which they are kept. Delete it after a reward model was trained anew.
+        path: JSON file in which they are kept, with digests of what was judged and of what judged it.
         done: S * P * n texts.
         rows: the S * P prompt rows that they answer.
         rewards: what each objective's reward is loaded from.
         load: loads one of them.
     """
-    texts = _digest(done.texts)
+    texts = digest([done.texts, list(rows)])
     kept = read_json(path) if path.exists() else {}
     if kept.get("texts") != texts:
         kept = {"texts": texts, "rewards": {}}
-    missing = [name for name, spec in rewards.items() if kept["rewards"].get(name, {}).get("of") != spec]
+    sources = {name: {"of": spec, "origin": reward_origin(spec)} for name, spec in rewards.items()}
+    missing = [name for name in rewards if not _is_of(kept["rewards"].get(name, {}), sources[name])]
     rows = [row for row in rows for _ in range(done.returned)]
     shared = set(rows[0]).intersection(*rows) - {"prompt"}
     columns = {name: [row[name] for row in rows] for name in sorted(shared)}
     for name in missing:
         values = compute_rewards(load(rewards[name]), [row["prompt"] for row in rows], done.texts, columns, name)
-        kept["rewards"][name] = {"of": rewards[name], "values": values}
+        kept["rewards"][name] = sources[name] | {"values": values}
     if missing:
         write_json(path, kept)
     return {name: np.array(kept["rewards"][name]["values"]) for name in rewards}
+
+
+def reward_origin(spec: RewardSpec) -> Any:
+    """A digest of what `spec` names: the weights of a classifier, or the code of a function."""
+    name, _ = split_spec(spec)
+    return code_origin(name) if ":" in name and not Path(name).exists() else model_origin(packaged_folder(name))
+
+
+def _is_of(kept: Mapping[str, Any], source: Mapping[str, Any]) -> bool:
+    return all(kept.get(key) == as_json(value) for key, value in source.items())

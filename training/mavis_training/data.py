@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from mavis_logits.value_head import ValueHead
 from mavis_logits.value_model import ValueModel
 
+from .kept import files_digest
 from .prompts import prompt_key
 from .targets import Penalty, is_validation, node_targets, root_target
 from .tree import Tree
 from .tree_store import TreeStore
 
 # Settings that say where a run took place, not what it computed.
-_PLACES = frozenset({"store", "output", "states", "device"})
+_PLACES = frozenset({"store", "output", "states", "device", "fresh"})
 
 
 @dataclass
@@ -117,6 +118,22 @@ def load_trees(
     return stores, [
         LabelledTree(tree, r, node_targets(tree, r, zeta, penalty), continuation_zeta=left_out) for tree, r in rows
     ]
+
+
+def data_origin(stores: Sequence[TreeStore], objectives: Sequence[str]) -> list[str]:
+    """A digest of every store's trees and of their rewards, by what the files hold."""
+    found = []
+    for store in stores:
+        shards = store.shards()
+        paths = [path for shard in shards for path in (shard.path, *map(shard.reward_path, objectives))]
+        found.append(files_digest(path for path in paths if path.exists()))
+    return found
+
+
+def settings_origin(config: dict[str, Any]) -> dict[str, Any]:
+    """Of a training's settings as a dictionary, those that shape what is learned by themselves."""
+    aside = _PLACES | {"backbone", "model", "initial", "teachers"}  # these by the weights that they name
+    return {name: value for name, value in config.items() if name not in aside}
 
 
 def split_by_prompt(trees: Sequence[Item], share: float) -> tuple[list[Item], list[Item]]:

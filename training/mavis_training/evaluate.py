@@ -25,6 +25,7 @@ from .completions import (
     Completions,
     check_setting,
     complete_all,
+    completions_origin,
     judge,
     perplexity,
     read_completions,
@@ -32,7 +33,9 @@ from .completions import (
     write_completions,
 )
 from .files import write_json
+from .kept import model_origin
 from .prompts import encode_prompts, read_prompts
+from .reference import Reference, contexts, require_room
 from .rewards import Reward, RewardSpec, describe_spec, load_reward, split_spec
 from .settings import torch_dtype
 
@@ -49,7 +52,8 @@ class EvaluateConfig:
         prompts: JSON-lines file with `id` and `prompt`, held out from training.
         output: JSON file of the results; a table of the same name ending in `.md` is written beside it.
         completions: folder in which completions and their rewards are kept, a file each for every setting; what is
-            found there is not computed again.
+            found there is not computed again. What was written under other settings, to other prompts or by other
+            weights is refused.
         value_functions: Hub id or folder of the value functions: one, or by objective.
         rewards: the true rewards, by objective, as for `mavis label`.
         settings: by name, fields of `MavisConfig`, `value_functions` where they are not those above, and to decode by a
@@ -68,6 +72,7 @@ class EvaluateConfig:
         dtype: of its weights.
         batch_size: prompts side by side.
         device: where to run; None for a GPU if there is one.
+        fresh: compute everything anew, in place of what the folder of completions holds.
     """
 
     prompts: str
@@ -87,6 +92,7 @@ class EvaluateConfig:
     dtype: str = "float32"
     batch_size: int = 50
     device: str | None = None
+    fresh: bool = False
 
     def __post_init__(self) -> None:
         for name, setting in self.settings.items():
@@ -127,16 +133,22 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             loaded[key] = load_reward(spec)
         return loaded[key]
 
-    missing = [path for path in _paths(config).values() if not path.exists()]
-    for spec in config.rewards.values() if missing else ():  # what is wrong with a reward is found now
-        load(spec)
+    origins = _origins(config, rows)
+    written = _kept(config, origins)
+    if len(written) < len(origins):  # what is wrong with a reward is found now
+        for spec in config.rewards.values():
+            load(spec)
     base = lru_cache(maxsize=None)(partial(_load_base, config))
-    written = _generate_all(config, rows, base)
+    reused = list(written)
+    written = _generate_all(config, rows, base, origins, written)
+    if reused:
+        tqdm.write(f"{config.completions}: taken as they are, under the same settings: {', '.join(reused)}")
     results: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
         "versions": {name: version(name) for name in ("torch", "transformers", "mavis-logits")},
         "config": asdict(config),
+        "reference": next(iter(written.values())).reference,
         "prompts": len(rows),
         "settings": {},
     }
@@ -159,7 +171,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         prompts = encode_prompts(rows, base()[1], 10**6, config.chat_template)
         for name, done in written.items():
             path = _paths(config)[name].with_suffix(".likelihood.json")
-            value = perplexity(path, done, prompts, base, config.batch_size)
+            value = perplexity(path, done, prompts, base, config.batch_size, origins[name])
             results["settings"][name]["perplexity"] = value
     results["contrasts"] = [
         {"setting": a, "against": b} | _gains(scored[a][1], scored[b][1], plain, len(rows)) for a, b in config.contrasts
@@ -186,14 +198,22 @@ def _generate_all(
     config: EvaluateConfig,
     rows: list[dict[str, Any]],
     base: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
+    origins: Mapping[str, dict[str, Any]],
+    kept: Mapping[str, Completions],
 ) -> dict[str, Completions]:
+    """Completions of every setting: those kept, and the others."""
     Path(config.completions).mkdir(parents=True, exist_ok=True)
     paths, ids = _paths(config), [row["id"] for row in rows]
-    todo = {name: config.settings[name] for name, path in paths.items() if not path.exists()}
+    todo = {name: setting for name, setting in config.settings.items() if name not in kept}
     if todo:
         model, tokenizer = base()
         prompts = encode_prompts(rows, tokenizer, 10**6, config.chat_template)
+        if notice := Reference.of(model, tokenizer).notice(config.model):
+            tqdm.write(notice)
+        require_room(rows, prompts, config.max_new_tokens, contexts(model))
         steering = steerings(todo, config.value_functions, model, tokenizer)
+        for steered in steering.values():
+            require_room(rows, prompts, config.max_new_tokens, contexts(model, steered))
         total = len(todo) * len(config.seeds) * len(prompts)
         with tqdm(total=total, desc="evaluate", unit="prompt") as progress:
             for name, setting in todo.items():
@@ -202,9 +222,28 @@ def _generate_all(
                     model, tokenizer, ids, prompts, config.seeds, config.max_new_tokens, config.batch_size,
                     steering[name], setting, progress.update,
                 )  # fmt: skip
-                write_completions(paths[name], setting, done)
-    ids = ids * len(config.seeds)
-    return {name: read_completions(path, config.settings[name], ids) for name, path in paths.items()}
+                for beside in (".rewards.json", ".likelihood.json"):
+                    paths[name].with_suffix(beside).unlink(missing_ok=True)
+                write_completions(paths[name], origins[name], done)
+    return {name: read_completions(path, origins[name]) for name, path in paths.items()}
+
+
+def _origins(config: EvaluateConfig, rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By setting, everything that shapes its completions."""
+    shared = {
+        name: getattr(config, name) for name in ("seeds", "max_new_tokens", "batch_size", "dtype", "chat_template")
+    }
+    shared["model"] = model_origin(config.model)
+    return {
+        name: completions_origin(setting, rows, config.value_functions, **shared)
+        for name, setting in config.settings.items()
+    }
+
+
+def _kept(config: EvaluateConfig, origins: Mapping[str, dict[str, Any]]) -> dict[str, Completions]:
+    """Completions that an earlier run kept. Raises `ValueError` for some of another origin, before any work."""
+    paths = {} if config.fresh else _paths(config)
+    return {name: read_completions(path, origins[name]) for name, path in paths.items() if path.exists()}
 
 
 def taken(done: Completions, rewards: Rewards, which: NDArray[np.int_]) -> tuple[Completions, Rewards]:

@@ -19,6 +19,7 @@ from mavis_logits.value_head import ValueHead, ValueHeadConfig
 
 from .data import LabelledTree
 from .packing import pack
+from .value_trainer import fitting_warmup, require_finite
 
 if TYPE_CHECKING:
     from .train_head import TrainHeadConfig
@@ -135,10 +136,14 @@ def fit(
 
     Returns:
         Validation loss after each epoch, in standardised units (1 is the variance of the rewards).
+
+    Raises:
+        ValueError: the training diverges.
     """
-    steps_per_epoch = -(-len(training) // config.batch_size)
     optimizer = torch.optim.AdamW(module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.epochs * steps_per_epoch)
+    steps = steps_of(config, training)
+    warmup = fitting_warmup(config.warmup_steps, steps, name)
+    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, steps)
     order = torch.Generator().manual_seed(config.seed)
     history: list[float] = []
     best = copy.deepcopy(module.state_dict())
@@ -157,6 +162,7 @@ def fit(
                     rate = step * config.batch_size / (time.monotonic() - started)
                     progress.set_postfix_str(f"loss {loss.item():.3f}, {rate:.0f} tokens/s")
         history.append(_mean_loss(module, validation, config.batch_size, loss_of))
+        require_finite({"validation loss": history[-1]}, f"{name}, epoch {epoch + 1}")
         tqdm.write(f"{name}, epoch {epoch + 1}: validation loss {history[-1]:.4f}")
         if history[-1] == min(history):
             best = copy.deepcopy(module.state_dict())
@@ -165,6 +171,11 @@ def fit(
     module.load_state_dict(best)
     module.eval()
     return history
+
+
+def steps_of(config: TrainHeadConfig, training: Samples) -> int:
+    """Optimizer steps of all epochs."""
+    return config.epochs * -(-len(training) // config.batch_size)
 
 
 def sample_loss(head: ValueHead, samples: Samples, rows: Tensor) -> Tensor:

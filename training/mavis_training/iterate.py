@@ -43,7 +43,7 @@ __all__ = ["Iterated", "IterateConfig", "IterationConfig", "TargetKl", "Validati
 
 STATE_FILE = "iterate.json"
 # Settings of a trainer that say where, not what.
-_PLACES = ("store", "states", "output", "initial", "device")
+_PLACES = ("store", "states", "output", "initial", "device", "fresh")
 
 
 @dataclass(frozen=True)

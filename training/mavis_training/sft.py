@@ -29,7 +29,7 @@ from .prompts import read_prompts
 from .settings import torch_dtype
 from .targets import is_validation
 from .train_model import LoraSettings, lora_config
-from .value_trainer import clear_checkpoints, common_arguments, resume
+from .value_trainer import clear_checkpoints, common_arguments, require_finite, require_precision, resume
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,8 @@ def sft(
         peft_config=lora_config(config.lora),
         callbacks=_callbacks(config),
     )
+    if not config.lora.rank:
+        require_precision(model, trainer.args)
     resume(trainer)
     metrics: dict[str, Any] = {
         "training_examples": len(training),
@@ -140,6 +142,7 @@ def sft(
         "validation_loss": trainer.evaluate()["eval_loss"],
         "log": trainer.state.log_history,
     }
+    require_finite({"validation_loss": metrics["validation_loss"]}, "validation")
     tuned = cast(PreTrainedModel, trainer.accelerator.unwrap_model(trainer.model)).eval()
     if trainer.is_world_process_zero():
         tuned = _save(tuned, tokenizer, config)

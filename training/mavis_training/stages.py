@@ -5,8 +5,6 @@ Of several processes (`mavis_training.ranks`) all do a stage's work together, an
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import read_json, write_json
+from .kept import as_json, digest, flat
 from .ranks import Ranks
 
 FORMAT_VERSION = 1
@@ -87,8 +86,8 @@ class StageLog:
         Raises:
             ValueError: the stage was begun under other settings; the message names the first that differs.
         """
-        settings = json.loads(json.dumps(settings))  # as they come back from the file
-        key = _digest([name, settings, [stage.key for stage in after]])
+        settings = as_json(settings)
+        key = digest([name, settings, [stage.key for stage in after]])
         record = self._stages.get(name)
         if record is not None:
             self._require_same(name, record["settings"], settings)
@@ -101,7 +100,7 @@ class StageLog:
             self._write()
         if "seconds" not in record:
             started = time.monotonic()
-            result = json.loads(json.dumps(work()))
+            result = as_json(work())
             seconds = round(time.monotonic() - started, 3)
             record |= self.ranks.agree(lambda: {"result": result, "seconds": seconds})
             self._write()
@@ -109,8 +108,8 @@ class StageLog:
 
     def _require_same(self, name: str, old: dict[str, Any], new: dict[str, Any]) -> None:
         """Refuse changed settings. What older records lack, fields of a newer version, is no change."""
-        for field, before in _flat(old).items():
-            now = _flat(new).get(field)
+        for field, before in flat(old).items():
+            now = flat(new).get(field)
             if before != now:
                 raise ValueError(
                     f"{self.path}: {name} was begun with {field} = {before!r}, this run has {now!r}. Use the same "
@@ -138,16 +137,3 @@ def _read(path: Path) -> dict[str, Any]:
             "another output."
         )
     return content["stages"]
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as `outer.inner`; an empty mapping stands for itself."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        inner = _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
-        flat |= inner
-    return flat
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,12 +15,23 @@ from transformers import PreTrainedModel, set_seed
 
 from mavis_logits.backbone import Backbone, UnsupportedModel
 from mavis_logits.demo.smollm2 import load_chat_model
+from mavis_logits.fingerprint import Identity, parameters_fingerprint
 from mavis_logits.value_head import ValueHead, ValueHeadConfig
 
-from .data import LabelledTree, load_trees, recipe_of, reward_units, set_reward_units, split_by_prompt
+from .data import (
+    LabelledTree,
+    data_origin,
+    load_trees,
+    recipe_of,
+    reward_units,
+    set_reward_units,
+    settings_origin,
+    split_by_prompt,
+)
 from .efficiency import sample_actions, steering_efficiency, steering_parts
 from .files import write_json
-from .head_fitting import bootstrapped, fit, gather, sample_loss
+from .head_fitting import bootstrapped, fit, gather, sample_loss, steps_of
+from .kept import model_origin
 from .metrics import Prediction, validation_metrics
 from .packing import pack
 from .ranks import join
@@ -28,6 +39,7 @@ from .settings import torch_dtype
 from .states import compute_states, read_states, tree_states
 from .targets import Penalty, kept_nodes
 from .tree_store import TreeStore
+from .value_trainer import Record, fitting_warmup, require_finite
 
 _STEERING_TREES = 64  # of the validation trees, on which steering is foreseen
 _ACTIONS = 8  # drawn from the reference at each of their states
@@ -62,12 +74,13 @@ class TrainHeadConfig:
         batch_size: positions per step.
         learning_rate: of AdamW, at its peak; decays to 0 along a cosine.
         weight_decay: of AdamW.
-        warmup_steps: of the learning rate.
+        warmup_steps: of the learning rate; a tenth of the run where these are more than half of it.
         validation_share: of the prompts, held out.
         seed: of initialisation, order, dropout and balancing.
         dtype: of the base model in the prefill pass.
         device: of the prefill pass and the training; None for a GPU if there is one.
         iteration: of Algorithm 1, recorded with the head.
+        fresh: train anew also what is finished.
     """
 
     store: str | list[str]
@@ -95,6 +108,7 @@ class TrainHeadConfig:
     dtype: str = "float32"
     device: str | None = None
     iteration: int = 0
+    fresh: bool = False
 
     def __post_init__(self) -> None:
         if not self.objectives:
@@ -135,7 +149,8 @@ def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) ->
     """Train a value head, save it with `metrics.json` and `train_config.json`, and return it.
 
     The prefill pass over the trees is resumable, and shared by several processes; the training itself takes minutes,
-    and rank 0 does it alone.
+    and rank 0 does it alone. A head that is finished under the same settings is not trained again; one of other
+    settings is replaced.
 
     Args:
         config: how to train.
@@ -143,7 +158,7 @@ def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) ->
 
     Raises:
         ValueError: no rewards for an objective, no training or validation trees, states of another model or of other
-            trees, or an initial head of another base model or other objectives.
+            trees, an initial head of another base model or other objectives, or a training that diverges.
         OSError: no store there, or a corrupt file.
     """
     set_seed(config.seed)
@@ -159,6 +174,11 @@ def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) ->
     head.config.recipe, head.config.iteration = recipe, config.iteration
     head.config.tokenizer_fingerprint = stores[-1].metadata.tokenizer_fingerprint
     head.config.base_model, head.config.base_revision = stores[-1].metadata.model, stores[-1].metadata.revision
+
+    origin = training_origin(config, head, model, stores)
+    record = Record(config.output, origin)
+    if ranks.agree(lambda: record.is_finished(ranks.is_main, config.fresh, replaces=True)):
+        return ValueHead.from_pretrained(config.output).to(model.device).bind(model).float().eval()  # type: ignore[arg-type]
 
     folders = config.states_folders()
     for store, folder in zip(stores, folders, strict=True):
@@ -180,12 +200,27 @@ def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) ->
     metrics |= {"training_trees": len(training), "validation_loss_by_epoch": history}
     if all(_is_reference(store) for store in stores):
         metrics["steering"] = steering(head, model, [(item, of_tree[id(item)]) for item in validation], config.seed)
+    require_finite(metrics, "validation")
+    recipe["warmup_steps"] = fitting_warmup(config.warmup_steps, steps_of(config, to_train))
     output = Path(config.output)
     head.save_pretrained(output)
     write_json(output / "train_config.json", recipe)
     write_json(output / "metrics.json", metrics)
+    record.write(finished=True)
     ranks.wait()
     return head
+
+
+def training_origin(
+    config: TrainHeadConfig, head: ValueHead, model: PreTrainedModel, stores: Sequence[TreeStore]
+) -> dict[str, Any]:
+    """Everything that shapes what is learned: settings, base model, the head at the start, trees with rewards."""
+    return settings_origin(asdict(config)) | {
+        "base": Identity(model).fingerprint,
+        "starting_weights": parameters_fingerprint(head),
+        "initial": config.initial and model_origin(config.initial),
+        "data": data_origin(stores, config.objectives),
+    }
 
 
 def starting_head(

@@ -10,20 +10,34 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 from peft import LoraConfig
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from mavis_logits.demo.smollm2 import load_chat_model
+from mavis_logits.fingerprint import parameters_fingerprint
 from mavis_logits.loading import find_file
 from mavis_logits.value_model import ADAPTER_CONFIG, ValueModel
 
 from .batches import TrainingSet
-from .data import LabelledTree, load_trees, recipe_of, reward_units, set_reward_units, split_by_prompt
+from .data import (
+    LabelledTree,
+    data_origin,
+    load_trees,
+    recipe_of,
+    reward_units,
+    set_reward_units,
+    settings_origin,
+    split_by_prompt,
+)
 from .files import write_json
+from .kept import model_origin
 from .packing import require_packable
+from .reference import require_trees_fit
 from .settings import torch_dtype
 from .targets import Penalty, kept_nodes
 from .tree_store import StoreMetadata, TreeStore
 from .value_trainer import (
+    SHAPELESS,
+    Record,
     Validation,
     ValueTrainer,
     check_trainer_arguments,
@@ -77,19 +91,20 @@ class TrainModelConfig:
         gradient_accumulation: forwards per optimizer step, over all of which the loss is one average.
         learning_rate: at its peak; decays linearly to 0.
         weight_decay: of the optimizer.
-        warmup_steps: optimizer steps of linear warmup.
+        warmup_steps: optimizer steps of linear warmup; a tenth of the run where these are more than half of it.
         optimizer: any of `transformers.TrainingArguments.optim`.
         max_grad_norm: gradients are clipped to this norm.
         validation_share: of the prompts, held out.
         validation_leaves: whether leaves count in the validation loss, as many as in training; section F.5 also leaves
             them out.
         seed: of initialisation, order, dropout and balancing.
-        dtype: of the weights.
+        dtype: of the weights; with `lora.rank` 0, float32.
         bf16: compute in bfloat16 under autocast.
         device: "cpu", or None for the best there is.
         iteration: of Algorithm 1, recorded with the model.
         trainer: further arguments of `transformers.TrainingArguments` by name, such as `gradient_checkpointing`,
             `deepspeed`, `fsdp`, `report_to`, `eval_steps`; they override what is set here.
+        fresh: begin anew, in place of what `output` holds of another or an interrupted training.
     """
 
     store: str | list[str]
@@ -121,6 +136,7 @@ class TrainModelConfig:
     device: str | None = None
     iteration: int = 0
     trainer: dict[str, Any] = field(default_factory=dict)
+    fresh: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in (("targets", ("nodes", "tokens")), ("packing", ("trees", "nodes"))):
@@ -137,8 +153,9 @@ def train_model(config: TrainModelConfig, backbone: PreTrainedModel | None = Non
     """Train a value model, save it with `metrics.json` and `train_config.json`, and return it.
 
     Of the epochs, the one with the smallest validation loss is kept. Killed at any instant, a rerun goes on from the
-    last checkpoint (one per epoch); checkpoints are removed at the end. Started by `accelerate launch` or `torchrun`,
-    several processes train together and the first one writes.
+    last checkpoint (one per epoch); checkpoints are removed at the end. What is finished is not trained again, and what
+    was begun under other settings, on other trees or other weights is refused. Started by `accelerate launch` or
+    `torchrun`, several processes train together and the first one writes.
 
     Args:
         config: how to train.
@@ -146,7 +163,8 @@ def train_model(config: TrainModelConfig, backbone: PreTrainedModel | None = Non
 
     Raises:
         ValueError: no rewards for an objective, no training or validation trees, a backbone that cannot read packed
-            trees, or an `initial` of something else.
+            trees or is too short for them, an `initial` of something else, another training in `output`, or a training
+            that diverges.
         OSError: no store there, or a corrupt shard.
     """
     set_seed(config.seed)
@@ -156,11 +174,18 @@ def train_model(config: TrainModelConfig, backbone: PreTrainedModel | None = Non
     set_reward_units(model, *reward_units(training))
     if config.packing == "trees":
         require_packable(model.backbone, "set packing to 'nodes'")
+    require_trees_fit(trees, model.backbone)
+    arguments = training_arguments(config)
+    record = Record(config.output, training_origin(config, model, stores, arguments))
+    with arguments.main_process_first():
+        finished = record.is_finished(arguments.should_save, config.fresh)
+    if finished:
+        return finished_model(config, backbone)
     every_token = config.targets == "tokens"
     kept = [kept_nodes(item.tree, config.drop_leaves, config.seed) for item in training]
     trainer = ValueTrainer(
         model,
-        training_arguments(config),
+        arguments,
         TrainingSet(training, kept, config.packing, every_token),
         Validation(validation, [validation_nodes(item, config) for item in validation], every_token),
         config.packing,
@@ -168,13 +193,38 @@ def train_model(config: TrainModelConfig, backbone: PreTrainedModel | None = Non
     )
     resume(trainer)
     trainer.evaluate(metric_key_prefix="best")
+    model.config.recipe["warmup_steps"] = trainer.args.warmup_steps  # as many as were taken
     trained = save_trained(trainer, config, stores, backbone)
     if trainer.is_world_process_zero():
         write_json(Path(config.output) / "train_config.json", model.config.recipe)
         write_json(Path(config.output) / "metrics.json", trainer.metrics | _costs(trainer, len(training)))
+        record.write(finished=True)
         clear_checkpoints(config.output)  # done: the folder is ready to be published
     trainer.accelerator.wait_for_everyone()
     return trained
+
+
+def training_origin(
+    config: TrainModelConfig, model: ValueModel, stores: Sequence[TreeStore], arguments: TrainingArguments
+) -> dict[str, Any]:
+    """Everything that shapes what is learned: settings, the weights at the start, trees with rewards, processes."""
+    settings = settings_origin(asdict(config))
+    settings["trainer"] = {name: value for name, value in config.trainer.items() if name not in SHAPELESS}
+    return settings | {
+        "starting_weights": parameters_fingerprint(model),
+        "initial": config.initial and model_origin(config.initial),
+        "data": data_origin(stores, config.objectives),
+        "processes": arguments.world_size,
+    }
+
+
+def finished_model(config: TrainModelConfig, backbone: PreTrainedModel | None) -> ValueModel:
+    """The value model that an earlier run of this training saved."""
+    dtype = torch_dtype(config.dtype)
+    is_adapter = find_file(config.output, ADAPTER_CONFIG, {}) is not None
+    if is_adapter and backbone is None:
+        backbone = load_chat_model(config.backbone, dtype)[0]
+    return ValueModel.from_pretrained(config.output, backbone=backbone if is_adapter else None, dtype=dtype).eval()
 
 
 def validation_nodes(item: LabelledTree, config: TrainModelConfig) -> NDArray[np.bool_]:
@@ -232,6 +282,8 @@ def starting_model(
         _check_initial(config, model, stores[-1].metadata)
         if config.lora.rank == 0:
             model.requires_grad_(True)
+    if model.lora:
+        model.head.float()  # trained as it is, while the backbone may have 16 bits
     newest = stores[-1].metadata
     model.config.tokenizer_fingerprint = newest.tokenizer_fingerprint
     model.config.base_model, model.config.base_revision = newest.model, newest.revision

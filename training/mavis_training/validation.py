@@ -13,12 +13,22 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mavis_logits.demo.chat import ChatTemplate
+from mavis_logits.fingerprint import Identity
 
 from .collect import PolicyConfig
-from .completions import Completions, complete_all, judge, read_completions, steerings, write_completions
+from .completions import (
+    Completions,
+    complete_all,
+    completions_origin,
+    judge,
+    read_completions,
+    steerings,
+    write_completions,
+)
 from .evaluate import Rewards, summarise
 from .files import read_json, write_json
 from .prompts import encode_prompts, read_prompts
+from .reference import contexts, require_room
 from .rewards import Reward, RewardSpec, load_reward
 from .schedule import Measurement
 
@@ -135,19 +145,23 @@ class Validator:
     def _complete(self, path: Path, policy: PolicyConfig | None) -> Completions:
         seeds, ids = self.config.seeds, [row["id"] for row in self.rows]
         setting = {} if policy is None else {"strategy": "sampling", **policy.settings}
+        model, tokenizer = self.base()
+        shared = {name: getattr(self.config, name) for name in ("seeds", "max_new_tokens", "batch_size")}
+        shared |= {"chat_template": self.chat_template, "model": Identity(model).fingerprint}
+        origin = completions_origin(setting, self.rows, policy and policy.value_functions, **shared)
         if not path.exists():
-            model, tokenizer = self.base()
             prompts = encode_prompts(self.rows, tokenizer, 10**6, self.chat_template)
             steering = None
             if policy is not None:
                 steering = steerings({"policy": setting}, policy.value_functions, model, tokenizer)["policy"]
+            require_room(self.rows, prompts, self.config.max_new_tokens, contexts(model, steering))
             with tqdm(total=len(seeds) * len(ids), desc="validate", unit="prompt") as progress:
                 done = complete_all(
                     model, tokenizer, ids, prompts, seeds, self.config.max_new_tokens, self.config.batch_size,
                     steering, setting, progress.update,
                 )  # fmt: skip
-            write_completions(path, setting, done)
-        return read_completions(path, setting, ids * len(seeds))
+            write_completions(path, origin, done)
+        return read_completions(path, origin, "output", fresh=False)
 
     def _result(self, done: Completions, rewards: Rewards, plain: Measurement | None) -> dict[str, Any]:
         combined = sum(weight * rewards[name] for name, weight in self.weights.items())

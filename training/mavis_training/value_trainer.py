@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
@@ -24,7 +26,8 @@ from mavis_logits.value_model import ValueModel
 
 from .batches import Collator, GroupedBatches, Packing, ReadingSet, TrainingSet, collect_values
 from .data import LabelledTree
-from .files import read_json
+from .files import read_json, write_json
+from .kept import as_json, differences, require_same
 from .metrics import Prediction, flatten, validation_metrics
 from .packing import pack, tree_terms
 
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from .train_model import TrainModelConfig
 
 CHECKPOINTS = "checkpoints"
+RECORD = "training.json"
 TRAINABLE_WEIGHTS = "trainable.safetensors"
 # Arguments of Trainer that every training has a setting for.
 _SHARED_SETTINGS = {
@@ -45,6 +49,14 @@ _SHARED_SETTINGS = {
     "seed": "seed",
     "bf16": "bf16",
 }
+# Those that say how a run is watched or fed, not what it learns.
+SHAPELESS = frozenset(
+    {
+        "report_to", "run_name", "logging_dir", "logging_steps", "logging_strategy", "logging_first_step", "log_level",
+        "disable_tqdm", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
+        "dataloader_prefetch_factor", "save_total_limit", "project", "trackio_space_id",
+    }
+)  # fmt: skip
 # Those that `trainer` must not name: the setting to use instead, or None if they are not to be changed at all.
 _OWN_SETTINGS: dict[str, str | None] = {
     **_SHARED_SETTINGS,
@@ -70,6 +82,47 @@ def check_trainer_arguments(given: Mapping[str, Any]) -> None:
             own = _OWN_SETTINGS[name]
             advice = f"use the setting {own!r} beside trainer." if own else "this trainer needs its own: leave it out."
             raise ValueError(f"trainer has the argument {name!r}, which is not set there: {advice}")
+
+
+def fitting_warmup(wanted: int, steps: int, name: str | None = None) -> int:
+    """Steps of warmup for a run of `steps`: as many as are wanted unless these are more than half of it; then a tenth.
+
+    Else the learning rate of a small run would never come near what was set. With a `name`, of the run, it is told.
+    """
+    if 2 * wanted <= steps:
+        return wanted
+    fitting = steps // 10
+    if name is not None:
+        tqdm.write(f"{name}: warmup_steps {wanted} are too many for a run of {steps} steps: {fitting} instead")
+    return fitting
+
+
+def require_finite(metrics: Mapping[str, Any], name: str) -> None:
+    """Raise `ValueError` if a number in (nested) metrics is NaN or infinite: the training has diverged."""
+    for key, value in flatten(metrics).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(
+                f"{name}: {key} is {value}; the training has diverged and nothing of it was saved. Lower learning_rate "
+                "or raise warmup_steps, and check the rewards for extreme values."
+            )
+
+
+def require_precision(model: nn.Module, arguments: TrainingArguments) -> None:
+    """Refuse to train weights of 16 bits as they are: an update of less than 1/256 of a weight would be lost.
+
+    Raises:
+        ValueError: some are; the message says what to set.
+    """
+    if arguments.deepspeed is not None:  # which keeps master weights of its own
+        return
+    half = {str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
+    if half:
+        kind = half.pop().removeprefix("torch.")
+        raise ValueError(
+            f"the weights that are trained are {kind}, which rounds away updates of learning_rate "
+            f"{arguments.learning_rate:g}: set dtype: float32 and bf16: true, which computes in bfloat16 and keeps the "
+            "weights in float32, or train an adapter (lora.rank above 0)."
+        )
 
 
 def common_arguments(config: Any) -> dict[str, Any]:
@@ -103,10 +156,68 @@ def training_arguments(config: TrainModelConfig) -> TrainingArguments:
         "save_total_limit": 1,
         "load_best_model_at_end": True,
         "report_to": "none",
+        "logging_nan_inf_filter": False,  # else a loss that is NaN would be logged as 0
         "include_num_input_tokens_seen": "all",
         "ddp_find_unused_parameters": False,
     }
     return TrainingArguments(**(arguments | config.trainer))
+
+
+class Record:
+    """What a training rests on, kept in its output folder from its first step on.
+
+    Args:
+        output: the folder.
+        origin: everything that shapes what is learned.
+    """
+
+    def __init__(self, output: str | Path, origin: Mapping[str, Any]) -> None:
+        self.output, self.origin = Path(output), as_json(origin)
+
+    @property
+    def path(self) -> Path:
+        """Its file."""
+        return self.output / RECORD
+
+    def is_finished(self, is_main: bool, fresh: bool = False, replaces: bool = False) -> bool:
+        """Whether this training has been done here. If it was interrupted, or is new, it is noted as begun.
+
+        Args:
+            is_main: of several processes, whether this is the one that writes; the others ask after it.
+            fresh: forget what was done.
+            replaces: another training's result is told and replaced, not refused: for trainings of minutes.
+
+        Raises:
+            ValueError: another training's results or checkpoints lie there; the message says what differs.
+        """
+        checkpoints = self.output / CHECKPOINTS
+        if fresh and is_main:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+            self.path.unlink(missing_ok=True)
+        known = read_json(self.path) if self.path.exists() else None
+        begun = last_whole_checkpoint(checkpoints) is not None if checkpoints.is_dir() else False
+        if begun or (known and known["finished"]):
+            old = known and known["origin"]
+            if replaces and (changed := differences(old, self.origin)):
+                if is_main:
+                    tqdm.write(f"{self.output}: replaces the result of another training: {'; '.join(changed)}")
+            else:
+                what = f"{self.output} holds {'checkpoints' if begun else 'the result'} of another training"
+                require_same(what, old, self.origin, "output")
+                if not begun:
+                    if is_main:
+                        tqdm.write(
+                            f"{self.output}: finished before, under the same settings; fresh: true does it again"
+                        )
+                    return True
+        if is_main:
+            self.write(False)
+        return False
+
+    def write(self, finished: bool) -> None:
+        """Note that the training is finished, or only begun."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, {"finished": finished, "origin": self.origin})
 
 
 def resume(trainer: Trainer) -> None:
@@ -194,6 +305,9 @@ class ValueTrainer(Trainer):
 
     Attributes:
         metrics: of the last validation, nested as `validation_metrics` returns them, with its loss.
+
+    Raises:
+        ValueError: weights that are trained have 16 bits or, later, a training that diverges.
     """
 
     def __init__(
@@ -213,6 +327,7 @@ class ValueTrainer(Trainer):
         readings = ReadingSet(validation.trees, packing)
         if args.gradient_checkpointing:
             model.enable_input_require_grads()  # a frozen embedding would cut the graph before the first checkpoint
+        require_precision(model, args)
         super().__init__(model, args, data_collator=collator, train_dataset=training, eval_dataset=readings)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by all terms of the step by itself
 
@@ -220,6 +335,20 @@ class ValueTrainer(Trainer):
     def is_sharded(self) -> bool:
         """Whether no process holds all weights."""
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The schedule of the learning rate, with a warmup that fits into the run."""
+        self.args.warmup_steps = fitting_warmup(
+            self.args.get_warmup_steps(num_training_steps),
+            num_training_steps,
+            "training" if self.args.should_log else None,
+        )
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
+        """Log, and end a training whose loss is NaN or infinite."""
+        super().log(logs, *arguments, **options)
+        require_finite({name: value for name, value in logs.items() if name == "loss"}, "training")
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -285,7 +414,9 @@ class ValueTrainer(Trainer):
             predictions.append(Prediction(item, said[prompt:], said[prompt - 1]))
         scale = np.asarray(self.value_config.reward_scale)
         self.metrics = {"loss": self.validation.loss(values, scale)}
+        require_finite(self.metrics, "validation")
         self.metrics |= validation_metrics(predictions, self.value_config.objectives)
+        require_finite(self.metrics, "validation")
         told = {name: value for name, value in flatten(self.metrics).items() if not isinstance(value, int)}  # no counts
         flat = {f"{metric_key_prefix}_{name}": value for name, value in told.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=flat, num_samples=len(values))
