@@ -180,7 +180,7 @@ def test_a_part_of_a_split_is_taken_and_one_that_is_not_there_refused(tmp_path, 
         path.write_text("\n".join(texts))
     else:
         (data if kind == "saved" else DatasetDict({"train": data})).save_to_disk(path)
-    assert [row["prompt"] for row in load_rows(str(path), "train[2:25%]+train[-1:]")] == ["w7"]
+    assert [row["prompt"] for row in load_rows(str(path), "train[:1]+train[-1:]")] == ["w0", "w7"]
     assert len(list(load_rows(str(path), "train[:50%]"))) == 4
     with pytest.raises(ValueError, match="has no split 'test', only train"):
         load_rows(str(path), "test")

@@ -159,7 +159,7 @@ def is_held_out(tree: Tree, share: float) -> bool:
 
 def prompt_text(tree: Tree) -> str:
     """The prompt's text (and turns, if it has several) without regard to case and spaces."""
-    return " ".join(prompt_key(tree.prompt, tree.columns.get("conversation")).split()).casefold()
+    return prompt_key(" ".join(tree.prompt.split()), tree.columns.get("conversation")).casefold()
 
 
 def tell_repeats(trees: Iterable[Tree], where: str) -> None:
