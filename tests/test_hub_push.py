@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from hub_server import HubServer, use_hub
 from mavis_logits import ValueHead, ValueModel, cli
 from mavis_logits.hub.cards import CardDetails
-from mavis_logits.hub.publish import push_folder
+from mavis_logits.hub.publish import checked_files, left_out, push_folder
 from mavis_logits.value_model import ADAPTER_WEIGHTS, HEAD_WEIGHTS
 from tiny import make_base, make_head, make_value_model
 
@@ -191,6 +191,18 @@ def test_damaged_and_missing_weights_are_refused(hub: HubServer, tmp_path: Path,
 def test_a_pickle_is_refused(hub: HubServer, tmp_path: Path) -> None:
     torch.save(load_file(saved(tmp_path) / "model.safetensors"), tmp_path / "optimizer.pt")
     assert_refused(hub, tmp_path, ValueError, r"optimizer.pt may be a pickle, which is not published: remove it")
+
+
+def test_only_what_belongs_to_a_value_function_is_published(hub: HubServer, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "value")
+    for name in ("states/trees-00000.states.safetensors", "checkpoint-3/optimizer.pt", "trees.h5", "other.safetensors"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"prompts of mine")
+    (folder / "LICENSE").write_text("mine")
+    push_folder(folder, "org/value")
+    assert {"LICENSE", "config.json", "model.safetensors"} <= set(files := checked_files(folder))
+    assert not {name for name in files if "/" in name or name in ("trees.h5", "other.safetensors")}
+    assert set(left_out(folder)) == {"states/", "checkpoint-3/", "trees.h5", "other.safetensors"}
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+import sysconfig
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
 from typing import Any, Protocol
 
 
@@ -42,15 +45,26 @@ def compute_rewards(
 
     Raises:
         ValueError: a column that the function needs is missing, or it returns another count than R, or something that
-            is no finite number.
+            is no finite number; or the function raises, which is then the error's cause: the message has the place
+            in the code, and the completion as far as can be seen from outside.
     """
     given = {**columns, "prompts": prompts, "completions": completions}
     if completion_ids is not None:
         given["completion_ids"] = completion_ids
-    returned = reward(**_accepted(reward, given, name))
-    if inspect.iscoroutine(returned):
-        with ThreadPoolExecutor(1) as thread:  # a notebook's own thread runs an event loop already
-            returned = thread.submit(asyncio.run, returned).result()
+    arguments = _accepted(reward, given, name)
+    try:
+        returned = reward(**arguments)
+        if inspect.iscoroutine(returned):
+            with ThreadPoolExecutor(1) as thread:  # a notebook's own thread runs an event loop already
+                returned = thread.submit(asyncio.run, returned).result()
+        if isinstance(returned, Iterator):
+            returned = list(returned)  # a generator raises here, if anywhere
+    except Exception as error:  # a reward function is a user's: anything may come out of it
+        where = _where_it_raised(error, completions, prompt_ids)
+        if where is None and isinstance(error, ValueError):  # a reward of this library: its message says it all
+            raise
+        told = str(error) if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"reward {name!r} raised {type(error).__name__} {where or 'in a library'}: {told}") from error
     if returned is None or isinstance(returned, str) or not hasattr(returned, "__iter__"):
         raise ValueError(f"reward {name!r} returned {type(returned).__name__}, expected a list of numbers.")
     rewards = [_number(value) for value in returned]
@@ -81,6 +95,39 @@ def _accepted(function: Reward, given: dict[str, Any], name: str) -> dict[str, A
         )
     taken = {p.name: named[p.name] for p in parameters if p.name in named}
     return given | taken if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters) else taken
+
+
+def _where_it_raised(error: Exception, completions: Sequence[str], prompt_ids: Sequence[str] | None) -> str | None:
+    """The place in the user's code, and the prompt: that of the one completion which its variables hold, if any.
+
+    None if no code of a user's was running.
+    """
+    own = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if _is_users(frame)]
+    if not own:
+        return None
+    frame, line = own[-1]
+    place = f"in {frame.f_code.co_name}, {frame.f_code.co_filename}, line {line}, "
+    by_text: dict[str, list[int]] = {}
+    for index, completion in enumerate(completions):
+        by_text.setdefault(completion, []).append(index)
+    held = {value for frame, _ in own for value in frame.f_locals.values() if type(value) is str and value in by_text}
+    found = by_text[held.pop()] if len(held) == 1 else []
+    if prompt_ids is None:
+        return f"{place}at completion {found[0]}" if found else f"{place}in a call with {len(completions)} completions"
+    names = list(dict.fromkeys(prompt_ids[i] for i in found or range(len(completions))))
+    if len(names) == 1:
+        at = f"at completion {found[0]} of the call, " if found else ""
+        return f"{place}{at}of prompt {names[0]!r}"
+    many = ", ".join(map(repr, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return f"{place}at a completion of one of the prompts {many}"
+
+
+def _is_users(frame: FrameType) -> bool:
+    """Whether a frame runs code that a user would mend: neither ours nor an installed package's nor Python's own."""
+    paths, file = sysconfig.get_paths(), frame.f_code.co_filename
+    installed = any(file.startswith(paths[key]) for key in ("stdlib", "purelib", "platlib"))
+    ours = str(frame.f_globals.get("__name__", "")).startswith(("mavis_logits.", "mavis_training."))
+    return not (ours or installed or file.startswith("<frozen"))
 
 
 def _log_nothing(*args: Any, **kwargs: Any) -> None:

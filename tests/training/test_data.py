@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -78,3 +80,19 @@ def test_bad_input(tmp_path):
         load_trees([folder, str(tmp_path / "second")], ["a"], 0.0)
     with pytest.raises(OSError, match="is not a tree store"):
         load_trees([folder, str(tmp_path / "third")], ["a"], 0.0)
+
+
+def test_one_prompt_under_several_ids_is_on_one_side_and_told(tmp_path):
+    trees = [dataclasses.replace(random_tree(i), prompt=f"Prompt {i // 2}" + " " * (i % 2)) for i in range(60)]
+    store = make_store(tmp_path / "s", trees, {"a": lambda tree: [0.0] * len(tree.leaves())})
+    with pytest.warns(UserWarning, match="30 of 30 prompts stand under several ids, such as 'p0' and 'p1'"):
+        _, items = load_trees(str(store.folder), ["a"], 0.0)
+    sides = [{item.tree.prompt.strip() for item in side} for side in split_by_prompt(items, 0.3)]
+    assert sides[0].isdisjoint(sides[1])
+
+
+def test_two_stores_of_the_same_trees_are_refused(tmp_path):
+    for name, seeds in (("first", range(4)), ("second", range(2, 6))):
+        of_seeds(tmp_path / name, seeds)
+    with pytest.raises(ValueError, match=r"2 of 4 trees of .*second are those of .*first.*another seed"):
+        load_trees([str(tmp_path / "first"), str(tmp_path / "second")], ["a"], 0.0)

@@ -70,7 +70,8 @@ def test_a_reward_that_raises_half_way(store):
         return [1.0] * len(prompts)
 
     message = (
-        r"trees-00001.h5 could not be labelled for 'big' with test: RuntimeError\('out of memory'\)\n"
+        r"trees-00001.h5 could not be labelled for 'big' with test: reward 'big' raised RuntimeError in out_of_memory, "
+        r".*test_label.py, line \d+, of prompt 'p2': RuntimeError\('out of memory'\)\n"
         "The shards labelled before it are kept.*run the same command again"
     )
     with pytest.raises(ValueError, match=message) as raised:

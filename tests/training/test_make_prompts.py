@@ -4,7 +4,7 @@ import gzip
 import json
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from mavis_training.make_prompts import PromptsConfig, load_rows, make_prompts
 from mavis_training.prompts import encode_prompts, read_prompts
@@ -157,3 +157,30 @@ def test_bad_data(tmp_path):
     with pytest.raises(ValueError, match=r"good\.csv cannot be read as a data set: .*nowhere"):
         load_rows(str(tmp_path / "good.csv"), split="nowhere")
     assert not (tmp_path / "out").exists()
+
+
+def test_columns_that_are_left_out_are_told_with_the_way_to_keep_them(tmp_path):
+    source = lines(tmp_path / "p.jsonl", [{"prompt": "w1", "id": 1, "solution": "4", "kind": "k"}])
+    counts, rows = make(source, tmp_path)
+    assert counts.left_out == ["kind", "solution"]
+    assert """--keep '["kind", "solution"]'""" in str(counts)
+    counts, rows = make(source, tmp_path, keep=["kind", "solution"])
+    assert rows[0]["solution"] == "4"
+    assert not counts.left_out
+    assert "left out" not in str(counts)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "txt", "saved", "saved splits"])
+def test_a_part_of_a_split_is_taken_and_one_that_is_not_there_refused(tmp_path, kind):
+    texts = [f"w{i}" for i in range(8)]
+    path, data = tmp_path / f"p.{kind}", Dataset.from_list([{"prompt": text} for text in texts])
+    if kind == "jsonl":
+        lines(path, [{"prompt": text} for text in texts])
+    elif kind == "txt":
+        path.write_text("\n".join(texts))
+    else:
+        (data if kind == "saved" else DatasetDict({"train": data})).save_to_disk(path)
+    assert [row["prompt"] for row in load_rows(str(path), "train[:1]+train[-1:]")] == ["w0", "w7"]
+    assert len(list(load_rows(str(path), "train[:50%]"))) == 4
+    with pytest.raises(ValueError, match="has no split 'test', only train"):
+        load_rows(str(path), "test")

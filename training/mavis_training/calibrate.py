@@ -17,11 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mavis_logits.demo.smollm2 import load_chat_model
 
 from .collect import CollectConfig, collect
+from .data import is_held_out
 from .label import LabelConfig, label, load_tokenizer
 from .rewards import Reward, RewardSpec, describe_spec, load_reward
 from .settings import torch_dtype
 from .states import compute_states
-from .targets import is_validation
 from .train_head import TrainHeadConfig, train_head
 from .train_model import TrainModelConfig, train_model
 from .tree import Tree
@@ -211,11 +211,11 @@ def _per_epoch(trees: int, seconds: Mapping[int, float], output: Path) -> Sample
 
 def _sampled(config: TrainModelConfig | TrainHeadConfig, store: TreeStore) -> dict[str, Any]:
     """Changes by which a trainer reads a small store, whose validation share must leave trees on both sides."""
-    ids = store.prompt_ids()
+    trees = list(store)
     shares = sorted(np.linspace(0.01, 0.99, 99), key=lambda share: abs(share - config.validation_share))
     for share in shares:
-        if 0 < sum(is_validation(name, float(share)) for name in ids) < len(ids):
+        if 0 < sum(is_held_out(tree, float(share)) for tree in trees) < len(trees):
             return {"store": str(store.folder), "validation_share": float(share)}
     raise ValueError(
-        f"a calibration needs at least two trees of different prompts, there are {len(ids)}: collect more."
+        f"a calibration needs at least two trees of different prompts, there are {len(trees)}: collect more."
     )

@@ -181,10 +181,12 @@ def _padding_as_the_model_knows_it(
     A copy, since the tokenizer may be a policy's, which pads and truncates in its own way.
     """
     tokenizer, config = copy.deepcopy(tokenizer), model.config.get_text_config()
-    known = config.pad_token_id
-    if known is not None and 0 <= known < len(tokenizer):
+    known, readable = config.pad_token_id, model.get_input_embeddings().weight.shape[0]
+    if known is not None and not 0 <= known < min(len(tokenizer), readable):  # -1, or one of another vocabulary
+        known = None
+    if known is not None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(known)
-    elif tokenizer.pad_token is None:
+    elif tokenizer.pad_token is None or tokenizer.pad_token_id >= readable:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise ValueError(

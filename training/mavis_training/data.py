@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -16,6 +18,7 @@ from mavis_logits.value_head import ValueHead
 from mavis_logits.value_model import ValueModel
 
 from .kept import files_digest
+from .prompts import prompt_key
 from .targets import Penalty, is_validation, node_targets, root_target
 from .tree import Tree
 from .tree_store import TreeStore
@@ -92,8 +95,8 @@ def load_trees(
         The opened stores, in the order given, and their trees, store by store and shard by shard.
 
     Raises:
-        ValueError: rewards of an objective are missing (the message names what has been labelled), or as
-            `open_stores`.
+        ValueError: rewards of an objective are missing (the message names what has been labelled), two stores hold the
+            same trees, or as `open_stores`.
         OSError: no store there, or a corrupt shard.
     """
     stores = open_stores(store)
@@ -107,7 +110,10 @@ def load_trees(
                 f"{opened.folder} has no complete rewards for {missing} (it has {labelled}): "
                 "run `mavis label` for them."
             )
-    rows = (row for opened in stores for row in opened.labelled(objectives))
+    by_store = [list(opened.labelled(objectives)) for opened in stores]
+    require_no_copies(stores, [[tree for tree, _ in rows] for rows in by_store])
+    rows = [row for of_one in by_store for row in of_one]
+    tell_repeats((tree for tree, _ in rows), " and ".join(str(opened.folder) for opened in stores))
     left_out = zeta if penalty == "continuation" else 0.0
     return stores, [
         LabelledTree(tree, r, node_targets(tree, r, zeta, penalty), continuation_zeta=left_out) for tree, r in rows
@@ -131,19 +137,61 @@ def settings_origin(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def split_by_prompt(trees: Sequence[Item], share: float) -> tuple[list[Item], list[Item]]:
-    """Training and validation trees; a prompt is on the same side in every run.
+    """Training and validation trees; a prompt is on the same side in every run, whatever its ids are.
 
     Raises:
         ValueError: one side is empty.
     """
-    training = [item for item in trees if not is_validation(item.tree.prompt_id, share)]
-    validation = [item for item in trees if is_validation(item.tree.prompt_id, share)]
+    training = [item for item in trees if not is_held_out(item.tree, share)]
+    validation = [item for item in trees if is_held_out(item.tree, share)]
     if not training or not validation:
         raise ValueError(
             f"{len(trees)} trees split into {len(training)} for training and {len(validation)} for validation at "
             f"validation_share {share}: collect more trees or change the share."
         )
     return training, validation
+
+
+def is_held_out(tree: Tree, share: float) -> bool:
+    """Whether a tree is for validation: by its prompt's text, so that one prompt under two ids is on one side."""
+    return is_validation(prompt_text(tree), share)
+
+
+def prompt_text(tree: Tree) -> str:
+    """The prompt's text (and turns, if it has several) without regard to case and spaces."""
+    return prompt_key(" ".join(tree.prompt.split()), tree.columns.get("conversation")).casefold()
+
+
+def tell_repeats(trees: Iterable[Tree], where: str) -> None:
+    """Warn of prompts that stand under several ids, with their count."""
+    ids: dict[str, set[str]] = {}
+    for tree in trees:
+        ids.setdefault(prompt_text(tree), set()).add(tree.prompt_id)
+    repeated = [sorted(names) for names in ids.values() if len(names) > 1]
+    if repeated:
+        warnings.warn(
+            f"{where}: {len(repeated)} of {len(ids)} prompts stand under several ids, such as "
+            f"{' and '.join(map(repr, repeated[0][:2]))}; they count once for each of their "
+            f"{sum(map(len, repeated))} ids. All trees of one prompt go to the same side of the split; "
+            "mavis prompts leaves repeats out.",
+            stacklevel=3,
+        )
+
+
+def require_no_copies(stores: Sequence[TreeStore], trees: Sequence[Sequence[Tree]]) -> None:
+    """Raise `ValueError` for trees that lie in two stores: sampled with the same seed, they would count twice."""
+    first: dict[tuple[Any, ...], TreeStore] = {}
+    for store, own in zip(stores, trees, strict=True):
+        made = json.dumps([store.metadata.sampling, store.metadata.policy], sort_keys=True)
+        keys = [(made, tree.prompt_tokens.tobytes(), tree.tokens.tobytes(), tree.parent.tobytes()) for tree in own]
+        again = [first[key] for key in keys if key in first]
+        if again:
+            raise ValueError(
+                f"{len(again)} of {len(own)} trees of {store.folder} are those of {again[0].folder}: both were sampled "
+                f"with the same settings and seed {store.metadata.sampling.get('seed')}, and would count twice. Give "
+                "one of the two, or collect one of them anew with another seed."
+            )
+        first |= dict.fromkeys(keys, store)
 
 
 def reward_units(trees: Sequence[LabelledTree]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -21,12 +21,12 @@ from mavis_logits.fingerprint import tokenizer_fingerprint
 from mavis_logits.value_model import ValueModel
 
 from .batches import TrainingSet
-from .data import LabelledTree, open_stores, recipe_of, set_reward_units, split_by_prompt
+from .data import LabelledTree, is_held_out, open_stores, recipe_of, set_reward_units, split_by_prompt
 from .files import write_json
 from .metrics import Prediction, correlation, r_squared, sibling_pairs, validation_metrics
 from .packing import Example, pack, require_packable
 from .settings import torch_dtype
-from .targets import is_validation, node_targets
+from .targets import node_targets
 from .teachers import Teacher, check_tokenizer, load_teachers, teacher_values
 from .train_model import LoraSettings, TrainModelConfig, save_trained, starting_model
 from .tree import Tree
@@ -220,7 +220,7 @@ def _measure(
     write_json(output / "agreement.json", {"trees": len(validation)} | counts | agreed)
     if all(set(objectives) <= set(store.objectives()) for store in stores):
         rows = (row for store in stores for row in store.labelled(objectives))
-        held_out = [(tree, r) for tree, r in rows if is_validation(tree.prompt_id, config.validation_share)]
+        held_out = [(tree, r) for tree, r in rows if is_held_out(tree, config.validation_share)]
         true = [LabelledTree(tree, rewards, node_targets(tree, rewards)) for tree, rewards in held_out]
         judged = [Prediction(item, values, None) for item, values in zip(true, said, strict=True)]
         write_json(output / "metrics.json", validation_metrics(judged, objectives) | counts)

@@ -24,6 +24,7 @@ from .collect import CollectConfig
 from .data import load_trees
 from .label import LabelConfig, unlabelled
 from .prompts import read_prompts
+from .rewards import reward_digest
 from .states import states_path
 from .train_head import TrainHeadConfig
 from .train_model import TrainModelConfig
@@ -152,7 +153,7 @@ def _(config: CollectConfig, calibration: Calibration) -> list[Estimate]:
 @estimate.register
 def _(config: LabelConfig, calibration: Calibration) -> list[Estimate]:
     store = TreeStore.open(config.store)
-    todo = {objective: unlabelled(store, objective, spec) for objective, spec in config.rewards.items()}
+    todo = {name: unlabelled(store, config, name, reward_digest(spec)) for name, spec in config.rewards.items()}
     trees = {shard.path: shard.trees() for shards in todo.values() for shard in shards}
     every = [tree for shard in trees.values() for tree in shard]
     if not every:

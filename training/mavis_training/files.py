@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import json
 import os
@@ -15,6 +16,14 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 TEMPORARY_SUFFIX = ".tmp"
+# How files that are taken for text begin, and what to do with them.
+_NOT_TEXT = {
+    b"PAR1": "a Parquet file: name it .parquet",
+    b"\x1f\x8b": "compressed by gzip: gunzip it, or give it to mavis prompts under a name that ends in .gz",
+    b"PK\x03\x04": "a zip archive: unpack it",
+    codecs.BOM_UTF16_LE: "UTF-16: save it as UTF-8, or run iconv -f utf-16 -t utf-8",
+    codecs.BOM_UTF16_BE: "UTF-16: save it as UTF-8, or run iconv -f utf-16 -t utf-8",
+}
 # No space left, quota exceeded, larger than the file system or a limit allows.
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -104,21 +113,49 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
 
     Raises:
         OSError: the file is missing or cannot be read.
-        ValueError: a line is not a JSON object; the message has its number.
+        ValueError: it is no UTF-8 text, or a line is not a JSON object; the message has its number.
     """
-    rows: list[dict[str, Any]] = []
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not valid JSON ({error}).") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}.")
-            rows.append(row)
-    return rows
+    return [row for _, row in numbered_json_lines(path)]
+
+
+def numbered_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a JSONL file, each with the number of its line. Raises as `read_json_lines`."""
+    for number, line in numbered_lines(path):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            hint = " JSON lines have no commas between them and no list around them." if line[0] == "[" else ""
+            raise ValueError(f"{path}, line {number}: not valid JSON ({error}).{hint}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}.")
+        yield number, row
+
+
+def numbered_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """The lines of a UTF-8 text that are not blank, without their ends, each with its number.
+
+    A byte order mark is passed over, and lines may end as on Windows.
+
+    Raises:
+        OSError: the file is missing or cannot be read.
+        ValueError: it is no UTF-8 text; the message names the line and what the file seems to be.
+    """
+    content = Path(path).read_bytes()
+    for magic, kind in _NOT_TEXT.items():
+        if content.startswith(magic):
+            raise ValueError(f"{path} is not UTF-8 text but {kind}.")
+    # Not splitlines(), which also splits at characters that stand unescaped within JSON, such as U+2028.
+    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
+        try:
+            text = line.decode("utf-8").strip("\r")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start + 1} of the line, 0x"
+                f"{line[error.start]:02x}). Save the file as UTF-8; if it is Latin-1, for example: "
+                f"iconv -f latin1 -t utf-8 {path} > utf8-{Path(path).name}"
+            ) from error
+        if text.strip():
+            yield number, text
 
 
 def _fsync(path: Path) -> None:

@@ -159,7 +159,7 @@ def column_prompt(row: Row, columns: Columns, limits: Limits) -> Example:
         if columns.template is None:
             return Example(value)
         return Example(columns.template.replace("{text}", value), columns={"text": value})
-    turns = [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in value]
+    turns = [{"role": str(turn["role"]), "content": content_text(turn)} for turn in value]
     while turns and turns[-1]["role"] == "assistant":
         turns.pop()
     if not turns or turns[-1]["role"] != "user":
@@ -173,10 +173,26 @@ def column_pair(row: Row, columns: Columns, limits: Limits) -> Example:
     if columns.completion is None:
         raise ValueError("completions are asked for: name their column with completion_column")
     value = _text(row, columns.completion, or_messages=True)
-    text = value if isinstance(value, str) else str(value[-1]["content"]) if value else ""
+    text = value if isinstance(value, str) else content_text(value[-1]) if value else ""
     if not text.strip():
         raise Dropped("empty completion")
     return replace(column_prompt(row, columns, limits), completion=text)
+
+
+def content_text(turn: Mapping[str, Any]) -> str:
+    """What is said in a message; its content may come in parts (`{"type": "text", "text": ...}`), or be None.
+
+    Raises:
+        Dropped: it has a part that is no text, such as an image.
+    """
+    content = turn["content"]
+    if isinstance(content, str) or content is None:
+        return content or ""
+    if not isinstance(content, list) or not all(isinstance(part, Mapping) for part in content):
+        raise ValueError(f"a message's content is {type(content).__name__}, expected text or a list of parts")
+    if not all(isinstance(part.get("text"), str) for part in content):
+        raise Dropped("a message with a part that is no text")
+    return "".join(part["text"] for part in content)
 
 
 FORMATS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,8 @@ from mavis_logits.demo.smollm2 import MODEL_ID, converted_folder
 from mavis_logits.fingerprint import tokenizer_fingerprint
 
 from .ranks import join
-from .rewards import Reward, RewardSpec, compute_rewards, describe_spec, load_reward, split_spec
+from .reward_identity import object_digest
+from .rewards import Reward, compute_rewards, describe_spec, load_reward, reward_digest, split_spec
 from .tree import Tree
 from .tree_store import Shard, TreeStore
 
@@ -31,14 +33,22 @@ class LabelConfig:
             `model` and how to read it (label, template, output, ...: `ClassifierSettings`).
         tokenizer: turns tokens into text; None for that of the model which the store names.
         device: where reward models run; of several processes on "cuda" each has its own GPU.
+        fresh: compute anew the rewards of these objectives that another reward gave, or another text of its function or
+            other weights of its model. Without it they are an error.
+        keep: keep rewards that another text of the function, or other weights of the model, gave, and compute the
+            missing ones only: after mending what raised, say.
     """
 
     store: str
     rewards: Mapping[str, str | dict[str, Any]]
     tokenizer: str | None = None
     device: str = "cpu"
+    fresh: bool = False
+    keep: bool = False
 
     def __post_init__(self) -> None:
+        if self.fresh and self.keep:
+            raise ValueError("fresh computes rewards anew and keep keeps them: give one of the two.")
         if not self.rewards:
             raise ValueError(
                 "rewards is empty: give at least one objective and its reward, e.g. helpful: path/to/model."
@@ -73,34 +83,82 @@ def label(
     tokenizer = tokenizer or load_tokenizer(config.tokenizer or store.metadata.model)
     store.require_origin(tokenizer_fingerprint(tokenizer))
     ranks = join(config.device)
-    todo = ranks.agree(lambda: {name: unlabelled(store, name, spec) for name, spec in config.rewards.items()})
+    given = rewards or {}
+    digests = {
+        name: object_digest(given[name]) if name in given else reward_digest(spec)
+        for name, spec in config.rewards.items()
+    }
+    todo = ranks.agree(lambda: {name: unlabelled(store, config, name, digests[name]) for name in config.rewards})
     for objective, spec in config.rewards.items():
         shards = ranks.share(todo[objective])
         if shards:
-            reward = rewards[objective] if rewards is not None else load_reward(spec, str(ranks.device))
-            _label_objective(shards, objective, reward, describe_spec(spec), tokenizer, quiet=not ranks.is_main)
+            reward = given[objective] if objective in given else load_reward(spec, str(ranks.device))
+            source = describe_spec(spec), digests[objective]
+            _label_objective(shards, objective, reward, source, tokenizer, quiet=not ranks.is_main)
     ranks.wait()
+    if ranks.is_main:
+        for objective in config.rewards:
+            tell_sameness(store, objective)
     return store
 
 
-def unlabelled(store: TreeStore, objective: str, spec: RewardSpec) -> list[Shard]:
-    """The shards that have no rewards of `objective` yet.
+def unlabelled(store: TreeStore, config: LabelConfig, objective: str, digest: str | None) -> list[Shard]:
+    """The shards that have no rewards of `objective` yet, or with `config.fresh` none of this reward's.
+
+    Args:
+        store: the trees.
+        config: how they are labelled.
+        objective: one of its rewards.
+        digest: of that reward's text or weights; None if not known.
 
     Raises:
-        ValueError: some have rewards that another reward than `spec` computed; the message says how to replace them.
+        ValueError: some have rewards that another reward computed, or another version of this one; the message says how
+            to replace them, or to keep both.
     """
-    source, todo = describe_spec(spec), []
+    source, todo = describe_spec(config.rewards[objective]), []
     for shard in store.shards():
-        found = shard.reward_source(objective)
+        found, version = shard.reward_source(objective), shard.reward_digest(objective)
+        edited = None not in (version, digest) and version != digest
         if found is None:
+            todo.append(shard)
+        elif found == source and (not edited or config.keep):
+            continue
+        elif config.fresh:
             todo.append(shard)
         elif found != source:
             every = shard.path.with_name(f"trees-*.reward-{objective}.h5")
             raise ValueError(
                 f"{shard.path} has rewards for {objective!r} from {found!r}, this run has {source!r}. To replace them, "
-                f"delete {every} and run again; to keep both, give this objective another name."
+                f"run again with --fresh true, or delete {every}; to keep both, give this objective another name."
+            )
+        else:
+            raise ValueError(
+                f"{shard.path} has rewards for {objective!r} from {source!r} as it was: its text or weights have "
+                f"changed since (digest {version}, now {digest}). To compute all anew, run again with --fresh true; to "
+                "keep these because they would be the same, with --keep true; to keep both, give this objective "
+                "another name."
             )
     return todo
+
+
+def tell_sameness(store: TreeStore, objective: str) -> None:
+    """Warn of rewards that are the same for every completion, or for every completion of a prompt: nothing to learn."""
+    rewards = [each for each in store.rewards(objective) if len(each)]
+    if not rewards or sum(map(len, rewards)) < 2:
+        return
+    values = np.concatenate(rewards)
+    if np.ptp(values) == 0:
+        warnings.warn(
+            f"The reward {objective!r} is constant: {values[0]:g} for all {len(values)} completions of {store.folder}. "
+            "There is nothing to learn from it: check what the function looks at.",
+            stacklevel=2,
+        )
+    elif any(len(each) > 1 for each in rewards) and all(np.ptp(each) == 0 for each in rewards):
+        warnings.warn(
+            f"The reward {objective!r} is the same for all completions of a prompt, in all {len(rewards)} trees of "
+            f"{store.folder}: it depends on the prompt alone, and nothing that a model writes can change it.",
+            stacklevel=2,
+        )
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -139,7 +197,7 @@ def _label_objective(
     shards: list[Shard],
     objective: str,
     reward: Reward,
-    source: str,
+    source: tuple[str, str | None],
     tokenizer: PreTrainedTokenizerBase,
     quiet: bool,
 ) -> None:
@@ -152,9 +210,11 @@ def _label_objective(
             except Exception as error:  # a reward function is a user's: anything may come out of it
                 told = error if isinstance(error, ValueError) else repr(error)
                 raise ValueError(
-                    f"{shard.path} could not be labelled for {objective!r} with {source}: {told}\n"
-                    "The shards labelled before it are kept: mend the reward and run the same command again."
-                ) from error
-            shard.write_rewards(objective, rewards, source)
+                    f"{shard.path} could not be labelled for {objective!r} with {source[0]}: {told}\n"
+                    "The shards labelled before it are kept: mend the reward and run the same command again (with "
+                    "--keep true if its text was edited and those are still right)."
+                ) from (error.__cause__ or error)
+            shard.reward_path(objective).unlink(missing_ok=True)  # fresh: of another reward
+            shard.write_rewards(objective, rewards, *source)
             leaves += sum(map(len, rewards))
             progress.set_postfix_str(f"{leaves / (time.monotonic() - started):.0f} leaves/s")

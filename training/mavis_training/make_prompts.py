@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from datasets import Dataset, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, ReadInstruction, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
-from .files import read_json_lines, replace_when_whole, write_json
+from .files import replace_when_whole, write_json
 from .formats import FORMATS, Columns, Dropped, Example, Limits, Row, Style
 from .label import load_tokenizer
-from .prompts import read_prompts
+from .prompts import numbered_rows, prompt_id, prompt_key, read_prompts
 
 _BUILDERS = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -28,12 +27,14 @@ class PromptsConfig:
     """Which prompts to take from which data set. Bounds left out are section F.1's for the format, if it has any.
 
     Attributes:
-        source: Hub id of a data set, folder that `datasets` can load, or .jsonl, .json, .csv or .parquet file (or .gz).
+        source: Hub id of a data set, folder that `datasets` can load or has saved, or .jsonl, .json, .csv or .parquet
+            file (or .gz), or a .txt file with a prompt a line.
         output: JSON-lines file to write; the counts of what was dropped go beside it, as .counts.json.
         format: "hh" is Anthropic/hh-rlhf (`chosen`), "summarize" openai/summarize_from_feedback, subset comparisons
             (`info`, `summaries`, `choice`), "column" any data set with a column of prompts.
         load: further arguments of `datasets.load_dataset`, such as name, data_dir or revision.
-        split: of the data set; of files and folders that have no splits, "train" is everything.
+        split: of the data set, or a part as in "train[:100]"; of files and folders that have no splits, "train" is
+            everything.
         prompt_column: for "column": holds texts, or conversations as TRL has them.
         completion_column: for "column" with completions: holds texts or messages.
         template: text of the prompt, with {text} where the row's own goes; empty for the format's.
@@ -103,15 +104,22 @@ class PromptsConfig:
 
 @dataclass(frozen=True)
 class PromptCounts:
-    """What became of the rows of a data set: those written, and those dropped by reason."""
+    """What became of the rows of a data set: those written, those dropped by reason, and the columns left out."""
 
     rows: int
     written: int
     dropped: dict[str, int]
+    left_out: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         reasons = "".join(f"\n  {count:>8}  dropped: {reason}" for reason, count in self.dropped.items())
-        return f"  {self.rows:>8}  rows{reasons}\n  {self.written:>8}  written"
+        lines = f"  {self.rows:>8}  rows{reasons}\n  {self.written:>8}  written"
+        if not self.left_out:
+            return lines
+        return lines + (
+            f"\nColumns left out: {', '.join(self.left_out)}. A reward that needs one gets it only if it is kept now, "
+            f"before trees are collected: --keep '{json.dumps(self.left_out)}'"
+        )
 
 
 def make_prompts(config: PromptsConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> PromptCounts:
@@ -136,9 +144,10 @@ def make_prompts(config: PromptsConfig, tokenizer: PreTrainedTokenizerBase | Non
         rows = list(rows)
         random.Random(config.shuffle).shuffle(rows)
     dropped: Counter[str] = Counter()
-    read, written = 0, []
+    read, written, names = 0, [], set()
     for row in rows:
         read += 1
+        names |= row.keys()
         try:
             written.append(_passing(row, config, tokenizer))
         except Dropped as reason:
@@ -153,7 +162,10 @@ def make_prompts(config: PromptsConfig, tokenizer: PreTrainedTokenizerBase | Non
     dropped["duplicate"] = len(written) - len(unique)
     dropped["in exclude"] = len(unique) - len(lines)
     dropped["before skip or beyond limit"] = len(lines) - len(chosen)
-    counts = PromptCounts(read, len(chosen), {reason: count for reason, count in sorted(dropped.items()) if count})
+    told = {reason: count for reason, count in sorted(dropped.items()) if count}
+    read_from = {config.prompt_column, config.completion_column if config.completions else None}
+    left_out = names - {name for line in chosen for name in line} - (read_from if config.format == "column" else set())
+    counts = PromptCounts(read, len(chosen), told, sorted(left_out))
     if not chosen:
         raise ValueError(f"no row of {config.source} passes:\n{counts}")
     output = Path(config.output)
@@ -178,8 +190,8 @@ def load_rows(source: str, split: str = "train", load: dict[str, Any] | None = N
         ValueError: it has no such split, or cannot be read; the message says why.
     """
     path = Path(source)
-    if path.suffix == ".jsonl" and path.is_file():
-        return read_json_lines(path)
+    if path.suffix in (".jsonl", ".txt") and path.is_file() and not load:
+        return _part({"train": [row for _, row in numbered_rows(source)]}, split, source)
     options: dict[str, Any] = {"split": split} | (load or {})
     suffix = Path(source.removesuffix(".gz").replace(".jsonl", ".json")).suffix
     if suffix in _BUILDERS:
@@ -187,12 +199,24 @@ def load_rows(source: str, split: str = "train", load: dict[str, Any] | None = N
             raise FileNotFoundError(f"there is no file {source}")
         options |= {"data_files": source}
     try:
-        # state.json is what Dataset.save_to_disk writes
-        saved = (path / "state.json").is_file()
-        loaded = load_from_disk(source) if saved else load_dataset(_BUILDERS.get(suffix, source), **options)
+        # What Dataset.save_to_disk and DatasetDict.save_to_disk write
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            saved = load_from_disk(source)
+            splits = saved if isinstance(saved, DatasetDict) else {str(saved.split or "train"): saved, "train": saved}
+            return _part(splits, split, source)
+        return cast(Dataset, load_dataset(_BUILDERS.get(suffix, source), **options))
     except (DatasetGenerationError, TypeError, ValueError) as error:
         raise ValueError(f"{source} cannot be read as a data set: {error.__cause__ or error}") from error
-    return cast(Dataset, loaded)
+
+
+def _part(splits: Mapping[str, Sequence[Row]], split: str, source: str) -> list[Row]:
+    """The rows that `split` names in the notation of `datasets`, such as "train[:10%]+test"."""
+    sizes = {name: len(rows) for name, rows in splits.items()}
+    try:
+        parts = ReadInstruction.from_spec(split).to_absolute(sizes)
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"{source} has no split {split!r}, only {', '.join(sizes)}: {error}") from error
+    return [splits[part.splitname][i] for part in parts for i in range(sizes[part.splitname])[part.from_ : part.to]]
 
 
 def _passing(row: Row, config: PromptsConfig, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
@@ -219,7 +243,7 @@ def _texts(example: Example) -> list[str]:
 
 def _key(line: dict[str, Any]) -> str:
     """What makes a prompt the same as another."""
-    return json.dumps([line["prompt"], line.get("conversation")], ensure_ascii=False)
+    return prompt_key(line["prompt"], line.get("conversation"))
 
 
 def _with_unique_ids(lines: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -228,6 +252,6 @@ def _with_unique_ids(lines: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for line in lines:
         own = None if line["id"] is None else str(line["id"])
         if own is None or own in taken:
-            own = hashlib.sha256(_key(line).encode()).hexdigest()[:16]
+            own = prompt_id(line["prompt"], line.get("conversation"))
         taken.add(own)
         yield line | {"id": own}

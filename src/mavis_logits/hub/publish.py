@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
     from ..value_model import ValueModel
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy")
+_PUBLISHED = (
+    "config.json", BUNDLE_FILE, ADAPTER_CONFIG, "*.md", "*.png", "*.jpg",
+    "*.svg", CARD_DETAILS, METRICS, "agreement.json", "train_config.json", "LICENSE*", "NOTICE*", ".gitattributes",
+)  # fmt: skip
 _IGNORED = (".git", ".cache", "__pycache__", ".DS_Store")
 # Of an earlier push these would be read, or run, beside or in place of the new ones.
 _REPLACED = ("config.json", BUNDLE_FILE, ADAPTER_CONFIG, CARD_DETAILS, METRICS)
@@ -141,7 +146,10 @@ def push_function(
 
 
 def checked_files(folder: Path) -> dict[str, Path]:
-    """The files of a value function or a bundle, by their path in the repository, after a look at each.
+    """The files of a value function or a bundle that are published, by their path in the repository, after a look.
+
+    Those are what it takes to use it, its card with pictures, how it was trained and measured, and a licence. What else
+    lies there, such as hidden states of the training prompts or a trainer's checkpoints, stays here.
 
     Raises:
         ValueError: neither of the two, a mistake in a bundle, a pickle, or a link that leads out of the folder.
@@ -149,24 +157,42 @@ def checked_files(folder: Path) -> dict[str, Path]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}: give one that a value function or a bundle was saved in")
-    files = dict(_walk(folder))
-    if BUNDLE_FILE in files:
+    functions = {"": folder}
+    if (folder / BUNDLE_FILE).is_file():
         bundle, _ = read_bundle(folder) or (None, None)
         load_bundle(folder)
         assert bundle is not None
-        for entry in bundle.value_functions.values():
-            if entry.repo is None:
-                _check_function(folder / str(entry.subfolder))
-    else:
-        _check_function(folder)
-    return files
+        own = {str(entry.subfolder) for entry in bundle.value_functions.values() if entry.repo is None}
+        functions = {f"{name}/": folder / name for name in sorted(own)}
+    weights = {start + name for start, function in functions.items() for name in _checked_weights(function)}
+    walked = _walk(folder, (*functions, *(f"{name.split('/')[0]}/" for name in _CODE)))
+    return {name: path for name, path in walked if name in weights | set(_CODE) or _belongs(name, functions)}
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
-    root = folder.resolve()
+def left_out(folder: Path) -> dict[str, int]:
+    """What of a folder is not published: bytes by name of the file, or of the first folder that holds several."""
+    published, sizes = set(checked_files(folder).values()), dict[str, int]()
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
-        if any(part in _IGNORED for part in inside.parts):
+        if path.is_file() and path not in published and not any(part in _IGNORED for part in inside.parts):
+            name = inside.as_posix() if len(inside.parts) == 1 else f"{inside.parts[0]}/"
+            sizes[name] = sizes.get(name, 0) + path.stat().st_size
+    return sizes
+
+
+def _belongs(name: str, functions: Iterable[str]) -> bool:
+    """Whether a file, no weights, is part of what is published: a value function's, or beside those of a bundle."""
+    inside = next((name.removeprefix(start) for start in functions if name.startswith(start)), name)
+    return "/" not in inside and any(fnmatch(inside, pattern) for pattern in _PUBLISHED)
+
+
+def _walk(folder: Path, starts: Iterable[str]) -> Iterator[tuple[str, Path]]:
+    """The files in `folder`, and in those of its folders whose paths begin with one of `starts`."""
+    root, kept = folder.resolve(), [start for start in starts if start]
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        elsewhere = len(inside.parts) > 1 and not any(inside.as_posix().startswith(start) for start in kept)
+        if elsewhere or any(part in _IGNORED for part in inside.parts):
             continue
         if not path.resolve().is_relative_to(root):
             raise ValueError(f"{path} is a link out of the folder: put the file itself there, or remove the link")
@@ -176,15 +202,15 @@ def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
             yield inside.as_posix(), path
 
 
-def _check_function(folder: Path) -> None:
-    """Raise unless a whole value function lies in `folder`."""
+def _checked_weights(folder: Path) -> set[str]:
+    """Names of the files that hold the weights of the value function in `folder`; raises unless it is whole."""
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"{folder} holds no value function (no config.json) and no bundle (no {BUNDLE_FILE}): save_pretrained of a "
             "ValueModel or ValueHead writes the one, mavis bundle the other"
         )
     config = read_json(folder / "config.json")
-    kind, backbone = config.get("model_type"), config.get("backbone")
+    kind, backbone, index = config.get("model_type"), config.get("backbone"), folder / f"{WEIGHTS}.index.json"
     if kind not in KINDS:
         raise ValueError(f"{folder} holds a model of type {kind!r}, expected a value function ({' or '.join(KINDS)})")
     if (folder / ADAPTER_CONFIG).is_file():
@@ -194,8 +220,8 @@ def _check_function(folder: Path) -> None:
                 "too, and write its Hub id into config.json as backbone"
             )
         wanted = {ADAPTER_WEIGHTS, HEAD_WEIGHTS}
-    elif (folder / f"{WEIGHTS}.index.json").is_file():
-        wanted = set(read_json(folder / f"{WEIGHTS}.index.json").get("weight_map", {}).values())
+    elif index.is_file():
+        wanted = set(read_json(index).get("weight_map", {}).values())
     else:
         wanted = {WEIGHTS}
     for name in sorted(wanted):
@@ -207,6 +233,7 @@ def _check_function(folder: Path) -> None:
                 opened.keys()
         except SafetensorError as error:
             raise OSError(f"{path} is corrupt or half-written ({error}): save the value function again") from error
+    return wanted | ({index.name} if index.is_file() else set())
 
 
 def _generated_files(folder: Path, repo_id: str, custom_generate: bool) -> dict[str, str]:
