@@ -14,13 +14,12 @@ from transformers import (
     CompileConfig,
     DynamicCache,
     GenerationConfig,
-    LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
     StoppingCriteriaList,
     SynthIDTextWatermarkingConfig,
 )
 
-from strategy_checks import Collector, StopAfter
+from strategy_checks import Collector, StopAfter, letter_tokenizer
 from tiny import EOS, PAD, VOCABULARY, make_base
 
 WORKS, REFUSED, GENERATE, UNREAD = "works", "refused", "refused by generate", "not read"
@@ -108,7 +107,8 @@ FIELDS = [
     row("min_length", WORKS, value=8),
     row("min_new_tokens", WORKS, value=3),
     row("max_time", WORKS, value=1000.0),
-    row("stop_strings", WORKS, GENERATE, note="generate keeps the tokenizer from a strategy: give both to the strategy"),
+    row("stop_strings", WORKS, GENERATE, note="generate keeps the tokenizer from a strategy: give both to the strategy",
+        case=lambda: {"stop_strings": list("ABCDEFGHIJ"), "tokenizer": letter_tokenizer()}),
     row("early_stopping", WORKS, REFUSED, note=_BEAMS, case=lambda: {"num_beams": 3, "early_stopping": True},
         strategies=lambda: {"early_stopping": True}),
     row("do_sample", WORKS, case=with_sampling()),
@@ -157,7 +157,8 @@ FIELDS = [
     row("suppress_tokens", WORKS, value=list(range(50, 70))),
     row("begin_suppress_tokens", WORKS, value=list(range(50, 70))),
     row("sequence_bias", WORKS, value=[[[50], 5.0], [[51, 52], -5.0]]),
-    row("token_healing", WORKS, GENERATE, note="generate keeps the tokenizer from a strategy"),
+    row("token_healing", WORKS, GENERATE, note="generate keeps the tokenizer from a strategy", one=True,
+        case=lambda: {"token_healing": True, "tokenizer": letter_tokenizer()}),
     row("guidance_scale", WORKS, WORKS, REFUSED, note=f"the guided scores are the reference. {_STATE}", value=1.5),
     row("watermarking_config", WORKS, WORKS, REFUSED, note=f"SynthID keeps {_STATE}; green lists work in all",
         case=with_sampling(watermarking_config=SynthIDTextWatermarkingConfig(keys=[3, 5, 7], ngram_len=2))),
@@ -165,7 +166,7 @@ FIELDS = [
         note="the searches return the best, at most as many as they write"),
     row("output_scores", WORKS, WORKS, REFUSED, note="log pi; the searches take no single steps",
         case=lambda: {"output_scores": True, "return_dict_in_generate": True}),
-    row("output_logits", WORKS, WORKS, REFUSED, note="a strategy's are the reference's; the searches take no single steps",
+    row("output_logits", WORKS, WORKS, REFUSED, note="a strategy's are the reference's",
         case=lambda: {"output_logits": True, "return_dict_in_generate": True}),
     row("output_attentions", WORKS, REFUSED, note="strategies keep none",
         case=lambda: {"output_attentions": True, "return_dict_in_generate": True}),
@@ -195,7 +196,8 @@ FIELDS = [
     row("assistant_early_exit", WORKS, REFUSED, note=_DRAFTS, one=True, value=1),
     row("use_mtp", GENERATE, REFUSED, note="of models with layers for it", value=True, one=True),
     row("speculation_type", UNREAD, REFUSED, note=_READ_WITH_ASSISTANT, value="dflash"),
-    row("is_assistant", UNREAD, REFUSED, note="set by generate, for an assistant", strategies=lambda: {"is_assistant": True}),
+    row("is_assistant", UNREAD, REFUSED, note="set by generate, for an assistant",
+        strategies=lambda: {"is_assistant": True}),
     row("continuous_batching_config", UNREAD, note="of generate_batch, which gives processors no history"),
     row("transformers_version", UNREAD),
 ]  # fmt: skip
@@ -204,14 +206,15 @@ CALL = [
     row("inputs", WORKS, case=lambda: {"inputs": PROMPTS, "input_ids": None}),
     row("generation_config", WORKS, case=lambda: {"generation_config": GenerationConfig(
         max_new_tokens=3, pad_token_id=PAD, eos_token_id=ENDS)}),
-    row("logits_processor", WORKS, note="in front of a processor of ours, please (see its docstring). One that looks rows "
-        "up by number or remembers them is shown the whole batch by MavisSampling; the searches refuse one whose "
+    row("logits_processor", WORKS, note="in front of a processor of ours, please (see its docstring). One that looks "
+        "rows up by number or remembers them is shown the whole batch by MavisSampling; the searches refuse one whose "
         "answers depend on what it has seen",
         case=lambda: {"logits_processor": [MinNewTokensLengthLogitsProcessor(5, 3, ENDS, device="cpu")]}),
     row("stopping_criteria", WORKS, case=lambda: {"stopping_criteria": StoppingCriteriaList([StopAfter(60)])}),
     row("prefix_allowed_tokens_fn", WORKS, note="rows have the numbers that they began with; in the searches those of "
         "their prompts", value=allowed),
-    row("synced_gpus", WORKS, REFUSED, note="rows leave the batch, so ranks would wait for each other", value=True),
+    row("synced_gpus", WORKS, REFUSED, note="rows leave the batch, so ranks would wait for each other",
+        case=lambda: {"synced_gpus": False}, strategies=lambda: {"synced_gpus": True}),
     row("assistant_model", WORKS, REFUSED, note=_DRAFTS, one=True, case=assisted()),
     row("streamer", WORKS, WORKS, REFUSED, note="the searches know the text only at its end",
         case=lambda: {"streamer": Collector()}),
@@ -227,9 +230,11 @@ MORE = [
     row("position_ids", WORKS, case=lambda: {
         "position_ids": ((PROMPTS != PAD).long().cumsum(1) - 1).clamp(min=0), "attention_mask": (PROMPTS != PAD).long(),
     }),
-    row("inputs_embeds", REFUSED, note="value models cannot read them; value heads in a processor can", case=soft_prompt),
+    row("inputs_embeds", REFUSED, note="value models cannot read them; value heads in a processor can",
+        case=soft_prompt),
     row("past_key_values", WORKS, REFUSED, note=_CACHE, case=grown_cache, one=True),
-    row("tokenizer", WORKS, UNREAD, note="kept from strategies: give it to the strategy"),
+    row("tokenizer", WORKS, UNREAD, note="kept from strategies: give it to the strategy",
+        case=lambda: {"tokenizer": letter_tokenizer()}),
     row("assistant_tokenizer", UNREAD, note="read with an assistant of another tokenizer only"),
     row("trust_remote_code", UNREAD),
     row("use_model_defaults", UNREAD, note="of releases before those supported"),
@@ -237,10 +242,10 @@ MORE = [
 
 PAGE = """# generate's own arguments
 
-What becomes of every argument of `generate` when a `MavisLogitsProcessor` or a strategy decodes. "Works" means: exactly as
-an obvious slow twin says that re-reads every text from scratch. "Refused" means: a `ValueError` that names the argument.
-The table is made and held by `tests/test_generate_arguments.py`, which knows every argument of the supported releases of
-transformers; one that a newer release adds is refused by strategies until it is known.
+What becomes of every argument of `generate` when a `MavisLogitsProcessor` or a strategy decodes. "Works" means: exactly
+as an obvious slow twin says that re-reads every text from scratch. "Refused" means: a `ValueError` that names the
+argument. The table is made and held by `tests/test_generate_arguments.py`, which knows every argument of the supported
+releases of transformers; one that a newer release adds is refused by strategies until it is known.
 
 Some things `generate` decides alone, and nothing here can help: with `cache_implementation="paged"` it hands over to
 continuous batching and drops logits processors and strategies without a word. It hands neither `streamer` nor
@@ -261,10 +266,6 @@ def page() -> str:
         text += f"| **{title}** | | | | |\n"
         text += "".join(f"| `{r.name}` | {r.processor} | {r.sampling} | {r.searches} | {r.note} |\n" for r in rows)
     return text
-
-
-def processors(given: Any) -> LogitsProcessorList:
-    return LogitsProcessorList(given or [])
 
 
 if __name__ == "__main__":

@@ -90,9 +90,10 @@ class Environment:
         report = self.folder / f"{name}.xml"
         report.unlink(missing_ok=True)
         command = [self.python, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", f"--junit-xml={report}"]
-        subprocess.run([*command, *arguments], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+        environ = os.environ | {"OMP_NUM_THREADS": "1"}
+        code = subprocess.run([*command, *arguments], cwd=ROOT, env=environ, check=False).returncode
         if not report.is_file():
-            raise SystemExit(f"{self.name}: pytest {' '.join(arguments)} ended without a report")
+            raise SystemExit(f"{self.name}: pytest {' '.join(arguments)} ended with {code} and no report: run it again")
         return counted(report.read_text(encoding="utf-8"))
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
-from transformers import LogitsProcessor, StoppingCriteria
+from transformers import LogitsProcessor, PreTrainedTokenizerFast, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from mavis_logits import MavisStrategy
 from mavis_logits.testing import recompute_head_values, recompute_values
-from tiny import EOS, PAD, make_head, make_value_model
+from tiny import EOS, PAD, VOCABULARY, make_head, make_value_model
 
 WEIGHTS = {"a": 0.7, "b": 0.3}
 ENDS = [EOS, *range(40, 50)]  # as eos_token_id, so that some texts of random models end early
@@ -78,3 +82,11 @@ class Damage(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         return scores * torch.nan
+
+
+def letter_tokenizer() -> PreTrainedTokenizerFast:
+    """One printable character a token."""
+    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {chr(33 + i): 3 + i for i in range(VOCABULARY - 3)}
+    tokenizer = Tokenizer(BPE(vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>")

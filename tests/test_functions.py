@@ -25,7 +25,7 @@ def tokenizer(*tokens: str) -> PreTrainedTokenizerFast:
 def parts(functions: ValueFunctions) -> dict[int, torch.Tensor]:
     """Made-up values [2, 3, outputs] of every value function; all different."""
     torch.manual_seed(0)
-    return {id(f): torch.randn(2, 3, len(f.config.objectives)) for f in functions.all}
+    return {f: torch.randn(2, 3, len(f.config.objectives)) for f in functions.all}
 
 
 # ---- objectives ----
@@ -37,7 +37,7 @@ def test_one_value_function_bears_the_names_of_its_config() -> None:
     assert functions.objectives == ["a", "b"]
     assert functions.all == [model]
     values = parts(functions)
-    assert torch.equal(functions.gather(values), values[id(model)])
+    assert torch.equal(functions.gather(values), values[model])
 
 
 def test_models_and_heads_mix_in_the_order_given() -> None:
@@ -47,7 +47,7 @@ def test_models_and_heads_mix_in_the_order_given() -> None:
     assert functions.objectives == ["a", "b", "c"]
     assert (functions.models, functions.heads) == ([model], [head])
     values = parts(functions)
-    assert torch.equal(functions.gather(values), torch.cat([values[id(head)], values[id(model)]], dim=-1))
+    assert torch.equal(functions.gather(values), torch.cat([values[head], values[model]], dim=-1))
 
 
 def test_a_mapping_names_and_orders_outputs() -> None:
@@ -57,22 +57,24 @@ def test_a_mapping_names_and_orders_outputs() -> None:
     assert functions.all == [model, other]
     values = parts(functions)
     whole = functions.gather(values)
-    assert torch.equal(whole[..., 0], values[id(model)][..., 1])
-    assert torch.equal(whole[..., 1], values[id(other)][..., 0])
-    assert torch.equal(whole[..., 2], values[id(model)][..., 0])
+    assert torch.equal(whole[..., 0], values[model][..., 1])
+    assert torch.equal(whole[..., 1], values[other][..., 0])
+    assert torch.equal(whole[..., 2], values[model][..., 0])
 
 
 def test_some_outputs_of_a_model_may_be_left_out() -> None:
     model = make_value_model("a", "b")
     functions = ValueFunctions({"b": model})
     values = parts(functions)
-    assert torch.equal(functions.gather(values), values[id(model)][..., 1:])
+    assert torch.equal(functions.gather(values), values[model][..., 1:])
 
 
-def test_value_functions_are_put_in_evaluation_mode() -> None:
+def test_value_functions_are_in_evaluation_mode_while_they_are_read() -> None:
     model = make_value_model("a").train()
-    ValueFunctions(model)
-    assert not model.training
+    functions = ValueFunctions(model)
+    with functions.reading():
+        assert not any(module.training for module in model.modules())
+    assert all(module.training for module in model.modules())
 
 
 @pytest.mark.parametrize("given", [[], {}, ()])

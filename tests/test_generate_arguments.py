@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from generate_table import CALL, ENDS, FIELDS, GENERATE, MORE, PROMPTS, REFUSED, UNREAD, WORKS, Row, page, processors
+from generate_table import CALL, ENDS, FIELDS, GENERATE, MORE, PROMPTS, REFUSED, UNREAD, WORKS, Row, page
 from mavis_logits import MavisBeamSearch, MavisBestOfN, MavisLogitsProcessor, MavisSampling
 from mavis_logits.strategies.arguments import HONOURED
 from mavis_logits.strategies.arguments import REFUSED as NAMED
@@ -64,7 +64,7 @@ class SlowSampling(Slow):
         self, model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any,
         **_: Any,
     ) -> Tensor:  # fmt: skip
-        config, ids, streamer = generation_config, input_ids, None
+        config, ids = generation_config, input_ids
         unfinished = torch.ones(len(ids), dtype=torch.bool)
         prompts = [n * len(self.prompts) // len(ids) for n in range(len(ids))]
         while unfinished.any():
@@ -95,19 +95,16 @@ def arguments(row: Row, strategy: bool) -> tuple[dict[str, Any], Tensor]:
 
 
 def functions(base: PreTrainedModel) -> dict[str, Any]:
-    return {
-        "value_functions": {"a": make_head(base, "a"), "b": make_value_model("b")},
-        "weights": WEIGHTS,
-        "beta": BETA,
-    }
+    both = {"a": make_head(base, "a"), "b": make_value_model("b")}
+    return {"value_functions": both, "weights": WEIGHTS, "beta": BETA}
 
 
 def run(base: PreTrainedModel, call: dict[str, Any], **more: Any) -> Tensor:
     """`generate`, after seeding; processors of the case stand in front."""
     torch.manual_seed(0)
     steering = more.pop("logits_processor", [])
-    front = processors(call.get("logits_processor"))
-    output = base.generate(**{**call, "logits_processor": processors([*front, *steering])}, **more)
+    every = LogitsProcessorList([*call.get("logits_processor", []), *steering])
+    output = base.generate(**{**call, "logits_processor": every}, **more)
     return output if isinstance(output, Tensor) else output.sequences
 
 
@@ -157,20 +154,20 @@ def test_processor(row: Row) -> None:
     assert mavis.stats.steps
     call, _ = arguments(row, strategy=False)  # caches, criteria and streamers are used up
     assert torch.equal(steered, run(base, call, logits_processor=[Slow(base, ids)]))
-    if row.processor == UNREAD and call.keys() - {"logits_processor"} != arguments(WITHOUT, strategy=False)[0].keys():
-        call, _ = arguments(WITHOUT, strategy=False)
+    if row.processor == UNREAD:
+        call, ids = arguments(Row("", WORKS, WORKS, WORKS, one=row.one), strategy=False)
         assert torch.equal(steered, run(base, call, logits_processor=[Slow(base, ids)]))
-
-
-WITHOUT = Row("nothing", WORKS, WORKS, WORKS)
 
 
 @pytest.mark.parametrize("row", here(EVERY), ids=lambda row: row.name)
 def test_sampling(row: Row) -> None:
     base = make_base()
     call, ids = arguments(row, strategy=True)
-    if row.sampling == GENERATE or "custom_generate" in call:
-        return  # below
+    if row.sampling == GENERATE:  # whatever decodes
+        for decoding in (strategy(base), SlowSampling(base, ids)):
+            with pytest.raises(ValueError, match="tokenizer"):
+                run(base, call, custom_generate=decoding)
+        return
     if row.sampling == REFUSED:
         with pytest.raises(ValueError, match=row.says.get("sampling", row.name)):
             run(base, call, custom_generate=strategy(base))
@@ -186,6 +183,8 @@ def test_searches(row: Row) -> None:
     base = make_base()
     call, _ = arguments(row, strategy=True)
     if row.searches == GENERATE:
+        with pytest.raises(ValueError, match="tokenizer"):
+            run(base, call, custom_generate=strategy(base, MavisBeamSearch))
         return
     if row.searches == REFUSED:
         with pytest.raises(ValueError, match=row.says.get("searches", row.name)):
@@ -196,3 +195,20 @@ def test_searches(row: Row) -> None:
     alone = run(base, call, custom_generate=strategy(base))
     call = arguments(row, strategy=True)[0] | ({"num_return_sequences": 1} if "num_return_sequences" in call else {})
     assert torch.equal(run(base, call, custom_generate=strategy(base, MavisBestOfN, num_samples=1)), alone)
+
+
+def test_a_field_that_a_newer_release_adds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, (call, _) = make_base(), arguments(FIELDS[0], strategy=True)
+    monkeypatch.setattr("mavis_logits.strategies.arguments.HONOURED", HONOURED - {"repetition_penalty"})
+    assert torch.equal(run(base, call, custom_generate=strategy(base)), run(base, call, custom_generate=strategy(base)))
+    with pytest.raises(ValueError, match=r"does not know repetition_penalty=1\.5"):
+        run(base, call, custom_generate=strategy(base), repetition_penalty=1.5)
+
+
+def test_what_a_model_comes_with_is_no_reason_to_refuse_it() -> None:
+    base, (call, _) = make_base(), arguments(FIELDS[0], strategy=True)
+    plain = run(base, call, custom_generate=strategy(base))
+    base.generation_config.update(cache_implementation="static", length_penalty=2.0, early_stopping=True)
+    assert torch.equal(run(base, call, custom_generate=strategy(base)), plain)
+    with pytest.raises(ValueError, match=r"length_penalty=0\.5"):
+        run(base, call, custom_generate=strategy(base), length_penalty=0.5)

@@ -315,80 +315,72 @@ def compile_forward(base: Any, backend: Any) -> None:
     base.forward = torch.compile(base.forward, backend=backend)
 
 
-def compile_decoder(base: Any, backend: Any) -> None:
-    base.model = torch.compile(base.model, backend=backend)
-
-
 def compile_layers(base: Any, backend: Any) -> None:
     for layer in base.model.layers:
         layer.compile(backend=backend)
 
 
-@pytest.mark.parametrize("way", [compile_whole, compile_forward, compile_decoder, compile_layers])
-@pytest.mark.parametrize("kind", ["head", "inner"])
-def test_a_model_compiled_in_any_way_is_steered_and_plain_again(kind: str, way: Any) -> None:
-    expected_plain, expected = write(make_base()), None
-    reference = make_base()
-    expected = write(reference, steer(kind, reference))
+@torch.no_grad()
+def step(base: Any, mavis: MavisLogitsProcessor | None = None) -> Tensor:
+    """Next-token scores by one forward pass, steered if a processor is given."""
+    scores = base(input_ids=IDS, use_cache=False).logits[:, -1]
+    return scores if mavis is None else mavis(IDS, scores)
+
+
+@pytest.mark.parametrize("way", [compile_whole, compile_forward, compile_layers])
+def test_a_model_compiled_in_any_way_is_steered_and_plain_again(way: Any) -> None:
     base, counting = make_base(), Counting()
-    head = functions(kind, base)  # bound to the plain model
+    head = make_head(base, "a", layer=1)
+    plain = step(base)
+    with MavisLogitsProcessor(head, beta=4.0, model=base, **SETTINGS) as mavis:
+        expected = step(base, mavis)
     way(base, counting)
-    assert torch.equal(write(base), expected_plain)
+    assert torch.equal(step(base), plain)
     assert counting.graphs
-    for _ in range(2):
-        mavis = MavisLogitsProcessor(head, beta=4.0, **SETTINGS)
-        mavis._listen(base)
-        assert torch.equal(write(base, mavis), expected)
-        assert mavis.stats.passed_through == 0
-        mavis.detach()
-        assert torch.equal(write(base), expected_plain)
+    mavis = MavisLogitsProcessor(head, beta=4.0, model=base, **SETTINGS)
+    torch.testing.assert_close(step(base, mavis), expected)
+    mavis.detach()
+    assert torch.equal(step(base), plain)
+    mavis.attach(base)
+    torch.testing.assert_close(step(base, mavis), expected)
     torch._dynamo.reset()
 
 
-def test_what_was_compiled_for_another_model_of_the_class_does_not_run_for_this_one() -> None:
+def static() -> dict[str, Any]:
+    """Arguments by which generate compiles its steps."""
     compiled = CompileConfig(backend="eager", fullgraph=True)
-    compiled._compile_all_devices = True
-    static = {"cache_implementation": "static", "compile_config": compiled}
+    compiled._compile_all_devices = True  # else on GPUs only
+    return {"cache_implementation": "static", "compile_config": compiled, "max_new_tokens": 3}
+
+
+def test_what_was_compiled_for_another_model_of_the_class_does_not_run_for_this_one() -> None:
     base, other = make_base(), make_base()
-    expected = write(base, steer("head", base))
-    mavis = steer("head", base)
-    for _ in range(2):
-        plain = write(other, **static)  # the compiler shares code among models
-        assert torch.equal(write(base, mavis, **static), expected)
-    assert torch.equal(write(other, **static), plain)
+    plain, mavis = write(base, max_new_tokens=3), steer("inner", base)
+    expected = write(base, mavis, max_new_tokens=3)
+    write(other, **static())  # the compiler shares code among models
+    assert torch.equal(write(base, mavis, **static()), expected)
+    assert torch.equal(write(other, **static()), plain)
+    assert torch.equal(write(base, mavis, **static()), expected)
+    states = weakref.ref(mavis._hidden)
     del mavis
+    gc.collect()
+    assert states() is None  # no compiled code holds it
     assert torch._dynamo.config.skip_nnmodule_hook_guards
+    assert torch.equal(write(base, **static()), plain)
     torch._dynamo.reset()
 
 
 def test_a_model_compiled_after_attaching_is_steered_or_refused() -> None:
     base, other = make_base(), make_base()
-    expected = write(base, steer("head", base))
-    mavis = steer("head", base)
+    mavis = steer("inner", base)
+    expected = step(base, mavis)
     other.compile(backend="eager")
-    write(other)  # what is compiled here would run for `base` too
+    step(other)  # what is compiled here would run for `base` too
     base.compile(backend="eager")
     with pytest.raises(ValueError, match=r"has been compiled since .* call mavis.attach\(model\) again"):
-        write(base, mavis)
+        step(base, mavis)
     mavis.attach(base)
-    assert torch.equal(write(base, mavis), expected)
-    torch._dynamo.reset()
-
-
-def test_generates_own_compiled_step_drops_its_hooks_with_the_processor() -> None:
-    base = make_base()
-    compiled = CompileConfig(backend="eager", fullgraph=True)
-    compiled._compile_all_devices = True
-    static = {"cache_implementation": "static", "compile_config": compiled}
-    plain, mavis = write(base), steer("inner", base)
-    expected = write(base, mavis)
-    assert torch.equal(write(base, mavis, **static), expected)  # compiled with our hooks
-    states = weakref.ref(mavis._hidden)
-    del mavis
-    gc.collect()
-    assert states() is None
-    assert torch.equal(write(base, **static), plain)
-    assert torch.equal(write(base, steer("inner", base), **static), expected)
+    torch.testing.assert_close(step(base, mavis), expected)
     torch._dynamo.reset()
 
 

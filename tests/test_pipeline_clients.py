@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from chat_model import chat_model
-from mavis_logits import ValueModel
+from mavis_logits import MavisLogitsProcessor, ValueHead, ValueModel
 from mavis_logits.fingerprint import tokenizer_fingerprint
 from mavis_logits.pipeline import TASK, MavisTextGenerationPipeline
 
@@ -155,23 +155,53 @@ def test_saving_it_saves_model_and_tokenizer_and_leaves_the_model_as_it_was(
     assert ordinary(PROMPTS[0], **GREEDY) == pipe(PROMPTS[0], beta=0.0, **GREEDY)
 
 
-@pytest.mark.parametrize(
-    "again", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))], ids=["copy", "pickle"]
-)
-def test_a_copy_steers_alike_and_by_itself(pipe: Any, again: Any) -> None:
-    wanted = steered(pipe)
-    other = again(pipe)
+@pytest.fixture(params=["model", "head"])
+def either(request: Any, chat: Any, value_model: ValueModel) -> MavisTextGenerationPipeline:
+    """A pipeline steered by a value model, and one by a head, which watches the language model."""
+    head = ValueHead.for_model(chat[0], ["a"], width=8)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.normal_()
+    values = value_model if request.param == "model" else head
+    return pipeline(TASK, model=chat[0], tokenizer=chat[1], value_models=values, beta=20.0)
+
+
+def sent(pipe: Any) -> Any:
+    return pickle.loads(pickle.dumps(pipe))
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, sent])
+def test_a_copy_steers_alike_and_by_itself(either: Any, again: Any) -> None:
+    wanted = steered(either)
+    other = again(either)
     other.strategy.beta = 0.0
-    assert steered(pipe) == wanted
+    assert steered(either) == wanted
     assert other(PROMPTS[0], beta=20.0, **GREEDY)[0]["generated_text"] == wanted[0]
 
 
-def test_data_sets_are_mapped_by_it_and_the_function_has_a_hash(pipe: Any, caplog: Any) -> None:
+def test_data_sets_are_mapped_by_it_and_the_function_has_a_hash(either: Any, caplog: Any) -> None:
     def complete(row: dict[str, str]) -> dict[str, str]:
-        return {"text": pipe(row["prompt"], **GREEDY)[0]["generated_text"]}
+        return {"text": either(row["prompt"], **GREEDY)[0]["generated_text"]}
 
     rows = Dataset.from_dict({"prompt": PROMPTS})
     assert Hasher.hash(complete) == Hasher.hash(complete)
     with caplog.at_level(logging.WARNING, logger="datasets"):
-        assert rows.map(complete)["text"][:] == steered(pipe)
+        assert rows.map(complete)["text"][:] == steered(either)
     assert "couldn't be hashed" not in caplog.text
+
+
+def test_an_evaluation_harness_copies_its_arguments_for_every_request(chat: Any, value_model: ValueModel) -> None:
+    """What `lm_eval.models.huggingface.HFLM` does: a deep copy of the arguments, then `model.generate` by name."""
+    mavis = MavisLogitsProcessor(value_model, beta=20.0, model=chat[0])
+    shared = {"logits_processor": [mavis], "do_sample": False, "until": ["w49"]}
+    batch = chat[1](PROMPTS, return_tensors="pt", padding=True, padding_side="left")
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    wanted = chat[0].generate(**inputs, do_sample=False, max_new_tokens=6, logits_processor=[mavis])
+    for _ in range(2):
+        given = copy.deepcopy(shared)
+        del given["until"]
+        given |= {"stopping_criteria": StoppingCriteriaList(), "pad_token_id": chat[1].pad_token_id, "use_cache": True}
+        found = chat[0].generate(**inputs, max_length=inputs["input_ids"].shape[1] + 6, **given)
+        assert found.tolist() == wanted.tolist()
+    assert chat[0].generate(**inputs, do_sample=False, max_new_tokens=6).tolist() != wanted.tolist()

@@ -7,17 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
-from transformers import LogitsProcessorList, PreTrainedTokenizerFast, StoppingCriteria, TextStreamer
+from transformers import LogitsProcessorList, StoppingCriteria, TextStreamer
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper
 
 from mavis_logits import MavisLogitsProcessor, MavisSampling
 from mavis_logits.testing import algorithm_2, recompute_head_values, recompute_values
-from strategy_checks import Collector
+from strategy_checks import Collector, letter_tokenizer
 from tiny import ARCHITECTURES, EOS, PAD, VOCABULARY, make_base, make_head, make_value_model
 
 K, BETA = 6, 3.0
@@ -370,11 +366,3 @@ def test_stop_strings_and_a_text_streamer(base: Any, capsys: Any) -> None:
     first = free[0, 3:].tolist().index(int(free[0, 5]))
     assert torch.equal(output, free[:, : 4 + first])
     assert capsys.readouterr().out.split() == tokenizer.decode(output[0, 3:]).split()
-
-
-def letter_tokenizer() -> PreTrainedTokenizerFast:
-    """One printable character a token."""
-    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {chr(33 + i): 3 + i for i in range(VOCABULARY - 3)}
-    tokenizer = Tokenizer(BPE(vocabulary, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>")

@@ -20,9 +20,16 @@ _REMEMBERED = 3  # prompts read since the last call: guidance reads one of its o
 _UNREADABLE = ("pixel", "image", "video", "audio", "speech", "input_features", "input_values", "mm_encoder")
 
 
+def says_something(value: Any) -> bool:
+    """Whether an argument was given: generate hands empty collections on for inputs that there are none of."""
+    if isinstance(value, Mapping | list | tuple):
+        return any(says_something(item) for item in (value.values() if isinstance(value, Mapping) else value))
+    return value is not None
+
+
 def unreadable(named: Mapping[str, Any]) -> str | None:
     """The first of a model's keyword arguments that is no text; None if all are."""
-    given = (name for name, value in named.items() if value is not None)
+    given = (name for name, value in named.items() if says_something(value))
     return next((name for name in given if any(part in name for part in _UNREADABLE)), None)
 
 

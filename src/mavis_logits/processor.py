@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from .given import Prompt
 
 _SUSPICIOUS = 64  # calls in a row without a state: more than an assistant drafts
-_FAR, _SPREAD = 1e10, 1e6  # beyond the -1e9 by which generate's beam search marks beams that do not exist
+# Scores of tokens that are no candidates: none is left of their probability, but their order. Ends of text come behind
+# the -1e9 of beams that do not exist, lest generate's beam search take one for a sequence.
+_FAR, _FARTHER, _SPREAD = 2.0**20, 1e10, 16.0
 
 
 class _Cached(NamedTuple):
@@ -49,8 +51,9 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
     be compared by their sums. One object serves any number of `generate` calls, and threads.
 
     Put constraints (grammars, banned words) in front of it: they choose among what it then values. One behind it may
-    forbid all of its candidates; the token that is likeliest under the reference of those allowed is then taken. For
-    this, tokens that are no candidates get scores below -1e9, in the order of the reference. Their probability is 0.
+    forbid all of its candidates; the token that is likeliest under the reference of those allowed is then taken, an end
+    of text last. For this, tokens that are no candidates get scores of about -1e6, in the order of the reference, and
+    not -inf. Their probability is 0 all the same.
 
     Without `model=` the tokens alone must tell what is padding and which rows `generate` has closed (`rows.py`), and
     nothing tells that a prompt was given as embeddings or images, or to an encoder, which value models cannot read.
@@ -151,6 +154,13 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
             self._local.begun = input_ids.shape[1] if prompts else 0
         live = ~ended_rows(input_ids, self._eos, self.pad_token_id, self._local.begun)
         choice = self.choose(scores)
+        eos = torch.tensor(
+            [token for token in sorted(self._eos) if token < scores.shape[1]], device=scores.device
+        ).long()
+        ended = torch.isin(input_ids[:, -1:], eos).any(dim=1)
+        # Once a text has ended, a grammar may well forbid everything.
+        over = ended if self.pad_token_id is None else ended | (input_ids[:, -1:] == self.pad_token_id).any(dim=1)
+        live = live & ~(over & torch.isneginf(choice.reference).all(dim=1))
         check_scores(choice.reference, live)
         started = time.perf_counter()
         scored = self.worth_scoring(choice) & live[:, None]
@@ -161,9 +171,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         self._check_values(values, scored)
         step = self.tilt(choice, values.masked_fill(~scored[..., None], 0.0))
 
-        eos = torch.tensor(sorted(self._eos), device=scores.device)
-        counted = live & ~torch.isin(input_ids[:, -1:], eos).any(dim=1)
-        step = replace(step, kl=torch.where(counted, step.kl, 0.0))
+        step = replace(step, kl=torch.where(live & ~ended, step.kl, 0.0))
         self.stats.add(len(scores), step.kl, seconds)
         if self.trace is not None:
             idle = torch.tensor(self._idle, device=values.device)
@@ -175,6 +183,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         log_probs = step.log_probs(scores.shape[1])
         if step.everything is None:
             far = torch.log_softmax(scores.float() / self.config.reference_temperature, dim=-1) * _SPREAD - _FAR
+            far[:, eos] -= _FARTHER
             log_probs = torch.where(torch.isneginf(log_probs), far, log_probs)
         return torch.where(live[:, None], log_probs.to(scores.dtype), scores)
 
@@ -235,18 +244,20 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
                 f"the prompt is given as inputs_embeds, which the value models for {names} cannot read: give input_ids "
                 "beside them, or use value heads"
             )
-        masked = None
-        for prompt in prompts:
-            padding = prompt.padding(input_ids)
-            if padding is not None and prompt.unreadable is not None:
-                raise ValueError(
-                    f"the base model was also given {prompt.unreadable}, which the value models for {names} cannot "
-                    "read: use value heads, or leave it out"
-                )
-            masked = padding if padding is not None else masked
+        read = [(prompt, padding) for prompt in prompts if (padding := prompt.padding(input_ids)) is not None]
+        prompt, masked = read[-1] if read else (None, None)
+        if prompt is not None and prompt.unreadable is not None:
+            raise ValueError(
+                f"the base model was also given {prompt.unreadable}, which the value models for {names} cannot read: "
+                "use value heads, or leave it out"
+            )
         if "padding" not in self._local.__dict__:
             self._local.padding = LeftPadding()
-        stripped: list[Tokens] = self._local.padding.strip(input_ids, masked, self.pad_token_id, self._borders)
+        pad, borders = self.pad_token_id, self._borders
+        if self._given is not None and len(input_ids) == 1 and (pad is None or pad in borders):
+            # An assistant drafts before the base model reads, whose mask will tell. A single prompt is seldom padded.
+            pad, borders = None, frozenset()
+        stripped: list[Tokens] = self._local.padding.strip(input_ids, masked, pad, borders)
         return stripped
 
     def _score(self, model: Scored, sequences: list[Any], candidates: Tensor, kept: Tensor | None) -> Tensor:

@@ -78,8 +78,9 @@ class Step:
 
     @property
     def broken(self) -> Tensor:
-        """[R] bool, rows in which the base model or a value function gave a NaN or infinity."""
-        return torch.isnan(self.kl) | ~torch.isfinite(self.combined).all(dim=1)
+        """[R] bool, rows in which the base model or a value function gave a NaN or infinity, or nothing is allowed."""
+        nothing = torch.isneginf(self.reference).all(dim=1)
+        return nothing | torch.isnan(self.kl) | ~torch.isfinite(self.combined).all(dim=1)
 
     def log_probs(self, vocabulary: int) -> Tensor:
         """[R, V] log pi of all tokens, -inf for those without probability."""

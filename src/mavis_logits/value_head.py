@@ -264,19 +264,15 @@ class ValueHead(PushMixin, PreTrainedModel):
                 self._table = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_embedding": [],
-            "_table": None,
-            "_base": WeakModel(),
-            "_base_state": None,
-        }  # a pickled head is bound to no base model
+        # A pickled head is bound to no base model.
+        return {**self.__dict__, "_embedding": [], "_table": None, "_base": WeakModel(), "_base_state": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ValueHead:
         """A head of its own, bound to the same base model."""
         twin = memo[id(self)] = self.__class__.__new__(self.__class__)
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        twin._embedding, twin._base, twin._base_state = list(self._embedding), self._base, self._base_state
+        twin._embedding, twin._base_state = list(self._embedding), self._base_state
+        twin._base = copy.deepcopy(self._base, memo)  # if that is copied too, the copy
         return twin
 
 

@@ -111,6 +111,10 @@ class ValueModel(PushMixin, PreTrainedModel):
         self._peft: list[PeftModel] = []  # in a list, so that it is no submodule: it wraps the backbone itself
         self.post_init()
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # it is a matter of the backbone's, whose configuration is part of this one's
+
     def _init_weights(self, module: nn.Module) -> None:
         """A new head says the mean reward everywhere; the backbone initialises itself."""
         if module is getattr(self, "head", None):
@@ -205,7 +209,7 @@ class ValueModel(PushMixin, PreTrainedModel):
             input_ids: [R, T] tokens.
             attention_mask: [R, T] 1 for tokens and 0 for padding, or a ready 4-D mask (a dictionary of them for
                 backbones with several kinds of attention).
-            position_ids: [R, T]; counted from the first unmasked token if a 2-D mask is given without them.
+            position_ids: [R, T], as the backbone itself counts them; by default from each row's first unmasked token.
             past_key_values: cache of the tokens before `input_ids`.
             use_cache: whether to return the cache; by default if one is given.
 
@@ -215,10 +219,12 @@ class ValueModel(PushMixin, PreTrainedModel):
         backbone, shift = Backbone.of(self.backbone), None
         if position_ids is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             assert input_ids is not None
-            if backbone.takes("position_ids"):
-                position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-            elif past_key_values is None and not attention_mask[:, 0].all():
-                # It counts positions by itself, from the left: then padding goes to the right, where nothing sees it.
+            if past_key_values is not None:
+                if backbone.takes("position_ids"):
+                    position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+            elif not attention_mask[:, 0].all():
+                # Who counts positions, and from which number, differs by backbone. So padding goes to the right, where
+                # nothing sees it, and every backbone counts as it does without padding.
                 shift = attention_mask.argmax(dim=1)
                 input_ids, attention_mask = _rolled(input_ids, -shift), _rolled(attention_mask, -shift)
         hidden, cache = backbone.states(

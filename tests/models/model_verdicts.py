@@ -44,3 +44,33 @@ def unexpected(row: Mapping[str, Any]) -> list[str]:
         if cell["verdict"] != expected and cell["verdict"] not in _ALLOWED.get(check, set()):
             found.append(f"{check}: expected {expected}, got {cell['verdict']} ({cell['detail']})")
     return found
+
+
+_AS_VALUE_MODEL = ("value", "value_sampling", "states", "reload", "truncated", "lora", "packed", "nodes")
+_INNER = ("processor_inner", "sampling_inner")
+
+expect(
+    ["cpmant", "paligemma", "xlnet"], _AS_VALUE_MODEL, "refused",
+    "it reads text in both directions, so that no state is of what was written so far",
+)  # fmt: skip
+expect(
+    ["cpmant"], _INNER, "refused", "its decoder's layers lie inside an encoder, and start from a prompt of their own"
+)
+expect(["xlnet"], _INNER, "-", "it has two streams of hidden states, and writes from the second")
+expect(["hrm_text"], _INNER, "refused", "its layers run in cycles, so that none is the state after so many")
+expect(["hrm_text"], ["truncated"], "refused", "its layers run in cycles, so that none comes first")
+expect(["reformer"], (*_INNER, "truncated"), "refused", "its layers are reversible and pass on two states at once")
+_ALONE = {
+    "falcon_h1": "transformers cannot run one layer of it alone",
+    "gpt_neox_japanese": "only its last layer has a bias, so that the first alone is another layer",
+    "longcat_flash": "its configuration counts half layers",
+    "nemotron_h": "its configuration has no number of layers, only their kinds",
+    "olmo_hybrid": "transformers wants a layer of attention among them, and the first is recurrent",
+    "rwkv": "transformers cannot make it with a single layer",
+}
+_ALONE |= dict.fromkeys(
+    ("gemma4", "gemma4_text", "gemma4_text+kvshared", "gemma4_unified", "gemma4_unified_text"),
+    "its last layer has to be one of full attention, and the first is not",
+)
+for _name, _reason in _ALONE.items():
+    expect([_name], ["truncated"], "refused", _reason)

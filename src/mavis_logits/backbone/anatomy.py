@@ -246,6 +246,18 @@ def attention_windows(config: PreTrainedConfig) -> dict[str, int | None] | None:
     return {kind: window if kind == "sliding_attention" else None for kind in sorted(kinds)}
 
 
+def rope_kind(parameters: Mapping[str, Any]) -> str:
+    """How rotary frequencies are made."""
+    return str(parameters.get("rope_type", parameters.get("type", "default")))
+
+
+def frequencies_drift(config: PreTrainedConfig) -> bool:
+    """Whether rotary frequencies change with every further token from some length on (dynamic NTK)."""
+    parameters = field(config, "rope_parameters") or field(config, "rope_scaling") or {}
+    nested = [value for value in parameters.values() if isinstance(value, Mapping)]
+    return any("dynamic" in rope_kind(one) for one in [parameters, *nested])
+
+
 def frequencies_change_at(config: PreTrainedConfig) -> int | None:
     """The length from which on rotary frequencies depend on it (dynamic NTK, LongRoPE), so that cached keys are off.
 
@@ -255,7 +267,7 @@ def frequencies_change_at(config: PreTrainedConfig) -> int | None:
     nested = [value for value in parameters.values() if isinstance(value, Mapping)] or [parameters]
     lengths: list[int] = []
     for one in nested:
-        kind = str(one.get("rope_type", one.get("type", "default")))
+        kind = rope_kind(one)
         if "dynamic" in kind or kind == "longrope":
             length = one.get("original_max_position_embeddings") or getattr(
                 config, "original_max_position_embeddings", None
@@ -266,6 +278,8 @@ def frequencies_change_at(config: PreTrainedConfig) -> int | None:
 
 def longest_sequence(config: PreTrainedConfig) -> int | None:
     """The tokens that a decoder has positions for; None if unknown or unlimited."""
+    if frequencies_drift(config):
+        return None  # made for longer texts than it was trained on
     for name in ("max_position_embeddings", "n_positions", "max_target_positions"):
         found = getattr(config, name, None)
         if isinstance(found, int) and found > 0:

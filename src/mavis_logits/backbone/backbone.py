@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..attention import holding, implementation_of
 from ..cache import RaggedCache, Windows
+from ..holds import Hold
 from ..hooks import after, before
 from . import anatomy, probe, weights
 from .anatomy import UnsupportedModel
@@ -145,6 +145,11 @@ class Backbone:
         """The length from which on cached keys are off, since rotary frequencies depend on it; None if never."""
         return anatomy.frequencies_change_at(self.config)
 
+    @property
+    def drifts(self) -> bool:
+        """Whether from `stable_length` on frequencies change with every token, and `generate` keeps stale keys."""
+        return anatomy.frequencies_drift(self.config)
+
     def require_causal(self) -> None:
         """Raise `UnsupportedModel` if states depend on later tokens too."""
         if not probe.is_causal(self.decoder):
@@ -235,7 +240,7 @@ class Backbone:
         wanted = {name: given[name] for name in _INPUTS}
         return anatomy.arguments_of(module).bind(type(module).__name__, wanted, handed_on)
 
-    def packed_attention(self) -> AbstractContextManager[None]:
+    def packed_attention(self) -> Hold:
         """While it is open, the decoder runs `ragged_attention`."""
         return holding(self.decoder)
 

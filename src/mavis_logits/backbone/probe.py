@@ -127,6 +127,7 @@ def _once(decoder: PreTrainedModel, question: str, trial: Callable[[PreTrainedMo
             if key not in _known:
                 with (
                     torch.device("cpu"),
+                    torch.random.fork_rng(devices=[]),
                     torch.inference_mode(False),
                     torch.no_grad(),
                     torch.autocast("cpu", enabled=False),

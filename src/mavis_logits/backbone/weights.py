@@ -127,7 +127,7 @@ def spread(places: int, count: int) -> list[int]:
 
 
 class WeakModel:
-    """A model, if it is still there. A pickle of this holds none."""
+    """A model, if it is still there."""
 
     def __init__(self, model: nn.Module | None = None) -> None:
         self._reference = None if model is None else weakref.ref(model)
@@ -138,9 +138,6 @@ class WeakModel:
     def __deepcopy__(self, memo: dict[int, Any]) -> WeakModel:
         model = self()
         return WeakModel(memo.get(id(model), model))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return WeakModel, ()
 
 
 def plain(module: nn.Module, attribute: str = "weight") -> tuple[Tensor | None, bool]:

@@ -15,7 +15,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteri
 
 from ..backbone import Backbone
 from ..backbone.anatomy import given_cache, holds_tokens
-from ..given import unreadable
+from ..given import says_something, unreadable
 from ..processor import MavisLogitsProcessor
 from ..steering import Steering
 from .arguments import arguments_of_call, check_call, check_config
@@ -162,7 +162,7 @@ class MavisStrategy(Steering):
         rows = self.prompts(torch.arange(len(input_ids), device=input_ids.device), config)
         inputs = model_kwargs if len(rows) == len(input_ids) else taken(model_kwargs, rows, len(input_ids))
         mask = inputs.get("decoder_attention_mask" if backbone.is_encoder_decoder else "attention_mask")
-        special = any(value is not None for name, value in inputs.items() if name not in _PREPARED)
+        special = any(says_something(value) for name, value in inputs.items() if name not in _PREPARED)
         special = special or inputs.get("use_cache") is False
         every = RowProcessors(
             processors, len(prompts), len(input_ids) // len(prompts), pad_token(config, self),

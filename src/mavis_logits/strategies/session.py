@@ -84,12 +84,8 @@ class Session:
             raise ValueError(
                 f"reading='packed', but the base {self._backbone.name} is {reading.kind}: {reading.reason}"
             )
-        if (
-            as_generate
-            or wanted == "repeated"
-            or not reading.ragged
-            or self._backbone.why_not_handed_on(input_ids.device)
-        ):
+        as_generate = as_generate or wanted == "repeated" or self._backbone.drifts or not reading.ragged
+        if as_generate or self._backbone.why_not_handed_on(input_ids.device) is not None:
             self._reader = self._generate_reader()
         else:
             self._reader = RaggedReader(self._backbone, len(input_ids), input_ids.device)
