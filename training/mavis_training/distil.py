@@ -29,9 +29,10 @@ from .settings import torch_dtype
 from .targets import is_validation, node_targets
 from .teachers import Teacher, check_tokenizer, load_teachers, teacher_values
 from .train_model import LoraSettings, TrainModelConfig, save_trained, starting_model
+from .training_record import clear_checkpoints
 from .tree import Tree
 from .tree_store import TreeStore
-from .value_trainer import Validation, ValueTrainer, clear_checkpoints, resume, training_arguments
+from .value_trainer import Validation, ValueTrainer, resume, training_arguments
 
 
 @dataclass(frozen=True)

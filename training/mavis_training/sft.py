@@ -27,9 +27,11 @@ from mavis_logits.demo.smollm2 import load_chat_model
 from .files import write_json
 from .prompts import read_prompts
 from .settings import torch_dtype
+from .soundness import require_finite, require_precision
 from .targets import is_validation
 from .train_model import LoraSettings, lora_config
-from .value_trainer import clear_checkpoints, common_arguments, require_finite, require_precision, resume
+from .training_record import clear_checkpoints
+from .value_trainer import common_arguments, resume
 
 
 @dataclass(frozen=True)
