@@ -15,6 +15,7 @@ from chat_model import chat_model
 from mavis_logits.value_head import ValueHead
 from mavis_training import evaluate as evaluating
 from mavis_training import kept
+from mavis_training.collect import CollectConfig, collect
 from mavis_training.data import open_stores
 from mavis_training.evaluate import EvaluateConfig, evaluate
 from mavis_training.train_head import TrainHeadConfig, train_head
@@ -273,3 +274,28 @@ def test_what_lies_beside_a_model_is_no_part_of_it_but_its_adapters_base_is(tmp_
     assert kept.model_origin(str(tmp_path / "model")) == first
     (tmp_path / "base" / "config.json").write_text('{"other": 1}')
     assert kept.model_origin(str(tmp_path / "model")) != first
+
+
+@pytest.mark.parametrize("edit", [{"prompt": "w5 w6"}, {"kind": "b"}, {"more": 1}])
+def test_trees_of_edited_prompts_are_refused(tmp_path, edit):
+    rows = [{"id": f"p{i}", "prompt": f"w{i} w9", "kind": "a"} for i in range(3)]
+    path, base = tmp_path / "prompts.jsonl", chat_model()
+    config = CollectConfig(
+        str(path),
+        str(tmp_path / "trees"),
+        max_new_tokens=3,
+        layers=1,
+        root_children=1,
+        prompts_per_shard=2,
+        device="cpu",
+    )
+
+    def collected(*rows):
+        path.write_text("\n".join(map(json.dumps, rows)))
+        return len(collect(config, *base))
+
+    assert collected(*rows[:2]) == 2
+    with pytest.raises(ValueError, match=r"trees of 1 prompts .*: p1\. Undo the edit, give edited prompts new ids"):
+        collected(rows[0], rows[1] | edit, rows[2])
+    assert collected(*rows) == 3  # the edit undone
+    assert collected(rows[0], rows[1] | edit | {"id": "new"}) == 4  # a new id

@@ -60,8 +60,8 @@ class Record:
         known = read_json(self.path) if self.path.exists() else None
         begun = last_whole_checkpoint(checkpoints) is not None if checkpoints.is_dir() else False
         if begun or (known and known["finished"]):
-            old = known and known["origin"]
-            if replaces and (changed := differences(old, self.origin)):
+            old: dict[str, Any] | None = known["origin"] if known else None
+            if replaces and old is not None and (changed := differences(old, self.origin)):
                 if is_main:
                     tqdm.write(f"{self.output}: replaces the result of another training: {'; '.join(changed)}")
             else:
