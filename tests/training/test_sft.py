@@ -150,3 +150,37 @@ def test_bad_input(config, tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"id": "a", "prompt": "w1"}\n')
     with pytest.raises(ValueError, match=r"prompts\.jsonl: the row 'a' has no completion"):
         sft(dataclasses.replace(config, data=[str(tmp_path / "prompts.jsonl")]), *chat_model())
+
+
+def test_an_interrupted_fine_tuning_refuses_other_settings_and_a_finished_one_is_not_done_again(config, monkeypatch):
+    from mavis_training import sft as module
+
+    class Interrupted(module.SFTTrainer):
+        def _save_checkpoint(self, *arguments, **options):
+            super()._save_checkpoint(*arguments, **options)
+            raise KeyboardInterrupt
+
+    config = dataclasses.replace(config, epochs=2, lora=LoraSettings(rank=0), learning_rate=1e-3)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "SFTTrainer", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sft(config, *chat_model())
+    with pytest.raises(ValueError, match=r"learning_rate was 0\.001, is now 1e-09") as refused:
+        sft(dataclasses.replace(config, learning_rate=1e-9), *chat_model())
+    assert "fresh: true" in str(refused.value)
+    done = sft(config, *chat_model())
+    monkeypatch.setattr(module.SFTTrainer, "train", lambda *a, **k: pytest.fail("it is finished"))
+    ids = torch.tensor([[4, 8, 5]])
+    with torch.no_grad():
+        torch.testing.assert_close(sft(config, *chat_model())(ids).logits, done(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"learning_rate": 1e18}, "diverged"), ({"dtype": "bfloat16"}, "bf16: true")]
+)
+def test_what_cannot_work_is_not_saved(config, changes, message):
+    config = dataclasses.replace(config, lora=LoraSettings(rank=0), epochs=1, **changes)
+    model, tokenizer = chat_model()
+    with pytest.raises(ValueError, match=message):
+        sft(config, model.to(getattr(torch, config.dtype)), tokenizer)
+    assert not list(Path(config.output).glob("*.safetensors"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -23,6 +23,7 @@ from mavis_logits.fingerprint import Identity, parameters_fingerprint, tokenizer
 from mavis_logits.steering import Steering
 
 from . import rollout_vllm
+from .kept import as_json
 from .label import load_tokenizer
 from .prompts import encode_prompts, read_prompts
 from .ranks import Ranks, join
@@ -168,7 +169,7 @@ def collect(
 
     Raises:
         ValueError: a prompt is empty, a duplicate, or too long for a model's context, the store was sampled with other
-            settings, or the value functions do not fit the model. Nothing has been sampled then.
+            settings or from other prompts, or the value functions do not fit the model. Nothing has been sampled then.
         OSError: the prompts file cannot be read.
         ImportError: backend "vllm" without vllm.
     """
@@ -183,6 +184,7 @@ def collect(
         TreeStore.create(config.store, sampler.metadata)
     ranks.wait()
     store = TreeStore.open(config.store)
+    ranks.agree(lambda: require_same_prompts(store, prompts))
     plan = ranks.share(ranks.agree(lambda: plan_shards(store, list(prompts), config.prompts_per_shard)))
     started, sampled = time.monotonic(), 0
     title = "collect" if ranks.count == 1 else f"collect (1 of {ranks.count} processes)"
@@ -197,6 +199,31 @@ def collect(
             progress.set_postfix_str(f"{sampled / (time.monotonic() - started):.0f} tokens/s")
     ranks.wait()
     return store
+
+
+def require_same_prompts(store: TreeStore, prompts: Mapping[str, tuple[dict[str, Any], list[int]]]) -> None:
+    """Refuse to keep trees of prompts that have been edited since.
+
+    Args:
+        store: the trees.
+        prompts: row and token ids by prompt id.
+
+    Raises:
+        ValueError: a tree's prompt, or a column that rewards may read, is not what the row of its id says now.
+    """
+    edited = []
+    for tree in store:
+        row, ids = prompts.get(tree.prompt_id, (None, None))
+        if row is not None:
+            columns = {key: value for key, value in row.items() if key not in ("id", "prompt")}
+            same = tree.prompt == row["prompt"] and tree.prompt_tokens.tolist() == ids
+            if not same or as_json(tree.columns) != as_json(columns):
+                edited.append(tree.prompt_id)
+    if edited:
+        raise ValueError(
+            f"{store.folder} has trees of {len(edited)} prompts that have other texts or columns now: "
+            f"{', '.join(edited[:5])}. Undo the edit, give edited prompts new ids, or give another store."
+        )
 
 
 def plan_shards(store: TreeStore, prompt_ids: list[str], size: int) -> list[tuple[int, list[str]]]:

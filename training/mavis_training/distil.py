@@ -23,15 +23,24 @@ from mavis_logits.value_model import ValueModel
 from .batches import TrainingSet
 from .data import LabelledTree, is_held_out, open_stores, recipe_of, set_reward_units, split_by_prompt
 from .files import write_json
+from .kept import model_origin
 from .metrics import Prediction, correlation, r_squared, sibling_pairs, validation_metrics
 from .packing import Example, pack, require_packable
 from .settings import torch_dtype
 from .targets import node_targets
 from .teachers import Teacher, check_tokenizer, load_teachers, teacher_values
-from .train_model import LoraSettings, TrainModelConfig, save_trained, starting_model
+from .train_model import (
+    LoraSettings,
+    TrainModelConfig,
+    finished_model,
+    save_trained,
+    starting_model,
+    training_origin,
+)
+from .training_record import Record, clear_checkpoints
 from .tree import Tree
 from .tree_store import TreeStore
-from .value_trainer import Validation, ValueTrainer, clear_checkpoints, resume, training_arguments
+from .value_trainer import Validation, ValueTrainer, resume, training_arguments
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,7 @@ class DistilConfig:
         bf16: train in bfloat16 under autocast.
         device: "cpu", or None for the best there is.
         trainer: further arguments of `transformers.TrainingArguments` by name, as for `mavis train-model`.
+        fresh: begin anew, in place of what `output` holds of another or an interrupted training.
     """
 
     store: str | list[str]
@@ -90,6 +100,7 @@ class DistilConfig:
     bf16: bool = False
     device: str | None = None
     trainer: dict[str, Any] = field(default_factory=dict)
+    fresh: bool = False
 
     def __post_init__(self) -> None:
         if not self.teachers:
@@ -120,8 +131,8 @@ def distil(
     Beside it lie `train_config.json`, `agreement.json` (with its teachers, on held-out trees) and, if the trees have
     the rewards, `metrics.json` (against these, as of every value function).
 
-    Killed at any instant, a rerun goes on: the teachers' values from the last shard, the training from the last epoch.
-    Of the epochs, the one with the smallest validation loss is kept.
+    Killed at any instant, a rerun with the same settings goes on: the teachers' values from the last shard, training
+    from the last epoch. Of the epochs, the one with the smallest validation loss is kept.
 
     Args:
         config: how to distil.
@@ -130,7 +141,8 @@ def distil(
 
     Raises:
         ValueError: teachers, student and trees of different tokenizers, a teacher without its objective or with values
-            that are NaN, no training or validation trees, or a student that cannot read packed trees.
+            that are NaN, no training or validation trees, a student that cannot read packed trees, another training in
+            `output`, or one that diverges.
         OSError: no store or teacher there, or a corrupt file.
     """
     set_seed(config.seed)
@@ -140,6 +152,13 @@ def distil(
     split_by_prompt(bare, config.validation_share)  # an empty side is told before the teachers are asked
     arguments = training_arguments(config.training())
     teachers, student = _teachers_and_student(config, stores, arguments.device, model, backbone)
+    origin = training_origin(config.training(), student, stores, arguments)
+    origin["teachers"] = {name: model_origin(source) for name, source in config.teachers.items()}
+    record = Record(config.output, origin)
+    with arguments.main_process_first():
+        finished = record.is_finished(arguments.should_save, config.fresh)
+    if finished:
+        return finished_model(config.training(), backbone)
     recipe = recipe_of(asdict(config), stores) | {"teacher_iterations": _iterations(config, teachers)}
     with arguments.main_process_first():  # the others read what it kept
         trees = taught_trees(stores, teachers, objectives, config.keep_values)
@@ -149,6 +168,7 @@ def distil(
         student, arguments, TaughtSet(training), TaughtValidation(validation), tokens_per_batch=config.tokens_per_batch
     )
     resume(trainer)
+    recipe["warmup_steps"] = trainer.args.warmup_steps  # as many as were taken
     trained = save_trained(trainer, config.training(), stores, backbone)
     trained.config.recipe, trained.config.iteration = recipe, max(recipe["teacher_iterations"].values())
     if trainer.is_world_process_zero():
@@ -156,6 +176,7 @@ def distil(
         trained.config.save_pretrained(output)
         write_json(output / "train_config.json", recipe)
         _measure(trained, stores, validation, config, {"training_trees": len(training)})
+        record.write(finished=True)
         clear_checkpoints(output)  # done: the folder is ready to be published
     trainer.accelerator.wait_for_everyone()
     return trained

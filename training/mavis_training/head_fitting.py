@@ -19,7 +19,7 @@ from mavis_logits.value_head import ValueHead, ValueHeadConfig
 
 from .data import LabelledTree
 from .packing import pack
-from .value_trainer import fitting_warmup, require_finite
+from .soundness import fitting_warmup, require_finite
 
 if TYPE_CHECKING:
     from .train_head import TrainHeadConfig

@@ -130,9 +130,9 @@ def require_room(
 def require_trees_fit(trees: Iterable[LabelledTree], backbone: nn.Module) -> None:
     """Raise `ValueError` if a tree is deeper than a backbone can read; the message names its prompt."""
     longest = Backbone.of(backbone).longest
-    for item in trees if longest is not None else ():
+    for item in trees:
         depth = len(item.tree.prompt_tokens) + int(item.tree.end().max())
-        if depth > longest:
+        if longest is not None and depth > longest:
             raise ValueError(
                 f"the tree of the prompt {item.tree.prompt_id!r} has {depth} tokens from its root to its deepest leaf, "
                 f"more than the {longest} that the backbone can read: use a backbone with a longer context, or collect "

@@ -23,13 +23,17 @@ from trl import SFTTrainer
 
 from mavis_logits.demo.chat import ChatTemplate, encode_prompt
 from mavis_logits.demo.smollm2 import load_chat_model
+from mavis_logits.fingerprint import parameters_fingerprint
 
 from .files import write_json
+from .kept import digest
 from .prompts import read_prompts
 from .settings import torch_dtype
+from .soundness import require_finite, require_precision
 from .targets import is_validation
 from .train_model import LoraSettings, lora_config
-from .value_trainer import clear_checkpoints, common_arguments, require_finite, require_precision, resume
+from .training_record import Record, clear_checkpoints
+from .value_trainer import common_arguments, resume
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class SftConfig:
         device: "cpu", or None for the best there is.
         report_to: loggers, as in `transformers.TrainingArguments`.
         seed: of adapter, order and dropout.
+        fresh: begin anew, in place of what `output` holds of another or an interrupted training.
     """
 
     data: list[str]
@@ -87,6 +92,7 @@ class SftConfig:
     device: str | None = None
     report_to: str | list[str] = "none"
     seed: int = 0
+    fresh: bool = False
 
     def __post_init__(self) -> None:
         if not self.data:
@@ -106,7 +112,7 @@ def sft(
     """Fine-tune a model on completions, save it with `metrics.json` and `sft_config.json`, and return it.
 
     Only the completion and the token that ends it count in the loss. Killed at any instant, a rerun goes on from the
-    last checkpoint.
+    last checkpoint; of other settings, data or weights it is refused, and what is finished is not done again.
 
     Args:
         config: how to train.
@@ -114,7 +120,8 @@ def sft(
         tokenizer: its tokenizer.
 
     Raises:
-        ValueError: rows without a completion, or no example left to train on or to validate with.
+        ValueError: rows without a completion, no example left to train on or to validate with, another training in
+            `output`, weights of 16 bits to be trained as they are, or a training that diverges.
         OSError: a file that cannot be read.
     """
     rows = read_pairs(config.data)
@@ -122,6 +129,7 @@ def sft(
     if model is None or tokenizer is None:
         model, tokenizer = load_chat_model(config.model, torch_dtype(config.dtype))
     training, validation, too_long = examples(rows, tokenizer, config)
+    origin = _origin(config, model, [training, validation])
     trainer = SFTTrainer(
         model=model,
         args=training_arguments(config),
@@ -131,6 +139,11 @@ def sft(
         peft_config=lora_config(config.lora),
         callbacks=_callbacks(config),
     )
+    record = Record(config.output, origin | {"processes": trainer.args.world_size})
+    with trainer.args.main_process_first():
+        finished = record.is_finished(trainer.args.should_save, config.fresh)
+    if finished:
+        return load_chat_model(config.output, torch_dtype(config.dtype))[0]
     if not config.lora.rank:
         require_precision(model, trainer.args)
     resume(trainer)
@@ -148,8 +161,16 @@ def sft(
         tuned = _save(tuned, tokenizer, config)
         write_json(Path(config.output) / "sft_config.json", asdict(config))
         write_json(Path(config.output) / "metrics.json", metrics)
+        record.write(finished=True)
         clear_checkpoints(config.output)
     return tuned
+
+
+def _origin(config: SftConfig, model: PreTrainedModel, data: list[Any]) -> dict[str, Any]:
+    """Everything that shapes what is learned: settings, the weights at the start, the tokens of the examples."""
+    aside = ("data", "output", "model", "device", "report_to", "fresh")
+    settings = {name: value for name, value in asdict(config).items() if name not in aside}
+    return settings | {"starting_weights": parameters_fingerprint(model), "data": digest(data)}
 
 
 def read_pairs(files: Sequence[str]) -> list[dict[str, Any]]:

@@ -36,10 +36,11 @@ from .metrics import Prediction, validation_metrics
 from .packing import pack
 from .ranks import join
 from .settings import torch_dtype
+from .soundness import fitting_warmup, require_finite
 from .states import compute_states, read_states, tree_states
 from .targets import Penalty, kept_nodes
+from .training_record import Record
 from .tree_store import TreeStore
-from .value_trainer import Record, fitting_warmup, require_finite
 
 _STEERING_TREES = 64  # of the validation trees, on which steering is foreseen
 _ACTIONS = 8  # drawn from the reference at each of their states
@@ -197,10 +198,10 @@ def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) ->
         to_train = bootstrapped(head, to_train, held_out, config)
     history = fit(head, to_train, held_out, config, sample_loss, "head")
     metrics = validation_metrics([predict(head, item, of_tree[id(item)]) for item in validation], config.objectives)
+    require_finite(metrics, "validation")
     metrics |= {"training_trees": len(training), "validation_loss_by_epoch": history}
     if all(_is_reference(store) for store in stores):
         metrics["steering"] = steering(head, model, [(item, of_tree[id(item)]) for item in validation], config.seed)
-    require_finite(metrics, "validation")
     recipe["warmup_steps"] = fitting_warmup(config.warmup_steps, steps_of(config, to_train))
     output = Path(config.output)
     head.save_pretrained(output)

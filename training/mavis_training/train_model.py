@@ -34,17 +34,9 @@ from .packing import require_packable
 from .reference import require_trees_fit
 from .settings import torch_dtype
 from .targets import Penalty, kept_nodes
+from .training_record import SHAPELESS, Record, clear_checkpoints
 from .tree_store import StoreMetadata, TreeStore
-from .value_trainer import (
-    SHAPELESS,
-    Record,
-    Validation,
-    ValueTrainer,
-    check_trainer_arguments,
-    clear_checkpoints,
-    resume,
-    training_arguments,
-)
+from .value_trainer import Validation, ValueTrainer, check_trainer_arguments, resume, training_arguments
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ class Validator:
         model, tokenizer = self.base()
         shared = {name: getattr(self.config, name) for name in ("seeds", "max_new_tokens", "batch_size")}
         shared |= {"chat_template": self.chat_template, "model": Identity(model).fingerprint}
-        origin = completions_origin(setting, self.rows, policy and policy.value_functions, **shared)
+        origin = completions_origin(setting, self.rows, None if policy is None else policy.value_functions, **shared)
         if not path.exists():
             prompts = encode_prompts(self.rows, tokenizer, 10**6, self.chat_template)
             steering = None

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,26 +14,22 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput
 
 from mavis_logits.backbone import Backbone
 from mavis_logits.value_model import ValueModel
 
 from .batches import Collator, GroupedBatches, Packing, ReadingSet, TrainingSet, collect_values
 from .data import LabelledTree
-from .files import read_json, write_json
-from .kept import as_json, differences, require_same
 from .metrics import Prediction, flatten, validation_metrics
 from .packing import pack, tree_terms
+from .soundness import fitting_warmup, require_finite, require_precision
+from .training_record import CHECKPOINTS, last_whole_checkpoint
 
 if TYPE_CHECKING:
     from .train_model import TrainModelConfig
 
-CHECKPOINTS = "checkpoints"
-RECORD = "training.json"
 TRAINABLE_WEIGHTS = "trainable.safetensors"
 # Arguments of Trainer that every training has a setting for.
 _SHARED_SETTINGS = {
@@ -49,14 +43,6 @@ _SHARED_SETTINGS = {
     "seed": "seed",
     "bf16": "bf16",
 }
-# Those that say how a run is watched or fed, not what it learns.
-SHAPELESS = frozenset(
-    {
-        "report_to", "run_name", "logging_dir", "logging_steps", "logging_strategy", "logging_first_step", "log_level",
-        "disable_tqdm", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
-        "dataloader_prefetch_factor", "save_total_limit", "project", "trackio_space_id",
-    }
-)  # fmt: skip
 # Those that `trainer` must not name: the setting to use instead, or None if they are not to be changed at all.
 _OWN_SETTINGS: dict[str, str | None] = {
     **_SHARED_SETTINGS,
@@ -82,47 +68,6 @@ def check_trainer_arguments(given: Mapping[str, Any]) -> None:
             own = _OWN_SETTINGS[name]
             advice = f"use the setting {own!r} beside trainer." if own else "this trainer needs its own: leave it out."
             raise ValueError(f"trainer has the argument {name!r}, which is not set there: {advice}")
-
-
-def fitting_warmup(wanted: int, steps: int, name: str | None = None) -> int:
-    """Steps of warmup for a run of `steps`: as many as are wanted unless these are more than half of it; then a tenth.
-
-    Else the learning rate of a small run would never come near what was set. With a `name`, of the run, it is told.
-    """
-    if 2 * wanted <= steps:
-        return wanted
-    fitting = steps // 10
-    if name is not None:
-        tqdm.write(f"{name}: warmup_steps {wanted} are too many for a run of {steps} steps: {fitting} instead")
-    return fitting
-
-
-def require_finite(metrics: Mapping[str, Any], name: str) -> None:
-    """Raise `ValueError` if a number in (nested) metrics is NaN or infinite: the training has diverged."""
-    for key, value in flatten(metrics).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(
-                f"{name}: {key} is {value}; the training has diverged and nothing of it was saved. Lower learning_rate "
-                "or raise warmup_steps, and check the rewards for extreme values."
-            )
-
-
-def require_precision(model: nn.Module, arguments: TrainingArguments) -> None:
-    """Refuse to train weights of 16 bits as they are: an update of less than 1/256 of a weight would be lost.
-
-    Raises:
-        ValueError: some are; the message says what to set.
-    """
-    if arguments.deepspeed is not None:  # which keeps master weights of its own
-        return
-    half = {str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
-    if half:
-        kind = half.pop().removeprefix("torch.")
-        raise ValueError(
-            f"the weights that are trained are {kind}, which rounds away updates of learning_rate "
-            f"{arguments.learning_rate:g}: set dtype: float32 and bf16: true, which computes in bfloat16 and keeps the "
-            "weights in float32, or train an adapter (lora.rank above 0)."
-        )
 
 
 def common_arguments(config: Any) -> dict[str, Any]:
@@ -163,88 +108,11 @@ def training_arguments(config: TrainModelConfig) -> TrainingArguments:
     return TrainingArguments(**(arguments | config.trainer))
 
 
-class Record:
-    """What a training rests on, kept in its output folder from its first step on.
-
-    Args:
-        output: the folder.
-        origin: everything that shapes what is learned.
-    """
-
-    def __init__(self, output: str | Path, origin: Mapping[str, Any]) -> None:
-        self.output, self.origin = Path(output), as_json(origin)
-
-    @property
-    def path(self) -> Path:
-        """Its file."""
-        return self.output / RECORD
-
-    def is_finished(self, is_main: bool, fresh: bool = False, replaces: bool = False) -> bool:
-        """Whether this training has been done here. If it was interrupted, or is new, it is noted as begun.
-
-        Args:
-            is_main: of several processes, whether this is the one that writes; the others ask after it.
-            fresh: forget what was done.
-            replaces: another training's result is told and replaced, not refused: for trainings of minutes.
-
-        Raises:
-            ValueError: another training's results or checkpoints lie there; the message says what differs.
-        """
-        checkpoints = self.output / CHECKPOINTS
-        if fresh and is_main:
-            shutil.rmtree(checkpoints, ignore_errors=True)
-            self.path.unlink(missing_ok=True)
-        known = read_json(self.path) if self.path.exists() else None
-        begun = last_whole_checkpoint(checkpoints) is not None if checkpoints.is_dir() else False
-        if begun or (known and known["finished"]):
-            old = known and known["origin"]
-            if replaces and (changed := differences(old, self.origin)):
-                if is_main:
-                    tqdm.write(f"{self.output}: replaces the result of another training: {'; '.join(changed)}")
-            else:
-                what = f"{self.output} holds {'checkpoints' if begun else 'the result'} of another training"
-                require_same(what, old, self.origin, "output")
-                if not begun:
-                    if is_main:
-                        tqdm.write(
-                            f"{self.output}: finished before, under the same settings; fresh: true does it again"
-                        )
-                    return True
-        if is_main:
-            self.write(False)
-        return False
-
-    def write(self, finished: bool) -> None:
-        """Note that the training is finished, or only begun."""
-        self.output.mkdir(parents=True, exist_ok=True)
-        write_json(self.path, {"finished": finished, "origin": self.origin})
-
-
 def resume(trainer: Trainer) -> None:
     """Train, going on from the newest whole checkpoint."""
     with trainer.args.main_process_first():
         checkpoint = last_whole_checkpoint(Path(str(trainer.args.output_dir)))
     trainer.train(resume_from_checkpoint=checkpoint)
-
-
-def last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that `Trainer` finished writing; unfinished ones, of a killed run, are removed."""
-    while (newest := get_last_checkpoint(str(folder))) is not None:
-        try:
-            read_json(Path(newest) / TRAINER_STATE_NAME)  # written last
-        except (OSError, ValueError):
-            shutil.rmtree(newest)
-        else:
-            return newest
-    return None
-
-
-def clear_checkpoints(output: str | Path) -> None:
-    """Remove a finished training's checkpoints; what loggers wrote beside them moves to `<output>/runs`."""
-    checkpoints = Path(output) / CHECKPOINTS
-    if (checkpoints / "runs").is_dir():
-        shutil.copytree(checkpoints / "runs", Path(output) / "runs", dirs_exist_ok=True)
-    shutil.rmtree(checkpoints)
 
 
 def value_loss(values: Tensor, inputs: dict[str, Tensor], scale: Tensor, terms: Tensor | int | None = None) -> Tensor:
