@@ -68,9 +68,7 @@ _ALONE = {
     "olmo_hybrid": "transformers wants a layer of attention among them, and the first is recurrent",
     "rwkv": "transformers cannot make it with a single layer",
 }
-_ALONE |= dict.fromkeys(
-    ("gemma4", "gemma4_text", "gemma4_text+kvshared", "gemma4_unified", "gemma4_unified_text"),
-    "its last layer has to be one of full attention, and the first is not",
-)
+_GEMMA_4 = ("gemma4", "gemma4_text", "gemma4_text+kvshared", "gemma4_unified", "gemma4_unified_text")
+_ALONE |= dict.fromkeys(_GEMMA_4, "its last layer has to be one of full attention, and the first is not")
 for _name, _reason in _ALONE.items():
     expect([_name], ["truncated"], "refused", _reason)
