@@ -200,13 +200,12 @@ def load_rows(source: str, split: str = "train", load: dict[str, Any] | None = N
         options |= {"data_files": source}
     try:
         # What Dataset.save_to_disk and DatasetDict.save_to_disk write
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            saved = load_from_disk(source)
-            splits = saved if isinstance(saved, DatasetDict) else {str(saved.split or "train"): saved, "train": saved}
-            return _part(splits, split, source)
-        return cast(Dataset, load_dataset(_BUILDERS.get(suffix, source), **options))
+        if not (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file():
+            return cast(Dataset, load_dataset(_BUILDERS.get(suffix, source), **options))
+        saved = load_from_disk(source)
     except (DatasetGenerationError, TypeError, ValueError) as error:
         raise ValueError(f"{source} cannot be read as a data set: {error.__cause__ or error}") from error
+    return _part(saved if isinstance(saved, DatasetDict) else {str(saved.split or "train"): saved}, split, source)
 
 
 def _part(splits: Mapping[str, Sequence[Row]], split: str, source: str) -> list[Row]:
