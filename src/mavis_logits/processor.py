@@ -51,10 +51,11 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
     `reference_temperature=T` here and leave generate's at 1. The processor returns log-probabilities, so that beams may
     be compared by their sums. One object serves any number of `generate` calls, and threads.
 
-    A copy (`copy.copy`, `copy.deepcopy`) is attached to the same model, shares the value functions and has caches of its
-    own; one that was pickled holds its value functions, and is attached to nothing until `attach`. What `attach` puts on
-    the model goes when the processor is dropped, and is not in copies of the model. Value functions that are trained,
-    loaded, cast or switched between calls are followed; they are read without dropout, and left in the mode they are in.
+    A copy (`copy.copy`, `copy.deepcopy`) is attached to the same model, shares the value functions and has caches of
+    its own; one that was pickled holds its value functions, and is attached to nothing until `attach`. What `attach`
+    puts on the model goes when the processor is dropped, and is not in copies of the model. Value functions that are
+    trained, loaded, cast or switched between calls are followed. They are read without dropout, and left in the mode
+    that they are in.
 
     Put constraints (grammars, banned words) in front of it: they choose among what it then values. One behind it may
     forbid all of its candidates; the token that is likeliest under the reference of those allowed is then taken, an end

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 import weakref
@@ -16,6 +15,7 @@ from torch import Tensor
 from .backbone import Backbone
 from .bundle import load_bundle
 from .config import MavisConfig
+from .copies import Copied
 from .functions import ValueFunctions, load_value_functions, special_tokens
 from .loading import LOADING_ARGUMENTS
 from .scorer import WantedReading
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     ValueFunction = ValueModel | ValueHead
 
 
-class Steering:
+class Steering(Copied):
     """Value functions and how they tilt a reference. `MavisLogitsProcessor` and the strategies are two uses of it.
 
     Args:
@@ -176,11 +176,6 @@ class Steering:
             raise ValueError(f"beta must be a finite number of at least 0, or one a row [R], got {beta!r}")
         self._beta = given
 
-    @property
-    def base(self) -> PreTrainedModel | None:
-        """The model that this is attached to; it is not kept alive."""
-        return None if self._base is None else self._base()
-
     def attach(self, model: PreTrainedModel) -> Self:
         """Make `model` the base model.
 
@@ -210,43 +205,6 @@ class Steering:
         """Raise `ValueError` if the base model has become one that the value heads are not for."""
         for head in self._functions.heads:
             head.follow()
-
-    def __copy__(self) -> Self:
-        """Another that shares value functions, `stats` and `trace`, but not settings; attached to the same model."""
-        return self._twin(dict(vars(self)))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """An independent one with empty caches, attached to the same model.
-
-        What is only read is shared: the value functions, unless they are copied too (as parts of what is being copied),
-        the tokenizer, the streamer, functions.
-        """
-        state = dict(vars(self))
-        for name, value in state.items():
-            if isinstance(value, Tensor):
-                state[name] = value.detach().clone()
-            elif isinstance(value, MavisStats | MavisTrace):
-                state[name] = copy.deepcopy(value, memo)
-            elif isinstance(value, dict | list | set):
-                state[name] = copy.copy(value)
-        state["_functions"] = self._functions.replaced(memo)
-        base = self.base
-        if base is not None and id(base) in memo:
-            state["_base"] = weakref.ref(memo[id(base)])
-        twin = memo[id(self)] = self._twin(state)
-        return twin
-
-    def _twin(self, state: dict[str, Any]) -> Self:
-        twin = object.__new__(type(self))
-        twin.__setstate__(state)
-        return twin
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What is pickled: value functions and settings. Who loads it says by `attach` what it steers."""
-        return {**vars(self), "_base": None} | ({"streamer": None} if "streamer" in vars(self) else {})
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
 
     def reset(self) -> None:
         """Begin `stats` and `trace` anew."""
