@@ -27,7 +27,7 @@ from tiny_models import tiny_llama
 from trainings import assert_same_values, killed_after, watched
 
 EVALUATED = {
-    "prompts": None, "output": "elsewhere.json", "completions": None, "value_functions": None,
+    "prompts": None, "output": None, "completions": None, "value_functions": None,
     "rewards": {"low": "text_rewards:high"}, "settings": {"unsteered": {}, "low": {"beta": 1.0}},
     "combined": {"low": 2.0}, "contrasts": [["low", "unsteered"]], "perplexity": True, "limit": 3, "seeds": [1],
     "max_new_tokens": 5, "model": None, "chat_template": "none", "dtype": "bfloat16", "batch_size": 2, "device": "cpu",
@@ -95,6 +95,8 @@ def test_no_setting_of_an_evaluation_leaves_it_stale(evaluation, name):
         folder = Path(evaluation.completions).parent
         if name == "prompts":
             Path(evaluation.prompts).write_text(Path(evaluation.prompts).read_text().replace("w1 ", "w9 "))
+        elif name == "output":
+            evaluation = dataclasses.replace(evaluation, output=str(folder / "elsewhere.json"))
         elif name == "value_functions":
             save_head(folder / "head", 1)
         elif name == "model":
