@@ -90,6 +90,12 @@ def grown_cache() -> Case:
     return {"past_key_values": cache}
 
 
+def healing_tokenizer() -> Any:
+    tokenizer = letter_tokenizer()
+    tokenizer.bos_token = "<unk>"
+    return tokenizer
+
+
 def soft_prompt() -> Case:
     return {"inputs_embeds": make_base().get_input_embeddings()(PROMPTS), "input_ids": None}
 
@@ -158,7 +164,7 @@ FIELDS = [
     row("begin_suppress_tokens", WORKS, value=list(range(50, 70))),
     row("sequence_bias", WORKS, value=[[[50], 5.0], [[51, 52], -5.0]]),
     row("token_healing", WORKS, GENERATE, note="generate keeps the tokenizer from a strategy", one=True,
-        case=lambda: {"token_healing": True, "tokenizer": letter_tokenizer()}),
+        case=lambda: {"token_healing": True, "tokenizer": healing_tokenizer()}),
     row("guidance_scale", WORKS, WORKS, REFUSED, note=f"the guided scores are the reference. {_STATE}", value=1.5),
     row("watermarking_config", WORKS, WORKS, REFUSED, note=f"SynthID keeps {_STATE}; green lists work in all",
         case=with_sampling(watermarking_config=SynthIDTextWatermarkingConfig(keys=[3, 5, 7], ngram_len=2))),

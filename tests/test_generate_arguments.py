@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class Slow(LogitsProcessor):
 
     def __init__(self, base: PreTrainedModel, prompts: Tensor) -> None:
         self.base, self.prompts = base, prompts
-        self.head, self.model = make_head(base, "a"), make_value_model("b")
+        self.head, self.model = functions(base)["value_functions"].values()
 
     def tilted(self, row: Tensor, prompt: int, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Candidates [k] after a row, the likeliest first, and log pi [k]."""
@@ -94,6 +95,13 @@ def arguments(row: Row, strategy: bool) -> tuple[dict[str, Any], Tensor]:
     return {name: value for name, value in call.items() if value is not None}, ids
 
 
+@cache
+def shared_base() -> PreTrainedModel:
+    """For tests that leave it as it is."""
+    return make_base()
+
+
+@cache
 def functions(base: PreTrainedModel) -> dict[str, Any]:
     both = {"a": make_head(base, "a"), "b": make_value_model("b")}
     return {"value_functions": both, "weights": WEIGHTS, "beta": BETA}
@@ -137,7 +145,7 @@ def here(rows: list[Row]) -> list[Row]:
 
 @pytest.mark.parametrize("row", here(EVERY), ids=lambda row: row.name)
 def test_processor(row: Row) -> None:
-    base = make_base()
+    base = shared_base()
     call, ids = arguments(row, strategy=False)
     if row.processor == GENERATE:
         for steering in ([], [MavisLogitsProcessor(**functions(base), model=base, top_k=K)]):
@@ -161,7 +169,7 @@ def test_processor(row: Row) -> None:
 
 @pytest.mark.parametrize("row", here(EVERY), ids=lambda row: row.name)
 def test_sampling(row: Row) -> None:
-    base = make_base()
+    base = shared_base()
     call, ids = arguments(row, strategy=True)
     if row.sampling == GENERATE:  # whatever decodes
         for decoding in (strategy(base), SlowSampling(base, ids)):
@@ -180,7 +188,7 @@ def test_sampling(row: Row) -> None:
 
 @pytest.mark.parametrize("row", here(EVERY), ids=lambda row: row.name)
 def test_searches(row: Row) -> None:
-    base = make_base()
+    base = shared_base()
     call, _ = arguments(row, strategy=True)
     if row.searches == GENERATE:
         with pytest.raises(ValueError, match="tokenizer"):
