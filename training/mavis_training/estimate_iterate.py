@@ -129,7 +129,7 @@ class _Plan:
         objectives, labelled = self.config.objectives, list(small.labelled(self.config.objectives))
         copies = -(-HEAD_TREES // len(labelled))
         renamed = [
-            (replace(tree, prompt_id=f"{tree.prompt_id}/{n}"), rewards)
+            (replace(tree, prompt_id=f"{tree.prompt_id}/{n}", prompt=f"{tree.prompt} {n}"), rewards)
             for n in range(copies)
             for tree, rewards in labelled
         ]

@@ -144,7 +144,8 @@ def make_prompts(config: PromptsConfig, tokenizer: PreTrainedTokenizerBase | Non
         rows = list(rows)
         random.Random(config.shuffle).shuffle(rows)
     dropped: Counter[str] = Counter()
-    read, written, names = 0, [], set()
+    read, written = 0, []
+    names: set[str] = set()
     for row in rows:
         read += 1
         names |= row.keys()
