@@ -195,8 +195,8 @@ def test_settings_of_another_number_of_requests(name: str) -> None:
 def test_an_attention_that_takes_no_mask_of_ours() -> None:
     model = make_value_model("a")
     model.backbone.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match=r"takes no 4-D attention mask: load it with attn_implementation=.sdpa"):
-        steer(model)(IDS, scores())
+    with pytest.raises(ValueError, match=r'takes no 4-D mask \(attn_implementation="sdpa" does\)'):
+        steer(model, reading="packed")(IDS, scores())
 
 
 # ---- and nothing is lost ----

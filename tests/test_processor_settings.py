@@ -31,7 +31,6 @@ def test_value_models_without_weight_rest_until_they_have_some(base: Any, prompt
     mavis = MavisLogitsProcessor(models, [1.0, 0.0], BETA, top_k=K, pad_token_id=PAD, eos_token_id=EOS, trace=True)
     calls = dict.fromkeys(models, 0)
     for name, model in models.items():
-        mavis._session(model)  # which tries the backbone once
         model.backbone.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
     recorder = Recorder(mavis)
     base.generate(**prompts, do_sample=False, max_new_tokens=4, suppress_tokens=[EOS], logits_processor=[recorder])

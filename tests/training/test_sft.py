@@ -111,7 +111,7 @@ def test_it_stops_at_a_step_or_when_validation_no_longer_improves(config):
     path = Path(config.output) / "metrics.json"
     metrics = json.loads(path.read_text())
     assert metrics["steps"] == 4
-    patient = dataclasses.replace(config, eval_steps=2, patience=1, learning_rate=100.0, epochs=3)
+    patient = dataclasses.replace(config, eval_steps=2, patience=1, learning_rate=100.0, epochs=3, fresh=True)
     sft(patient, *chat_model())
     metrics = json.loads(path.read_text())
     losses = [entry["eval_loss"] for entry in metrics["log"] if "eval_loss" in entry]

@@ -176,6 +176,8 @@ def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) ->
     head.config.tokenizer_fingerprint = stores[-1].metadata.tokenizer_fingerprint
     head.config.base_model, head.config.base_revision = stores[-1].metadata.model, stores[-1].metadata.revision
 
+    for store in stores:  # before anything is written
+        store.require_base(model)
     origin = training_origin(config, head, model, stores)
     record = Record(config.output, origin)
     if ranks.agree(lambda: record.is_finished(ranks.is_main, config.fresh, replaces=True)):

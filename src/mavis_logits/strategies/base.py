@@ -194,7 +194,7 @@ class MavisStrategy(Steering):
                 "the prompt is empty: give generate at least one token to go on from. A prompt in inputs_embeds can be "
                 "steered by value heads in a MavisLogitsProcessor alone"
             )
-        kind = unreadable(model_kwargs)
+        kind = unreadable(model_kwargs) or ("inputs_embeds" if model_kwargs.get("inputs_embeds") is not None else None)
         if kind is not None and self._functions.models:
             names = [value_model.config.objectives for value_model in self._functions.models]
             raise ValueError(
