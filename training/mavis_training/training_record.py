@@ -56,6 +56,7 @@ class Record:
         checkpoints = self.output / CHECKPOINTS
         if fresh and is_main:
             shutil.rmtree(checkpoints, ignore_errors=True)
+            checkpoints.mkdir(parents=True)  # the Trainer has made it, and looks into it
             self.path.unlink(missing_ok=True)
         known = read_json(self.path) if self.path.exists() else None
         begun = last_whole_checkpoint(checkpoints) is not None if checkpoints.is_dir() else False
