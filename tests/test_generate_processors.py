@@ -141,8 +141,9 @@ def test_searches_show_rows_under_the_numbers_of_their_prompts(base: PreTrainedM
     call = CALL | {"do_sample": True, "top_k": 0, "eos_token_id": EOS}
     outputs = []
     for given in ({"logits_processor": [Columns(table)]}, {"prefix_allowed_tokens_fn": allowed}):
+        steered = strategy(base, search, **settings)  # makes models, with random weights, when it is first called
         torch.manual_seed(0)
-        output = base.generate(**call, **given, custom_generate=strategy(base, search, **settings))
+        output = base.generate(**call, **given, custom_generate=steered)
         assert all((row[5:] % 4 == (3 + number) % 4).all() for number, row in enumerate(output))
         outputs.append(output)
     assert torch.equal(*outputs)
