@@ -1,13 +1,15 @@
-"""What all repositories of adapters have in common: the settings that they take, and tensors that must be complete."""
+"""What all adapters have in common: settings, tensors that must be complete, and folding that must change nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 
 from .loading import HUB_ARGUMENTS
 
@@ -47,6 +49,77 @@ def _one_device(name: str, device_map: Any) -> Any:
     if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
         return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return device_map
+
+
+def put_on(peft: PeftModel, folder: Path | str, found: Mapping[str, Tensor]) -> None:
+    """Give an adapter its tensors, by the names under which PEFT saves them.
+
+    Raises:
+        OSError, ValueError: as `check_tensors`.
+    """
+    check_tensors(folder, found, get_peft_model_state_dict(peft, save_embedding_layers=False))  # type: ignore[arg-type]
+    set_peft_model_state_dict(peft, dict(found))  # type: ignore[arg-type]
+    # PEFT renames tensors after conversions of transformers' weights, and drops in silence those that it renames in
+    # vain: what has not arrived is put into its place.
+    with torch.no_grad():
+        for name, place in get_peft_model_state_dict(peft, save_embedding_layers=False).items():  # type: ignore[arg-type]
+            if not torch.equal(place, found[name].to(place)):
+                place.copy_(found[name])
+
+
+@torch.no_grad()
+def fold(peft: PeftModel, run: Callable[[], Tensor]) -> nn.Module:
+    """The model with its adapter folded into the weights, if it computes the same then.
+
+    Some models use the weight of a layer without running the layer (the projections of Mamba's step sizes): there an
+    adapter has no effect while it is apart, in training too, and would have one once it is folded.
+
+    Args:
+        peft: the model; after an error it is as it was.
+        run: what is computed with it, for a short text.
+
+    Raises:
+        ValueError: folding would change what it computes.
+    """
+    layers = [module for module in peft.modules() if isinstance(module, BaseTunerLayer)]
+    before = [(p, p.detach().cpu().clone()) for layer in layers for p in layer.get_base_layer().parameters()]
+    apart = run().float()
+    with peft.disable_adapter():
+        without = run().float()
+    peft.merge_adapter()  # type: ignore[operator]
+    folded = run().float()
+    rounding = 8 * torch.finfo(next(peft.parameters()).dtype).eps * float(apart.abs().max())
+    error, effect = float((folded - apart).abs().max()), float((apart - without).abs().max())
+    if not error <= 0.02 * effect + rounding:
+        peft.unmerge_adapter()  # type: ignore[operator]
+        for parameter, value in before:
+            parameter.copy_(value)
+        raise ValueError(
+            f"the adapter cannot be folded into the weights: that would change what the model computes by {error:.2g}, "
+            f"where the adapter itself changes {effect:.2g}. The model uses weights of layers with an adapter in other "
+            "ways than by running them: leave those out of target_modules, or use the adapter unmerged (merge=False)"
+        )
+    return peft.unload()  # type: ignore[operator, no-any-return]
+
+
+def folded(peft: PeftModel, vocabulary: int) -> nn.Module:
+    """`fold` by the logits of a causal model or classifier.
+
+    Raises:
+        ValueError: as `fold`.
+    """
+    ids = some_ids(vocabulary, peft.device)  # one row, so that no padding matters
+    mode = peft.training
+    peft.eval()
+    try:
+        return fold(peft, lambda: peft(input_ids=ids).logits)
+    finally:
+        peft.train(mode)
+
+
+def some_ids(vocabulary: int, device: torch.device) -> Tensor:
+    """[1, 8] token ids to try a model with."""
+    return (torch.arange(1, 9, device=device) * 7919 % vocabulary)[None]
 
 
 def check_tensors(folder: Path | str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,12 +16,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from .adapters import adapter_settings, check_tensors
+from .adapters import adapter_settings, check_tensors, folded, put_on
 from .attention import implementation_of
 from .backbone import Backbone
 from .backbone.anatomy import name_of_class
@@ -201,13 +202,13 @@ def _put_on_adapter(model: ValueModel, folder: Path, merge: bool) -> None:
     except (RuntimeError, ValueError) as error:  # PEFT's words for layers that are not there
         raise ValueError(f"the adapter in {folder} does not fit the backbone given: {error}") from error
     assert model.lora is not None
-    check_tensors(folder, adapter, get_peft_model_state_dict(model.lora, save_embedding_layers=False))
+    put_on(model.lora, folder, adapter)
     check_tensors(folder, head, model.head.state_dict())
-    set_peft_model_state_dict(model.lora, adapter)
     model.head.load_state_dict(head)
-    if merge:
-        model.merge_lora()
     model.eval()
+    if merge:
+        with contextlib.suppress(ValueError):  # what cannot be folded is right as it is, and a little slower
+            model.merge_lora()
 
 
 def _load_sequence_classifier(
@@ -251,9 +252,11 @@ def _adapted_classifier(
     if lora.is_prompt_learning:
         raise ValueError(f"{name} is a soft prompt, which cannot be folded into a value model's weights: train a LoRA")
     model = get_peft_model(base, lora)
-    check_tensors(name, tensors, get_peft_model_state_dict(model, save_embedding_layers=False))  # type: ignore[arg-type]
-    set_peft_model_state_dict(model, tensors)  # type: ignore[arg-type]
-    classifier: PreTrainedModel = model.merge_and_unload()  # type: ignore[operator]
+    put_on(model, name, tensors)  # type: ignore[arg-type]
+    try:
+        classifier: PreTrainedModel = folded(model, Backbone.of(base).vocabulary)  # type: ignore[assignment, arg-type]
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
     return classifier if device is None else classifier.to(device)  # type: ignore[arg-type]
 
 

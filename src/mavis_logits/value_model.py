@@ -20,6 +20,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
+from .adapters import fold, some_ids
 from .attention import implementation_of
 from .backbone import Backbone
 from .backbone.anatomy import build, class_of_config, is_quantized, name_of_class
@@ -154,7 +155,7 @@ class ValueModel(PushMixin, PreTrainedModel):
         source = Backbone.of(given)
         source.require_causal()
         trunk = source.truncated(num_layers)
-        identity = Identity(trunk)
+        identity = Identity(trunk, vocabulary=getattr(trunk.config, "vocab_size", None))
         settings: dict[str, Any] = {
             "pad_token_id": source.special()[0],
             "backbone": source.model.config.name_or_path or None,
@@ -248,9 +249,18 @@ class ValueModel(PushMixin, PreTrainedModel):
         return values[0]
 
     def merge_lora(self) -> None:
-        """Fold the LoRA adapter into the backbone's weights, which makes it faster and no longer trainable."""
+        """Fold the LoRA adapter into the backbone's weights, which makes it faster and no longer trainable.
+
+        Raises:
+            ValueError: values would be others then; the adapter stays as it is.
+        """
         if self.lora is not None:
-            self.backbone = self.lora.merge_and_unload()
+            ids, mode = some_ids(Backbone.of(self.backbone).vocabulary, self.device), self.training
+            self.eval()
+            try:
+                self.backbone = fold(self.lora, lambda: self(ids).values)
+            finally:
+                self.train(mode)
             self._peft = []
             self.requires_grad_(False)
 

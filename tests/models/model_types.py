@@ -111,6 +111,7 @@ TWEAKS: dict[str, dict[str, Any]] = {
     "mellum": _MIXED,
     "minimax": {"sliding_window": WINDOW},
     "ministral3": {"sliding_window": WINDOW},
+    "mllama_text_model": {"num_hidden_layers": 4, "cross_attention_layers": [3]},
     "mixtral": {"sliding_window": WINDOW},
     "nemotron_h": {"n_groups": 1},
     "phi3": {"sliding_window": WINDOW},

@@ -60,10 +60,25 @@ expect(["xlnet"], _INNER, "-", "it has two streams of hidden states, and writes 
 expect(["hrm_text"], _INNER, "refused", "its layers run in cycles, so that none is the state after so many")
 expect(["hrm_text"], ["truncated"], "refused", "its layers run in cycles, so that none comes first")
 expect(["reformer"], (*_INNER, "truncated"), "refused", "its layers are reversible and pass on two states at once")
+expect(
+    ["reformer"], ("packed", "nodes"), "crash",
+    "transformers trains it only on texts whose length is a multiple of its chunks",
+)  # fmt: skip
+expect(
+    ["prophetnet"],
+    (*_INNER, "truncated"),
+    "refused",
+    "its layers pass on the states of several streams of n-grams at once",
+)
+expect(
+    ["zamba", "zamba2"], ["lora"], "refused", "one layer runs several times, each time with other adapters of its own"
+)  # fmt: skip
 _ALONE = {
     "falcon_h1": "transformers cannot run one layer of it alone",
     "gpt_neox_japanese": "only its last layer has a bias, so that the first alone is another layer",
     "longcat_flash": "its configuration counts half layers",
+    "minicpm3": "it scales what its layers add by their number, so that fewer are other layers",
+    "dots3_note_text": "its configuration names layers by number that would be gone",
     "nemotron_h": "its configuration has no number of layers, only their kinds",
     "olmo_hybrid": "transformers wants a layer of attention among them, and the first is recurrent",
     "rwkv": "transformers cannot make it with a single layer",

@@ -19,6 +19,7 @@ from mavis_logits.demo.smollm2 import load_chat_model
 from .collect import CollectConfig, collect
 from .data import is_held_out
 from .label import LabelConfig, label, load_tokenizer
+from .ranks import join
 from .rewards import Reward, RewardSpec, describe_spec, load_reward
 from .settings import torch_dtype
 from .states import compute_states
@@ -129,7 +130,7 @@ class Calibration:
         return Sample(len(store), seconds, sum(shard.path.stat().st_size for shard in store.shards())), store
 
     def label(
-        self, store: TreeStore, rewards: Mapping[str, RewardSpec], tokenizer: str | None, device: str
+        self, store: TreeStore, rewards: Mapping[str, RewardSpec], tokenizer: str | None, device: str | None
     ) -> dict[str, Sample]:
         """Label all trees of a small store. The amounts are leaves."""
         reader = (
@@ -139,7 +140,7 @@ class Calibration:
         for objective, spec in rewards.items():
             name = describe_spec(spec)
             if name not in self._rewards:
-                self._rewards[name] = load_reward(spec, device)
+                self._rewards[name] = load_reward(spec, join(device).device)
             config = LabelConfig(str(store.folder), {objective: spec}, device=device)  # type: ignore[dict-item]
             started = time.monotonic()
             label(config, {objective: self._rewards[name]}, reader)

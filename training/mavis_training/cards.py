@@ -106,7 +106,7 @@ def draw_plots(folder: Path, metrics: Mapping[str, Mapping], evaluation: Mapping
     axes = figure.subplots()
     for index, name in enumerate(names):
         places = [row - index * height for row in range(len(rows))]
-        axes.barh(places, [row["rewards"][name]["gain_sd"] for row in rows], height, label=name)
+        axes.barh(places, [row["rewards"][name]["gain_sd"] or 0.0 for row in rows], height, label=name)
     labels = [f"{row['name']} ({row['kl']:.0f} nats)" for row in rows]
     axes.set_yticks([row - 0.4 + height / 2 for row in range(len(rows))], labels)
     axes.axvline(0, color="black", linewidth=0.6)

@@ -8,10 +8,11 @@ Flags override the recipe; an unknown key is an error that names the nearest kno
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar, get_type_hints
+from typing import TypeVar, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
@@ -19,23 +20,29 @@ from jsonargparse import ArgumentError, ArgumentParser
 from .settings import check_keys, nested
 
 Config = TypeVar("Config")
+Result = TypeVar("Result")
 DRY_RUN = "--dry-run"
 
 
 def prompts(argv: Sequence[str]) -> None:
     """`mavis prompts`: prompts of a data set, prepared as in section F.1."""
+    from . import closing
     from .make_prompts import PromptsConfig, make_prompts
 
     config = read_config(PromptsConfig, argv, "prompts")
     print(f"{config.output}:\n{make_prompts(config)}")
+    print(closing.of_prompts(config))
 
 
 def sft(argv: Sequence[str]) -> None:
     """`mavis sft`: supervised fine-tuning of the reference model (section F.2)."""
+    from . import closing
     from .sft import SftConfig
     from .sft import sft as run
 
-    run(read_config(SftConfig, argv, "sft"))
+    config = read_config(SftConfig, argv, "sft")
+    run(config)
+    tell(lambda: closing.of_sft(config.output))
 
 
 def export(argv: Sequence[str]) -> None:
@@ -48,58 +55,69 @@ def export(argv: Sequence[str]) -> None:
 
 def collect(argv: Sequence[str]) -> None:
     """`mavis collect`: sample trees of completions (Algorithm 3)."""
+    from . import closing
     from .collect import CollectConfig
     from .collect import collect as run
 
-    run_or_estimate(run, CollectConfig, argv, "collect")
+    run_or_estimate(run, CollectConfig, argv, "collect", lambda _, store: closing.of_collect(store))
 
 
 def label(argv: Sequence[str]) -> None:
     """`mavis label`: add the reward of every finished completion."""
+    from . import closing
     from .label import LabelConfig
     from .label import label as run
 
-    run_or_estimate(run, LabelConfig, argv, "label")
+    run_or_estimate(run, LabelConfig, argv, "label", closing.of_label)
 
 
 def train_model(argv: Sequence[str]) -> None:
     """`mavis train-model`: train a value model on labelled trees."""
+    from . import closing
     from .train_model import TrainModelConfig
     from .train_model import train_model as run
 
-    run_or_estimate(run, TrainModelConfig, argv, "train-model")
+    run_or_estimate(run, TrainModelConfig, argv, "train-model", lambda config, _: closing.of_training(config))
 
 
 def train_head(argv: Sequence[str]) -> None:
     """`mavis train-head`: train a value head on labelled trees."""
+    from . import closing
     from .train_head import TrainHeadConfig
     from .train_head import train_head as run
 
-    run_or_estimate(run, TrainHeadConfig, argv, "train-head")
+    run_or_estimate(run, TrainHeadConfig, argv, "train-head", lambda config, _: closing.of_training(config))
 
 
 def distil(argv: Sequence[str]) -> None:
     """`mavis distil`: make one value model of several value functions."""
+    from . import closing
     from .distil import DistilConfig
     from .distil import distil as run
 
-    run(read_config(DistilConfig, argv, "distil"))
+    config = read_config(DistilConfig, argv, "distil")
+    run(config)
+    tell(lambda: closing.of_training(config.training()))
 
 
 def iterate(argv: Sequence[str]) -> None:
     """`mavis iterate`: policy iteration (Algorithm 1) from prompts to value functions."""
+    from . import closing
     from .iterate import IterateConfig
     from .iterate import iterate as run
 
-    run_or_estimate(run, IterateConfig, argv, "iterate")
+    run_or_estimate(run, IterateConfig, argv, "iterate", closing.of_iteration)
 
 
 def evaluate(argv: Sequence[str]) -> None:
     """`mavis evaluate`: measure rewards and KL on held-out prompts."""
+    from . import closing
     from .evaluate import EvaluateConfig
     from .evaluate import evaluate as run
 
-    run(read_config(EvaluateConfig, argv, "evaluate"))
+    config = read_config(EvaluateConfig, argv, "evaluate")
+    results = run(config)
+    print(closing.of_evaluation(config, results))
 
 
 def card(argv: Sequence[str]) -> None:
@@ -109,16 +127,37 @@ def card(argv: Sequence[str]) -> None:
     print(write_card(read_config(CardConfig, argv, "card")))
 
 
-def run_or_estimate(run: Callable[[Config], object], kind: type[Config], argv: Sequence[str], command: str) -> None:
-    """Read a config and run a command with it or, given `--dry-run`, print what it would do and take."""
+def run_or_estimate(
+    run: Callable[[Config], Result],
+    kind: type[Config],
+    argv: Sequence[str],
+    command: str,
+    closing: Callable[[Config, Result], str],
+) -> None:
+    """Read a config and run a command with it or, given `--dry-run`, print what it would do and take.
+
+    Args:
+        run: the command.
+        kind: of its config.
+        argv: what follows the command's name.
+        command: its name.
+        closing: what it says in the end, from its config and result.
+    """
     words = [word for word in argv if word != DRY_RUN]
     config = read_config(kind, words, command, dry_run=True)
     if len(words) == len(argv):
-        run(config)
+        result = run(config)
+        tell(lambda: closing(config, result))
         return
     from .estimate_iterate import dry_run
 
     dry_run(config)
+
+
+def tell(words: Callable[[], str]) -> None:
+    """Print, of several processes in the first one."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(words())
 
 
 def read_config(kind: type[Config], argv: Sequence[str], command: str, dry_run: bool = False) -> Config:
@@ -146,12 +185,25 @@ def read_config(kind: type[Config], argv: Sequence[str], command: str, dry_run: 
     for path in _recipes(argv):
         check_recipe(path, kind)
     try:
-        values = parser.parse_args(list(argv)).as_dict()
+        values = parser.parse_args(_with_lists(argv, kind)).as_dict()
     except ArgumentError as error:
         raise ValueError(f"{error}{_nearest(str(error), kind)} (see mavis {command} --help)") from error
     for name in ("config", "dry_run"):
         values.pop(name, None)
     return kind(**nested(kind, values))
+
+
+def _with_lists(argv: Sequence[str], kind: type) -> list[str]:
+    """Flags of lists take `a` or `a,b` too, not only `[a, b]`; those that take one text as well are left alone."""
+    lists = {f"--{name}" for name, hint in get_type_hints(kind).items() if get_origin(hint) is list}
+    words = list(argv)
+    for i, word in enumerate(words):
+        flag, sign, value = word.partition("=")
+        if flag in lists and sign and not value.startswith("["):
+            words[i] = f"{flag}=[{value}]"
+        elif i and words[i - 1] in lists and not word.startswith(("[", "--")):
+            words[i] = f"[{word}]"
+    return words
 
 
 def check_recipe(path: Path, kind: type) -> None:

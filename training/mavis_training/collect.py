@@ -254,6 +254,7 @@ def transformers_sampler(
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         sampling=config.sampling(),
         policy=describe(steering),
+        reference=reference.record(),
         **_weights(model, config.store),
         versions={name: version(name) for name in ("torch", "transformers", "mavis-logits")},
     )
@@ -288,14 +289,16 @@ def vllm_sampler(
     longest = config.max_prompt_tokens + config.max_new_tokens
     context = longest_sequence(AutoConfig.from_pretrained(folder).get_text_config(decoder=True))
     engine = rollout_vllm.load_engine(folder, config.dtype, min(longest, context or longest), config.vllm)
+    eos = eos_token_ids(_generation(folder), tokenizer)
     metadata = StoreMetadata(
         model=MODEL_ID if config.model == "smollm2" else config.model,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         sampling=config.sampling(),
+        reference=Reference(frozenset(eos), tokenizer.pad_token_id).record(),
         **({} if model is None else _weights(model, config.store)),
         versions={"vllm": rollout_vllm.engine_version(), "mavis-logits": version("mavis-logits")},
     )
-    sample = partial(rollout_vllm.sample_trees, engine, eos=eos_token_ids(_generation(folder), tokenizer), shape=config)
+    sample = partial(rollout_vllm.sample_trees, engine, eos=eos, shape=config)
     return Sampler(
         tokenizer, metadata, lambda rows, ids, seed: sample(rows, ids, seed=seed), {"the base model": context}
     )

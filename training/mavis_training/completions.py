@@ -25,9 +25,9 @@ from mavis_logits.steering import Steering
 from mavis_logits.strategies import MavisSampling, MavisStrategy
 
 from .files import read_json, write_json
-from .kept import as_json, code_origin, digest, function_origin, model_origin, require_same
+from .kept import as_json, digest, function_origin, require_same
 from .reference import Reference
-from .rewards import Reward, RewardSpec, compute_rewards, packaged_folder, split_spec
+from .rewards import Reward, RewardSpec, compute_rewards, reward_digest
 
 STRATEGIES: dict[str, type[MavisStrategy]] = {
     "sampling": MavisSampling,
@@ -311,7 +311,7 @@ def judge(
     kept = read_json(path) if path.exists() else {}
     if kept.get("texts") != texts:
         kept = {"texts": texts, "rewards": {}}
-    sources = {name: {"of": spec, "origin": reward_origin(spec)} for name, spec in rewards.items()}
+    sources = {name: {"of": spec, "digest": reward_digest(spec)} for name, spec in rewards.items()}
     missing = [name for name in rewards if not _is_of(kept["rewards"].get(name, {}), sources[name])]
     rows = [row for row in rows for _ in range(done.returned)]
     shared = set(rows[0]).intersection(*rows) - {"prompt"}
@@ -322,12 +322,6 @@ def judge(
     if missing:
         write_json(path, kept)
     return {name: np.array(kept["rewards"][name]["values"]) for name in rewards}
-
-
-def reward_origin(spec: RewardSpec) -> Any:
-    """A digest of what `spec` names: the weights of a classifier, or the code of a function."""
-    name, _ = split_spec(spec)
-    return code_origin(name) if ":" in name and not Path(name).exists() else model_origin(packaged_folder(name))
 
 
 def _is_of(kept: Mapping[str, Any], source: Mapping[str, Any]) -> bool:

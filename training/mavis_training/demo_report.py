@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from rich.text import Text
 
-from mavis_training.evaluate import mean_and_error
+from mavis_training.evaluate import mean_and_error, with_error
 from mavis_training.files import write_json
 
 if TYPE_CHECKING:
@@ -181,16 +181,15 @@ def closing(out: str, values: str | dict[str, str], steering: Mapping[str, objec
     )
 
 
-def _mean_and_error(samples: np.ndarray) -> tuple[float, float]:
+def _mean_and_error(samples: np.ndarray) -> tuple[float, float | None]:
     """Mean of samples [S, P] (S seeds, P prompts) and its standard error over prompts."""
     return mean_and_error(samples.ravel(), samples.shape[1])
 
 
 def _json_mean(samples: np.ndarray) -> dict[str, float | None]:
     mean, error = _mean_and_error(samples)
-    return {"mean": mean, "error": error if np.isfinite(error) else None, "deviation": float(samples.std())}
+    return {"mean": mean, "error": error, "deviation": float(samples.std())}
 
 
 def _plus_minus(samples: np.ndarray) -> str:
-    mean, error = _mean_and_error(samples)
-    return f"{mean:.2f} ± {error:.2f}"
+    return with_error(*_mean_and_error(samples))

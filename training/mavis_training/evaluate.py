@@ -57,7 +57,8 @@ class EvaluateConfig:
         value_functions: Hub id or folder of the value functions: one, or by objective.
         rewards: the true rewards, by objective, as for `mavis label`.
         settings: by name, fields of `MavisConfig`, `value_functions` where they are not those above, and to decode by a
-            strategy `strategy` with its own arguments; an empty one is the base model left alone. Where
+            strategy `strategy` with its own arguments; an empty one is the base model left alone. Left out, that one,
+            each reward's objective alone and, of several, all of them with equal weights. Where
             `num_return_sequences` is above 1, the first one returned is measured and, on a line of its own, the one of
             the highest combined reward.
         combined: weights by objective of a combined reward, which is measured too.
@@ -80,7 +81,7 @@ class EvaluateConfig:
     completions: str
     value_functions: str | dict[str, str]
     rewards: dict[str, str | dict[str, Any]]
-    settings: dict[str, dict[str, Any]] = field(default_factory=lambda: {"unsteered": {}})
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     combined: dict[str, float] | None = None
     contrasts: list[list[str]] = field(default_factory=list)
     perplexity: bool = False
@@ -95,6 +96,8 @@ class EvaluateConfig:
     fresh: bool = False
 
     def __post_init__(self) -> None:
+        if not self.settings:
+            object.__setattr__(self, "settings", default_settings(list(self.rewards)))
         for name, setting in self.settings.items():
             if not re.fullmatch(r"[\w .,=+-]+", name):
                 raise ValueError(f"the setting's name {name!r} becomes a file name: use letters, digits and ' .,=+-_'")
@@ -117,6 +120,14 @@ class EvaluateConfig:
                 raise ValueError(f"a contrast is a pair of settings among {sorted(names)}, got {pair}")
 
 
+def default_settings(objectives: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The base model left alone, steered towards each objective and, if there are several, towards all of them."""
+    steered = {name: {"weights": {name: 1.0}} for name in objectives}
+    if len(objectives) > 1:
+        steered["balanced"] = {"weights": dict.fromkeys(objectives, 1 / len(objectives))}
+    return {"unsteered": {}} | steered
+
+
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Run every setting, score all completions, write the results and return them.
 
@@ -130,7 +141,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     def load(spec: RewardSpec) -> Reward:
         key = describe_spec(spec)
         if key not in loaded:
-            loaded[key] = load_reward(spec)
+            loaded[key] = load_reward(spec, _device(config))
         return loaded[key]
 
     origins = _origins(config, rows)
@@ -190,8 +201,12 @@ def _paths(config: EvaluateConfig) -> dict[str, Path]:
 
 def _load_base(config: EvaluateConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model, tokenizer = load_chat_model(config.model, torch_dtype(config.dtype))
-    model.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
+    model.to(_device(config))  # type: ignore[arg-type]
     return model, tokenizer
+
+
+def _device(config: EvaluateConfig) -> str:
+    return config.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _generate_all(
@@ -255,10 +270,12 @@ def taken(done: Completions, rewards: Rewards, which: NDArray[np.int_]) -> tuple
 
 
 def _gains(rewards: Rewards, against: Rewards, plain: Rewards, prompts: int) -> dict[str, Any]:
-    """By objective, how much higher the rewards are, in standard deviations of the unsteered ones."""
-    gains = {}
+    """By objective, how much higher the rewards are, in standard deviations of the unsteered ones; None where these do
+    not vary."""
+    gains: dict[str, Any] = {}
     for name, values in rewards.items():
-        gain, error = mean_and_error((values - against[name]) / plain[name].std(), prompts)
+        deviation = plain[name].std()
+        gain, error = mean_and_error((values - against[name]) / deviation, prompts) if deviation > 0 else (None, None)
         gains[name] = {"gain_sd": gain, "gain_sd_error": error}
     return gains
 
@@ -286,10 +303,11 @@ def distinct(texts: Sequence[str], n: int) -> float:
     return len(set(runs)) / max(1, len(runs))
 
 
-def mean_and_error(values: NDArray[np.float64], prompts: int) -> tuple[float, float]:
-    """Mean of [seeds * prompts] values, and its standard error with the prompt as the unit of sampling."""
+def mean_and_error(values: NDArray[np.float64], prompts: int) -> tuple[float, float | None]:
+    """Mean of [seeds * prompts] values, and its standard error with the prompt as the unit of sampling; of one prompt
+    none is known."""
     by_prompt = np.asarray(values, dtype=np.float64).reshape(-1, prompts).mean(axis=0)
-    error = float(by_prompt.std(ddof=1) / np.sqrt(prompts)) if prompts > 1 else float("nan")
+    error = float(by_prompt.std(ddof=1) / np.sqrt(prompts)) if prompts > 1 else None
     return float(by_prompt.mean()), error
 
 
@@ -299,8 +317,8 @@ def markdown(results: Mapping[str, Any]) -> str:
     objectives = [*config["rewards"], *([COMBINED] if config["combined"] is not None else [])]
     rows = []
     for name, row in results["settings"].items():
-        rewards = [f"{row[o]['reward']:.2f} ± {row[o]['error']:.2f} ({row[o]['gain_sd']:+.2f})" for o in objectives]
-        kl = "n/a" if row["kl"] is None else f"{row['kl']:.1f} ± {row['kl_error']:.1f}"
+        rewards = [reward_cell(row[o]) for o in objectives]
+        kl = "n/a" if row["kl"] is None else with_error(row["kl"], row["kl_error"], ".1f")
         rows.append([name, *rewards, kl, f"{row['tokens']:.0f}", f"{row['distinct_2']:.2f}"])
         if config.get("perplexity"):
             rows[-1].append(f"{row['perplexity']:.1f}" if "perplexity" in row else "")
@@ -308,7 +326,11 @@ def markdown(results: Mapping[str, Any]) -> str:
     lines = _table([*head, *(["perplexity"] if config.get("perplexity") else [])], rows)
     if results["contrasts"]:
         differences = [
-            [c["setting"], c["against"], *(f"{c[o]['gain_sd']:+.2f} ± {c[o]['gain_sd_error']:.2f}" for o in objectives)]
+            [
+                c["setting"],
+                c["against"],
+                *(with_error(c[o]["gain_sd"], c[o]["gain_sd_error"], "+.2f") for o in objectives),
+            ]
             for c in results["contrasts"]
         ]
         lines += ["", *_table(["setting", "against", *(f"{o} (sd)" for o in objectives)], differences)]
@@ -322,6 +344,19 @@ def markdown(results: Mapping[str, Any]) -> str:
         + f"{results['machine']}; {versions}; {results['date']}."
     )
     return "\n".join([*lines, "", note, ""])
+
+
+def with_error(value: float | None, error: float | None, form: str = ".2f") -> str:
+    """A number with its standard error, as far as the two are known."""
+    if value is None:
+        return "n/a"
+    return f"{value:{form}}" + (f" ± {error:{form.lstrip('+')}}" if error is not None else "")
+
+
+def reward_cell(measured: Mapping[str, Any]) -> str:
+    """A mean reward with its error and, in brackets, the gain; "constant" where rewards that do not vary have none."""
+    gain = "constant" if measured["gain_sd"] is None else f"{measured['gain_sd']:+.2f}"
+    return f"{with_error(measured['reward'], measured['error'])} ({gain})"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:

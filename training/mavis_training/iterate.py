@@ -22,20 +22,22 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mavis_logits.demo.smollm2 import load_chat_model
-from mavis_logits.fingerprint import tokenizer_fingerprint
+from mavis_logits.fingerprint import Identity, tokenizer_fingerprint
 
 from .collect import PolicyConfig, collect, describe, load_policy
 from .files import replace_when_whole
 from .iterate_config import IterateConfig, IterationConfig
 from .iterate_report import write_report
+from .kept import digest, model_origin
 from .label import LabelConfig, label
 from .prompts import read_prompts
 from .ranks import join
+from .rewards import reward_digest
 from .schedule import Measurement, TargetKl, find_zeta, gain, improves, raise_beta
 from .settings import torch_dtype
 from .stages import Stage, StageLog
 from .train_head import TrainHeadConfig, train_head
-from .train_model import train_model
+from .train_model import TrainModelConfig, train_model
 from .tree_store import TreeStore
 from .validation import RESULT_FILE, Base, ValidationConfig, Validator
 
@@ -128,6 +130,9 @@ class _Run:
         self.log = StageLog(self.folder / STATE_FILE, self.ranks, config.reuse)
         if model is not None and tokenizer is not None:
             self.base = model.to(self.device).eval(), tokenizer  # type: ignore[arg-type]
+            self.base_origin: Any = Identity(model).fingerprint
+        else:
+            self.base_origin = model_origin(config.model)
         self.validator = Validator(
             config.validation, config.rewards, config.weights(), lambda: self.base, self.device, config.chat_template
         )
@@ -201,6 +206,7 @@ class _Run:
 
         settings = {k: v for k, v in asdict(config).items() if k not in ("store", "device", "prompts", "policy")}
         settings |= {"prompts": self.config.prompts, "skip_prompts": given.skip_prompts}
+        settings |= {"base": self.base_origin, "prompts_read": digest(self.prompts(i))}
         settings["policy"] = policy and policy.settings
         return self.log.run(name, settings, after, sample)
 
@@ -221,11 +227,11 @@ class _Run:
         rewards = {objective: self.config.rewards[objective] for objective in self.config.objectives}
 
         def work() -> dict[str, Any]:
-            loaded = {objective: self.validator.load(spec) for objective, spec in rewards.items()}
-            label(LabelConfig(str(collected.path), rewards), loaded, self.base[1])
+            label(LabelConfig(str(collected.path), rewards), tokenizer=self.base[1], load=self.validator.load)
             return {"existing": str(collected.path)}
 
-        return self.log.run(f"iteration-{i}/rewards", {"rewards": rewards}, [collected], work)
+        digests = {objective: reward_digest(spec) for objective, spec in rewards.items()}
+        return self.log.run(f"iteration-{i}/rewards", {"rewards": rewards, "of": digests}, [collected], work)
 
     def train(
         self, i: int, mixed: Sequence[dict[str, Stage]], before: Iterated | None, zeta: float, trial: str = ""
@@ -241,6 +247,9 @@ class _Run:
         after = [stages["label"] for stages in mixed] + ([before.stages["train"]] if before else [])
         settings = {k: v for k, v in asdict(config).items() if k not in _PLACES}
         settings |= {"kind": self.config.kind, "from": "previous" if config.initial == initial else config.initial}
+        settings["base"] = self.base_origin
+        if isinstance(config, TrainModelConfig) and config.backbone != self.config.model:
+            settings["backbone_is"] = model_origin(config.backbone)
 
         def work() -> dict[str, Any]:
             if isinstance(config, TrainHeadConfig):
@@ -266,7 +275,7 @@ class _Run:
         self, place: str, policy: PolicyConfig | None, after: Sequence[Stage], reference: Measurement | None
     ) -> tuple[Stage, Measurement]:
         """A policy on the validation prompts; its files lie in the folder `place` of the run."""
-        settings = self.validator.settings() | {"policy": policy and policy.settings}
+        settings = self.validator.settings() | {"policy": policy and policy.settings, "base": self.base_origin}
 
         def work() -> None:
             self.validator.measure(self.folder / place, policy, reference)

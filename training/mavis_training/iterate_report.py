@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from .evaluate import reward_cell, with_error
 from .files import replace_when_whole, write_json
 from .ranks import Ranks
 from .schedule import Measurement, gain
@@ -114,8 +115,8 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def _measured(summary: dict[str, Any], names: Sequence[str]) -> list[str]:
-    rewards = [f"{summary[n]['reward']:.2f} ± {summary[n]['error']:.2f} ({summary[n]['gain_sd']:+.2f})" for n in names]
-    return [*rewards, f"{summary['kl']:.1f} ± {summary['kl_error']:.1f}", f"{summary['distinct_2']:.2f}"]
+    kl = with_error(summary["kl"], summary["kl_error"], ".1f")
+    return [*(reward_cell(summary[n]) for n in names), kl, f"{summary['distinct_2']:.2f}"]
 
 
 def _tried(row: dict[str, Any]) -> str:

@@ -7,11 +7,8 @@ prompts, trees, the code of rewards). Places of files and devices do not belong 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import inspect
 import json
 import struct
-import sys
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -128,23 +125,6 @@ def _of_hub(name: str) -> dict[str, Any]:
 def function_origin(source: str | Mapping[str, str]) -> Any:
     """`model_origin` of one value function, or of each by objective."""
     return model_origin(source) if isinstance(source, str) else {name: model_origin(s) for name, s in source.items()}
-
-
-def code_origin(function: str) -> str | None:
-    """A digest of `"module:function"`: of the module's file, without importing it; None if there is none."""
-    module, _, name = function.partition(":")
-    try:
-        loaded = sys.modules.get(module)
-        spec = None if loaded is not None else importlib.util.find_spec(module)
-    except (ImportError, ValueError, AttributeError):
-        return None
-    file = getattr(loaded, "__file__", None) if loaded is not None else (spec.origin if spec else None)
-    if file and Path(file).is_file():
-        return file_digest(Path(file))
-    try:  # made in this process
-        return digest(inspect.getsource(getattr(loaded, name)))
-    except (OSError, TypeError, AttributeError):
-        return None
 
 
 def file_digest(path: Path) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from mavis_logits.fingerprint import tokenizer_fingerprint
 
 from .ranks import join
 from .reward_identity import object_digest
-from .rewards import Reward, compute_rewards, describe_spec, load_reward, reward_digest, split_spec
+from .rewards import Reward, RewardSpec, compute_rewards, describe_spec, load_reward, reward_digest, split_spec
 from .tree import Tree
 from .tree_store import Shard, TreeStore
 
@@ -32,7 +33,7 @@ class LabelConfig:
         rewards: reward by objective: folder or Hub id of a sequence classifier, or `module:function`; or a mapping of
             `model` and how to read it (label, template, output, ...: `ClassifierSettings`).
         tokenizer: turns tokens into text; None for that of the model which the store names.
-        device: where reward models run; of several processes on "cuda" each has its own GPU.
+        device: where reward models run; None for a GPU if there is one, of several processes each its own.
         fresh: compute anew the rewards of these objectives that another reward gave, or another text of its function or
             other weights of its model. Without it they are an error.
         keep: keep rewards that another text of the function, or other weights of the model, gave, and compute the
@@ -42,7 +43,7 @@ class LabelConfig:
     store: str
     rewards: Mapping[str, str | dict[str, Any]]
     tokenizer: str | None = None
-    device: str = "cpu"
+    device: str | None = None
     fresh: bool = False
     keep: bool = False
 
@@ -61,6 +62,7 @@ def label(
     config: LabelConfig,
     rewards: Mapping[str, Reward] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    load: Callable[[RewardSpec], Reward] | None = None,
 ) -> TreeStore:
     """Label every shard that has no rewards yet. Each shard and objective is written when done; a rerun continues.
 
@@ -70,6 +72,7 @@ def label(
         config: what to label.
         rewards: reward functions by objective, in place of those that `config.rewards` names.
         tokenizer: in place of the one that `config.tokenizer` names.
+        load: loads what `config.rewards` names; `load_reward` by default.
 
     Raises:
         ValueError: another tokenizer than the trees were sampled with, rewards of the same name from another source, or
@@ -83,7 +86,7 @@ def label(
     tokenizer = tokenizer or load_tokenizer(config.tokenizer or store.metadata.model)
     store.require_origin(tokenizer_fingerprint(tokenizer))
     ranks = join(config.device)
-    given = rewards or {}
+    given, read = rewards or {}, load or partial(load_reward, device=ranks.device)
     digests = {
         name: object_digest(given[name]) if name in given else reward_digest(spec)
         for name, spec in config.rewards.items()
@@ -92,7 +95,7 @@ def label(
     for objective, spec in config.rewards.items():
         shards = ranks.share(todo[objective])
         if shards:
-            reward = given[objective] if objective in given else load_reward(spec, str(ranks.device))
+            reward = given[objective] if objective in given else read(spec)
             source = describe_spec(spec), digests[objective]
             _label_objective(shards, objective, reward, source, tokenizer, quiet=not ranks.is_main)
     ranks.wait()

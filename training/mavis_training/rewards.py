@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import importlib
@@ -20,6 +21,7 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from mavis_logits.adapters import folded
 from mavis_logits.rewards import Reward as Reward
 from mavis_logits.rewards import compute_rewards as compute_rewards
 
@@ -103,8 +105,9 @@ def reward_digest(spec: RewardSpec) -> str | None:
     if is_function(name):
         _import_function(name)
         return sources_digest(sys.modules[_module_name(name)])
-    if Path(name).is_dir():
-        return folder_digest(Path(name))
+    folder = Path(packaged_folder(name))
+    if folder.is_dir():
+        return folder_digest(folder)
     found = _find(name, "config.json") or _find(name, "adapter_config.json")
     return found.parent.name[:16] if found is not None and found.parent.parent.name == "snapshots" else None
 
@@ -221,7 +224,10 @@ def _load_classifier(spec: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
             return model, AutoTokenizer.from_pretrained(folder)
         base = packaged_folder(str(PeftConfig.from_pretrained(spec).base_model_name_or_path))
         model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
-        return PeftModel.from_pretrained(model, spec).merge_and_unload(), AutoTokenizer.from_pretrained(base)
+        adapted = PeftModel.from_pretrained(model, spec)
+        with contextlib.suppress(ValueError):  # what cannot be folded is right as it is, and a little slower
+            adapted = folded(adapted, model.config.get_text_config().vocab_size)
+        return adapted, AutoTokenizer.from_pretrained(base)
     except OSError as error:
         raise ValueError(
             f"reward {spec!r} cannot be loaded ({error}): expected 'module:function', or the folder or Hub id of a "

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from datasets import Dataset
+from tqdm.auto import tqdm
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
@@ -21,6 +22,8 @@ from transformers import (
 from trl import SFTConfig as TrlConfig
 from trl import SFTTrainer
 
+from mavis_logits.adapters import folded
+from mavis_logits.backbone import Backbone
 from mavis_logits.demo.chat import ChatTemplate, encode_prompt
 from mavis_logits.demo.smollm2 import load_chat_model
 from mavis_logits.fingerprint import parameters_fingerprint
@@ -279,7 +282,10 @@ def _callbacks(config: SftConfig) -> list[TrainerCallback]:
 def _save(tuned: Any, tokenizer: PreTrainedTokenizerBase, config: SftConfig) -> PreTrainedModel:
     """Write the model, merged if asked for, and its tokenizer; returns what was written."""
     if config.lora.rank and config.merge:
-        tuned = tuned.merge_and_unload()
+        try:
+            tuned = folded(tuned, Backbone.of(tuned).vocabulary)
+        except ValueError as error:  # after the training: nothing may be lost
+            tqdm.write(f"{config.output}: saved as an adapter, since {error}")
     tuned.save_pretrained(config.output)
     tokenizer.save_pretrained(config.output)
     return cast(PreTrainedModel, tuned)

@@ -37,6 +37,7 @@ FORMAT_VERSION = 1
 METADATA_FILE = "metadata.json"
 # Fields that may differ between the runs that fill one store.
 _DESCRIPTIVE_FIELDS = frozenset({"created", "versions", "weights_sketch"})
+_MAY_BE_UNKNOWN = frozenset({"weights_fingerprint", "reference"})
 _SHARD_NAME = re.compile(r"trees-(\d{5})\.h5")
 _OBJECTIVE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
 
@@ -50,6 +51,7 @@ class StoreMetadata:
         tokenizer_fingerprint: of the base model's tokenizer (`mavis_logits.fingerprint.tokenizer_fingerprint`).
         sampling: max_new_tokens, layers, root_children, children, temperature, seed, dtype: what shapes the samples.
         policy: steering settings of pi_gen; empty when pi_gen is the reference.
+        reference: pi_ref, as `Reference.record` says it; None for stores of versions that did not record it.
         revision: base model revision, if it has one.
         weights_fingerprint, weights_sketch: of the base model (`mavis_logits.fingerprint.Identity`); None if not known.
         versions: library versions of the run that created the store (not compared on reopening).
@@ -61,6 +63,7 @@ class StoreMetadata:
     tokenizer_fingerprint: str
     sampling: dict[str, Any]
     policy: dict[str, Any] = field(default_factory=dict)
+    reference: dict[str, Any] | None = None
     revision: str | None = None
     weights_fingerprint: str | None = None
     weights_sketch: str | None = None
@@ -264,7 +267,7 @@ class TreeStore:
         for name in (f.name for f in fields(StoreMetadata) if f.name not in _DESCRIPTIVE_FIELDS):
             # Through JSON, so that tuples and lists compare equal.
             old, new = json.loads(json.dumps([getattr(self.metadata, name), getattr(metadata, name)]))
-            unknown = name == "weights_fingerprint" and None in (old, new)
+            unknown = name in _MAY_BE_UNKNOWN and None in (old, new)
             if old != new and not unknown:
                 raise ValueError(
                     f"{self.folder} was begun with {name} = {old!r}, this run has {new!r}: "

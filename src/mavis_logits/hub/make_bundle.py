@@ -15,6 +15,7 @@ from ..config import MavisConfig
 from ..loading import Source, find_file, hub_errors, read_json
 from .cards import CARD, render_bundle_card
 from .publish import bundle_details, checked_files
+from .quality import require_foresight
 
 
 def make_bundle(
@@ -24,6 +25,7 @@ def make_bundle(
     base_model: str | None = None,
     *,
     token: str | bool | None = None,
+    allow_weak: bool = False,
 ) -> Path:
     """Write a bundle into a new folder, which appears when it is whole.
 
@@ -34,12 +36,14 @@ def make_bundle(
         config: default settings.
         base_model: Hub id of the language model; by default the one that the value functions name, if they agree.
         token: for private repositories.
+        allow_weak: take folders also whose metrics say that they foresee nothing.
 
     Returns:
         `folder`.
 
     Raises:
-        ValueError: something that is no value function, an objective twice or unknown, or weights for absent ones.
+        ValueError: something that is no value function, one that foresees nothing, an objective twice or unknown, or
+            weights for absent ones.
         OSError: `folder` exists, or a value function is missing, damaged or not to be had from the Hub.
     """
     folder = Path(folder)
@@ -51,6 +55,8 @@ def make_bundle(
     bases: list[str | None] = []
     for objective, given in pairs:
         entry, values = _local(Path(given), copies) if Path(given).is_dir() else _remote(given, token)
+        if not allow_weak and Path(given).is_dir():
+            require_foresight(Path(given))
         bases.append(values.get("base_model"))
         for name in _objectives(given, values, objective):
             if name in entries:

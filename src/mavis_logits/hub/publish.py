@@ -28,6 +28,7 @@ from ..bundle import BUNDLE_FILE, Bundle, load_bundle, read_bundle
 from ..loading import WEIGHTS, one_line, read_json
 from ..value_model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEAD_WEIGHTS
 from .cards import CARD, CARD_DETAILS, KINDS, METRICS, CardDetails, render_bundle_card, render_folder
+from .quality import require_foresight
 from .remote import GENERATE_FILE, REQUIREMENTS_FILE, generate_source, requirements
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def push_folder(
     commit_message: str | None = None,
     commit_description: str | None = None,
     custom_generate: bool = False,
+    allow_weak: bool = False,
 ) -> CommitInfo:
     """Publish a saved value function or a bundle.
 
@@ -72,13 +74,18 @@ def push_folder(
         commit_message, commit_description: of the commit.
         custom_generate: for a bundle: also write `custom_generate/generate.py`, so that
             `model.generate(custom_generate=repo_id, trust_remote_code=True)` steers.
+        allow_weak: publish also what foresees nothing, as its metrics say.
 
     Raises:
-        ValueError: no value function and no bundle, a bundle with a mistake, a pickle, or a link out of the folder.
+        ValueError: no value function and no bundle, one that foresees nothing, a bundle with a mistake, a pickle, or a
+            link out of the folder.
         OSError: no such folder, a damaged or missing file, no permission, or no connection. Nothing was changed then.
     """
     folder = Path(folder)
     files = checked_files(folder)
+    for path in files.values() if not allow_weak else ():
+        if path.name == METRICS:
+            require_foresight(path.parent)
     generated = _generated_files(folder, repo_id, custom_generate)
     kind = "bundle" if BUNDLE_FILE in files else KINDS[read_json(folder / "config.json")["model_type"]]
     operations: list[CommitOperation] = [

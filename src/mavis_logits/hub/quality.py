@@ -1,0 +1,44 @@
+"""What validation says of a value function, in words; one that foresees nothing is not made part of anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..loading import read_json
+from .cards import METRICS
+
+
+def foresight(values: Mapping[str, Any]) -> str:
+    """One objective's validation metrics (`mavis_training.metrics.validation_metrics`) as a judgement."""
+    r2, ranking = values["r2"], values["ranking"]
+    if r2 <= 0:
+        return f"worse than always saying the mean (R2 {r2:.2f}): not worth using"
+    accuracy, pairs = ranking["accuracy"], ranking["pairs"]
+    told = f"R2 {r2:.2f}; of two next tokens it prefers the better in {accuracy:.0%} of {pairs} pairs"
+    if pairs == 0 or accuracy <= 0.5 + 1 / np.sqrt(pairs):  # two standard errors of a coin
+        return f"{told}, no more than chance: steering by it is a gamble; collect more trees"
+    words = ((0.7, "good"), (0.6, "fair"), (0.0, "weak, but better than chance"))
+    return f"{told}: {next(word for bar, word in words if accuracy >= bar)}"
+
+
+def weaknesses(metrics: Mapping[str, Any], objectives: Sequence[str]) -> list[str]:
+    """The objectives that are foreseen no better than by their mean, each with its R2."""
+    found = {name: metrics[name]["r2"] for name in objectives if "r2" in metrics.get(name, {})}
+    return [f"{name} (R2 {r2:.2f})" for name, r2 in found.items() if not r2 > 0]
+
+
+def require_foresight(folder: Path) -> None:
+    """Raise `ValueError` if the metrics in a value function's folder say that it foresees an objective not at all."""
+    if not (folder / METRICS).is_file():
+        return
+    weak = weaknesses(read_json(folder / METRICS), read_json(folder / "config.json").get("objectives", ()))
+    if weak:
+        raise ValueError(
+            f"{folder} predicts {', '.join(weak)} worse than their mean on held-out trees: steering by it is noise. "
+            "Train it on more trees, or on a reward that varies within a prompt; to use it as it is, say so with "
+            "--allow-weak (allow_weak=True)."
+        )
