@@ -28,7 +28,7 @@ def asked(monkeypatch):
     seen: list[Any] = []
     for name in ("collect", "label", "train_head", "train_model"):
         function = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda config, *a, f=function: seen.append(config) or f(config, *a))
+        monkeypatch.setattr(module, name, lambda config, *a, f=function, **k: seen.append(config) or f(config, *a, **k))
     return seen
 
 

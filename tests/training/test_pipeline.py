@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import text_rewards
 from chat_model import chat_model
 from mavis_training import collect as collect_module
 from mavis_training import evaluate as evaluate_module
@@ -157,12 +158,12 @@ def test_search_is_measured_by_value_and_by_reward(evaluation):
 
 def test_rewards_are_kept_beside_the_completions(evaluation, monkeypatch):
     first = evaluate(evaluation)
-    monkeypatch.setattr(evaluate_module, "load_reward", lambda spec: pytest.fail("every reward is known"))
+    monkeypatch.setattr(evaluate_module, "load_reward", lambda *a: pytest.fail("every reward is known"))
     assert evaluate(evaluation)["settings"] == first["settings"]
     monkeypatch.undo()
     scored = []
 
-    def load(spec):
+    def load(spec, device):
         def reward(prompts, completions):
             scored.append((spec, len(completions)))
             return [float(len(text)) for text in completions]
@@ -170,6 +171,7 @@ def test_rewards_are_kept_beside_the_completions(evaluation, monkeypatch):
         return reward
 
     monkeypatch.setattr(evaluate_module, "load_reward", load)
+    monkeypatch.setattr(text_rewards, "third", text_rewards.high, raising=False)
     evaluate(dataclasses.replace(evaluation, rewards=REWARDS | {"third": "text_rewards:third"}))
     assert scored == [("text_rewards:third", 60)] * 4
     path = Path(evaluation.completions) / "top.json"

@@ -171,7 +171,7 @@ def _is_sure(gain: Mapping[str, Any]) -> bool:
 
 
 def _cut(text: str, length: int) -> str:
-    shown = " ".join(text.split())
+    shown = " ".join(text.split()) or "(nothing)"
     return shown if len(shown) <= length else shown[: length - 3] + "..."
 
 

@@ -72,7 +72,7 @@ def open_stores(
     for other in others:
         for name in alike:
             one, two = getattr(first.metadata, name), getattr(other.metadata, name)
-            if one != two:
+            if one != two and not (name == "model" and first.metadata.has_weights_of(other.metadata)):
                 raise ValueError(
                     f"{first.folder} and {other.folder} cannot be trained on together: their {name} differ, "
                     f"{one!r} and {two!r}."

@@ -71,6 +71,10 @@ class StoreMetadata:
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     format_version: int = FORMAT_VERSION
 
+    def has_weights_of(self, other: StoreMetadata) -> bool:
+        """Whether both are known to be of one base model, whatever its name or folder is."""
+        return self.weights_fingerprint is not None and self.weights_fingerprint == other.weights_fingerprint
+
     @classmethod
     def from_dict(cls, content: dict[str, Any], source: str) -> StoreMetadata:
         """Read metadata written by `asdict`; `source` names the file in errors.
@@ -268,6 +272,7 @@ class TreeStore:
             # Through JSON, so that tuples and lists compare equal.
             old, new = json.loads(json.dumps([getattr(self.metadata, name), getattr(metadata, name)]))
             unknown = name in _MAY_BE_UNKNOWN and None in (old, new)
+            unknown |= name == "model" and self.metadata.has_weights_of(metadata)
             if old != new and not unknown:
                 raise ValueError(
                     f"{self.folder} was begun with {name} = {old!r}, this run has {new!r}: "
