@@ -64,8 +64,8 @@ def demo(results: Path) -> str:
     options = run["options"]
     lines += [
         f"Mean rewards ± standard error of {len(prompts)} questions x {options['seeds']} samples "
-        f"(β {options['beta']:g}, k {options['top_k']}, values {_VALUES[options['normalize']]}); KL is "
-        "the distance in nats from what the model would say by itself:",
+        f"(temperature {options.get('temperature', 1.0):g}, β {options['beta']:g}, k {options['top_k']}, values "
+        f"{_VALUES[options['normalize']]}); KL is the distance in nats from what the model would say by itself:",
         "",
         *table(["setting", *objectives, "KL"], rows),
         "",

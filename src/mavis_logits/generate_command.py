@@ -73,6 +73,7 @@ def _answer(arguments: argparse.Namespace, weights: dict[str, float] | None, val
         model=model,
         tokenizer=tokenizer,
         trace=arguments.trace is not None,
+        reference_temperature=arguments.temperature,
         **settings,
     )
 
@@ -81,7 +82,7 @@ def _answer(arguments: argparse.Namespace, weights: dict[str, float] | None, val
         sequences: Tensor = model.generate(  # type: ignore[operator]
             **inputs,
             do_sample=True,
-            temperature=1.0,
+            temperature=1.0 if processors else arguments.temperature,  # a processor applies it before the tilt
             top_k=0,
             top_p=1.0,
             max_new_tokens=arguments.max_new_tokens,
@@ -139,6 +140,12 @@ def parser() -> argparse.ArgumentParser:
         default="smollm2",
         metavar="FOLDER_OR_ID",
         help="the language model to steer: a folder or Hub id; smollm2 needs no network (default: %(default)s)",
+    )
+    add(
+        "--temperature",
+        type=float,
+        default=0.7,
+        help="of the language model, which is sharpened by it before it is steered (default: %(default)s)",
     )
     add("--max-new-tokens", type=int, default=48, help="length of the answer (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,29 +30,29 @@ def write_inputs(folder: Path) -> None:
     iterating.write_inputs(folder, prompts=16, held_out=8)
 
 
-def run_collect(inputs: Path, run: Path) -> None:
-    collect(collecting.config(inputs, str(run / "trees")))
+def run_collect(inputs: Path, run: Path, **changes: Any) -> None:
+    collect(collecting.config(inputs, str(run / "trees"), **changes))
 
 
-def run_label(inputs: Path, run: Path) -> None:
-    label(LabelConfig(str(run / "trees"), REWARDS, str(inputs / "model")))
+def run_label(inputs: Path, run: Path, rewards: dict[str, str] = REWARDS) -> None:
+    label(LabelConfig(str(run / "trees"), rewards, str(inputs / "model")))
 
 
-def run_train_model(inputs: Path, run: Path) -> None:
-    own = {"num_layers": 1, "lora": LoraSettings(0), "targets": "tokens", "epochs": 4, "batch_size": 4}
+def run_train_model(inputs: Path, run: Path, epochs: int = 4) -> None:
+    own = {"num_layers": 1, "lora": LoraSettings(0), "targets": "tokens", "epochs": epochs, "batch_size": 4}
     backbone, places = str(inputs / "model"), (str(run / "trees"), ["low"], str(run / "value-model"))
     train_model(TrainModelConfig(*places, backbone=backbone, **own, **TRAINING))
 
 
-def run_train_head(inputs: Path, run: Path) -> None:
-    own = {"width": 16, "dropout": 0.0, "batch_size": 32}
+def run_train_head(inputs: Path, run: Path, width: int = 16) -> None:
+    own = {"width": width, "dropout": 0.0, "batch_size": 32}
     model, places = str(inputs / "model"), (str(run / "trees"), ["low"], str(run / "value-head"))
     train_head(TrainHeadConfig(*places, model, **own, **TRAINING))
 
 
-def run_iterate(inputs: Path, run: Path) -> None:
+def run_iterate(inputs: Path, run: Path, **changes: Any) -> None:
     iterations = [IterationConfig(), IterationConfig(zeta=0.02)]
-    iterate(iterating.make(inputs, run / "iterate", iterations=iterations, collect=collecting.SHAPE))
+    iterate(iterating.make(inputs, run / "iterate", iterations=iterations, collect=collecting.SHAPE | changes))
 
 
 # Each stage goes on in the folder where the one before it ended.
@@ -64,12 +65,21 @@ STAGES: dict[str, Callable[[Path, Path], None]] = {
 }
 
 
-def run_stage(stage: str, inputs: Path, run: Path, log: Path) -> None:
-    """Run a stage; what it prints goes to `log`."""
+OTHERS: dict[str, Callable[[Path, Path], None]] = {
+    "collect": partial(run_collect, layers=2),
+    "label": partial(run_label, rewards={"low": "text_rewards:high", "high": "text_rewards:low"}),
+    "train-model": partial(run_train_model, epochs=3),
+    "train-head": partial(run_train_head, width=8),
+    "iterate": partial(run_iterate, layers=2),
+}
+
+
+def run_stage(stage: str, inputs: Path, run: Path, log: Path, other: bool = False) -> None:
+    """Run a stage; what it prints goes to `log`. With `other`, one of its settings is another one."""
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    STAGES[stage](inputs, run)
+    (OTHERS if other else STAGES)[stage](inputs, run)
 
 
 def server() -> multiprocessing.context.ForkServerContext:

@@ -105,7 +105,7 @@ def test_measuring_answers_judges_and_sums_the_divergence(beta: float, top_k: in
     head = ValueHead.for_model(model, ["helpful"], width=8)
     mavis = MavisLogitsProcessor(head, beta=beta, top_k=top_k, model=model, trace=True)
     judges = {"helpful": lambda prompts, completions, **columns: [float(len(text)) for text in completions]}
-    stage = demo.Stage(model, tokenizer, ["w5 w6", "w7"], judges, seeds=2, max_new_tokens=4)
+    stage = demo.Stage(model, tokenizer, ["w5 w6", "w7"], judges, seeds=2, max_new_tokens=4, temperature=0.7)
     ticks: list[int] = []
     for processor in (None, mavis):
         one = demo.measure(stage, demo.Setting("x"), processor, lambda _, steps: ticks.append(steps))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import re
 import shutil
+import signal
 import time
 from collections import Counter
 from datetime import date
@@ -32,8 +35,8 @@ def work(tmp_path_factory):
     return folder
 
 
-def start(server, work, stage, run):
-    process = server.Process(target=killing.run_stage, args=(stage, work, run, work / "log.txt"))
+def start(server, work, stage, run, other=False):
+    process = server.Process(target=killing.run_stage, args=(stage, work, run, work / "log.txt", other))
     process.start()
     return process
 
@@ -86,6 +89,37 @@ def test_every_stage_survives_kills_at_random_instants(server, work, whole):
     assert all(killed[stage] for stage in stages), killed
     print(f"killed at random instants (seed 20): {dict(killed)}; every rerun left what an undisturbed run leaves")
     print(f"torch {version('torch')}, transformers {version('transformers')}, {date.today()}")
+
+
+@pytest.mark.parametrize("stage", list(killing.STAGES))
+def test_after_ctrl_c_other_settings_are_refused_and_the_same_go_on(server, work, whole, stage):
+    stages, log = list(killing.STAGES), work / "log.txt"
+    position, interrupted, refused = stages.index(stage), 0, 0
+    for share in (0.35, 0.5, 0.65, 0.8):
+        run = work / f"ctrl-c-{stage}-{share}"
+        begin(run, whole[stages[position - 1]][0] if position else None)
+        process = start(server, work, stage, run)
+        process.join(share * whole[stage][1])
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGINT)
+        process.join()
+        interrupted += process.exitcode == 1  # KeyboardInterrupt came through
+        kept = len(list(run.rglob("*")))
+        log.write_text("")
+        other = start(server, work, stage, run, other=True)
+        other.join()
+        if other.exitcode != 0:
+            refused += 1
+            assert re.search(r"another folder|another output|--fresh true", log.read_text()), log.read_text()
+            assert len(list(run.rglob("*"))) == kept
+        if other.exitcode != 0 or stage == "train-head":  # a head takes minutes: what was begun is replaced
+            rerun = start(server, work, stage, run)
+            rerun.join()
+            assert rerun.exitcode == 0, log.read_text()
+            assert_same(run, whole[stage][0])
+        shutil.rmtree(run)
+    assert interrupted
+    assert refused or stage == "train-head"  # else there was nothing kept yet
 
 
 def assert_same(run, other):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
 import pytest
 
@@ -117,6 +118,18 @@ def test_rewards_that_do_not_vary_have_no_gain(folder, monkeypatch, capsys):
     assert "| unsteered | unsteered | n/a |" in shown
     assert "nan" not in shown.lower()
     json.loads((folder / "one.json").read_text(), parse_constant=lambda word: pytest.fail(word))  # NaN is no JSON
+
+
+def test_a_reward_lies_beside_the_recipe_that_names_it(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "beside.py").write_text(REWARD)
+    places = f"prompts: {folder / 'prompts.txt'}\nmodel: {folder / 'model'}\n"
+    (tmp_path / "recipes" / "collect.yaml").write_text(f"{places}store: trees\nlimit: 4\ndevice: cpu\n")
+    (tmp_path / "recipes" / "label.yaml").write_text("store: trees\nrewards: {low: 'beside:low'}\n")
+    said(capsys, "collect", "--config", "recipes/collect.yaml", "--max_new_tokens", 6, "--layers", 2)
+    assert "low: " in said(capsys, "label", "--config", "recipes/label.yaml")
 
 
 def test_the_next_command_can_be_pasted():

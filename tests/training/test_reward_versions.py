@@ -118,7 +118,7 @@ def test_a_module_in_the_current_folder_and_what_is_wrong_with_one(tmp_path, mon
     (tmp_path / "broken_one.py").write_text("def score(:\n")
     for spec, message in (
         ("here_only:scor", r"here_only.py: did you mean 'score'\?"),
-        ("not_there:score", f"no module 'not_there' is installed or in {tmp_path}"),
+        ("not_there:score", f"no module 'not_there' is installed, in {tmp_path} or beside a recipe"),
         ("broken_one:score", r"broken_one.py, line 1"),
         ("nowhere.py:score", "there is no file nowhere.py"),
     ):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar, get_origin, get_type_hints
@@ -184,6 +185,9 @@ def read_config(kind: type[Config], argv: Sequence[str], command: str, dry_run: 
     _describe(parser, kind)
     for path in _recipes(argv):
         check_recipe(path, kind)
+        for folder in (str(Path.cwd()), str(path.resolve().parent)):  # a reward may lie beside the recipe that names it
+            if folder not in sys.path:
+                sys.path.append(folder)
     try:
         values = parser.parse_args(_with_lists(argv, kind)).as_dict()
     except ArgumentError as error:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mavis_logits import MavisConfig, MavisLogitsProcessor, strategies
+from mavis_logits.backbone import Backbone
 from mavis_logits.functions import load_value_functions
 from mavis_logits.steering import Steering
 from mavis_logits.strategies import MavisSampling, MavisStrategy
@@ -260,7 +261,12 @@ def perplexity(
         repeated = [
             p for _ in range(len(done.prompt_ids) // len(prompts)) for p in prompts for _ in range(done.returned)
         ]
-        ends = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in done.texts]
+        # Tokenized anew, a text may be a few tokens longer: what the context has no room for is left out.
+        longest = Backbone.of(model).longest or max(map(len, repeated)) + 10**6
+        ends = [
+            tokenizer(text, add_special_tokens=False)["input_ids"][: longest - len(prompt)]
+            for text, prompt in zip(done.texts, repeated, strict=True)
+        ]
         order = np.argsort([len(p) + len(c) for p, c in zip(repeated, ends, strict=True)], kind="stable")
         sums = np.zeros(len(ends))
         for batch in np.split(order, range(batch_size, len(order), batch_size)):

@@ -50,6 +50,7 @@ class Stage:
     judges: dict[str, Reward]
     seeds: int
     max_new_tokens: int
+    temperature: float
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,11 @@ def main(argv: list[str]) -> int:
         model, tokenizer = load_smollm2()
     with console.status("Loading value functions and reward models"):
         judges = {name: load_reward(str(checkout_path(REWARD_MODEL.format(objective=name)))) for name in OBJECTIVES}
-        steer = load_steering(arguments.kind, model, tokenizer, arguments.top_k, arguments.normalize)
+        how = {name: getattr(arguments, name) for name in ("top_k", "normalize")}
+        steer = load_steering(arguments.kind, model, tokenizer, reference_temperature=arguments.temperature, **how)
 
     settings = weightings(OBJECTIVES, arguments.beta, arguments.top_k)
-    stage = Stage(model, tokenizer, prompts, judges, arguments.seeds, arguments.max_new_tokens)
+    stage = Stage(model, tokenizer, prompts, judges, arguments.seeds, arguments.max_new_tokens, arguments.temperature)
     measured = []
     with report.progress(console, len(settings) * stage.seeds * stage.max_new_tokens) as advance:
         for setting in settings:
@@ -105,6 +107,7 @@ def main(argv: list[str]) -> int:
     if arguments.json:
         report.write_results(Path(arguments.json), prompts, measured, vars(arguments))
     steering = {name: getattr(arguments, name) for name in STEERING[arguments.kind]}
+    steering["reference_temperature"] = arguments.temperature
     closing = report.closing(arguments.out, value_sources(arguments.kind), steering)
     console.print(closing, soft_wrap=True, markup=False, highlight=False)
     return 0
@@ -147,6 +150,7 @@ def parser() -> argparse.ArgumentParser:
         "values as they are, or rescaled to [0, 1] at every step",
         choices=["none", "minmax"],
     )
+    add("--temperature", type=float, default=0.7, help="of the language model, the same in all settings")
     add("--max-new-tokens", type=positive, default=48, help="length at which answers are cut off")
     add("--show", type=int, default=3, metavar="N", help="print the answers to this many questions")
     add("--out", default="demo.png", metavar="PNG", help="where to write the figure")
@@ -183,7 +187,7 @@ def value_sources(kind: str) -> str | dict[str, str]:
 
 
 def load_steering(
-    kind: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, top_k: int, normalize: str
+    kind: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **settings: Any
 ) -> Callable[[Setting], MavisLogitsProcessor]:
     """Load the value head or value models once; the result returns the processor set to the setting asked for."""
     from mavis_logits import MavisLogitsProcessor
@@ -195,9 +199,7 @@ def load_steering(
         if isinstance(sources, str)
         else {name: str(checkout_path(source)) for name, source in sources.items()}
     )
-    mavis = MavisLogitsProcessor.from_pretrained(
-        values, top_k=top_k, normalize=normalize, model=model, tokenizer=tokenizer, trace=True
-    )
+    mavis = MavisLogitsProcessor.from_pretrained(values, model=model, tokenizer=tokenizer, trace=True, **settings)
 
     def steer(setting: Setting) -> MavisLogitsProcessor:
         mavis.weights, mavis.beta = setting.weights, setting.beta  # type: ignore[assignment]
@@ -233,6 +235,7 @@ def answer(
     from transformers import StoppingCriteriaList
 
     from mavis_logits.demo.chat import answers, chat_inputs
+    from mavis_training.reference import Reference
 
     def step(input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
         tick(1)
@@ -242,15 +245,18 @@ def answer(
     if processor is not None:
         processor.reset()  # so that the trace holds this call alone
     torch.manual_seed(seed)
-    output = stage.model.generate(  # type: ignore[operator]
-        **inputs,
-        do_sample=True,
-        top_k=0,
-        max_new_tokens=stage.max_new_tokens,
-        logits_processor=[processor] if processor else [],
-        stopping_criteria=StoppingCriteriaList([step]),
-        pad_token_id=stage.tokenizer.pad_token_id,
-    )
+    with Reference.of(stage.model, stage.tokenizer).applied(stage.model):
+        output = stage.model.generate(  # type: ignore[operator]
+            **inputs,
+            do_sample=True,
+            temperature=1.0 if processor else stage.temperature,  # a processor applies it before the tilt
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=stage.max_new_tokens,
+            logits_processor=[processor] if processor else [],
+            stopping_criteria=StoppingCriteriaList([step]),
+            pad_token_id=stage.tokenizer.pad_token_id,
+        )
     prompt_length = inputs["input_ids"].shape[1]
     tick(stage.max_new_tokens - (output.shape[1] - prompt_length))  # all answers may end early
     texts = answers(stage.tokenizer, output, prompt_length)

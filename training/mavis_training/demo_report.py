@@ -173,7 +173,7 @@ def closing(out: str, values: str | dict[str, str], steering: Mapping[str, objec
             f"    mavis = MavisLogitsProcessor.from_pretrained({values!r}, "
             "weights={'helpful': 0.5, 'humour': 0.5}, "
             f"{', '.join(f'{name}={value!r}' for name, value in steering.items())}, model=model)",
-            "    model.generate(**inputs, do_sample=True, max_new_tokens=48, logits_processor=[mavis])",
+            "    model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=48, logits_processor=[mavis])",
             "",
             "Your own question:",
             '    mavis generate --prompt "How do I make good tea?" --weights helpful=0.3,humour=0.7 --unsteered',

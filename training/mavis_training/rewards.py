@@ -144,10 +144,10 @@ def _import_function(spec: str) -> Reward:
         raise ValueError(f"reward {spec!r} cannot be imported ({error}); {module} is {where}: {hint}") from error
     except Exception as error:  # a module of a user's: anything may come of running it
         missing = isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]
-        what = f"no module {module!r} is installed or in {folder}" if missing else _told(error)
+        what = f"no module {module!r} is installed, in {folder} or beside a recipe" if missing else _told(error)
         raise ValueError(
-            f"reward {spec!r} cannot be imported ({what}): give 'module:function' (of a file in the current folder, "
-            "'file.py:function' of any) or a model."
+            f"reward {spec!r} cannot be imported ({what}): give 'module:function' (of a file in the current folder or "
+            "beside the recipe, 'file.py:function' of any) or a model."
         ) from error
     _READ[module] = sources_digest(sys.modules[module])
     if not callable(function):
