@@ -8,11 +8,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,15 +20,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from .adapters import adapter_settings, check_tensors, folded, put_on
+from .adapters import adapter_settings, folded, put_on
 from .attention import implementation_of
 from .backbone import Backbone
 from .backbone.anatomy import name_of_class
 from .backbone.weights import copy_weights
 from .loading import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    HEAD_WEIGHTS,
     WEIGHTS,
     commit_of,
-    damage_is_os_error,
     find_file,
     find_weights,
     hub_arguments,
@@ -37,13 +38,7 @@ from .loading import (
     read_json,
 )
 from .needs import Needs
-from .value_model import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    HEAD_WEIGHTS,
-    ValueModel,
-    ValueModelConfig,
-)
+from .value_model_config import ValueModelConfig
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -72,33 +67,91 @@ class Options:
     check: bool = True
 
 
-def load_value_model(cls: type[ValueModel], name: str, options: Options, **kwargs: Any) -> ValueModel:
-    """Load the value model `name` (Hub id or folder) with `kwargs` as for transformers' models."""
-    hub = hub_arguments(kwargs)
+@dataclass(frozen=True)
+class Found:
+    """What lies under a name.
+
+    Attributes:
+        name: Hub id or folder.
+        config, adapter: content of its `config.json` and `adapter_config.json`; {} where there is none.
+        hub: arguments that say where and at which commit.
+        arguments: all, as for transformers' models.
+    """
+
+    name: str
+    config: dict[str, Any]
+    adapter: dict[str, Any]
+    hub: dict[str, Any]
+    arguments: dict[str, Any]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is a value model as `save_pretrained` writes it, no adapter."""
+        return self.is_own and not self.adapter
+
+    @property
+    def is_own(self) -> bool:
+        """Whether its config is a value model's."""
+        return self.config.get("model_type") == ValueModelConfig.model_type
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A value model as it was read, before it is put together.
+
+    Attributes:
+        config: of the value model.
+        trunk: its decoder, without the adapter.
+        head: tensors of its linear head.
+        folder: where they were found, for messages.
+        lora, adapter: LoRA's settings and tensors; None and {} without one.
+        attention, device: as asked for; None for what is there.
+    """
+
+    config: ValueModelConfig
+    trunk: PreTrainedModel
+    head: dict[str, Tensor]
+    folder: Path | str = ""
+    lora: LoraConfig | None = None
+    adapter: dict[str, Tensor] = field(default_factory=dict)
+    attention: str | None = None
+    device: Any = None
+
+
+def look(name: str, arguments: dict[str, Any]) -> Found:
+    """What lies under `name` (Hub id or folder), with arguments as for transformers' models."""
+    hub = hub_arguments(arguments)
     found: list[dict[str, Any]] = []
     for file in ("config.json", ADAPTER_CONFIG):
         path = find_file(name, file, hub)
         found.append({} if path is None else read_json(path))
         commit = commit_of(path)
         if commit is not None:  # all else comes from the same one
-            hub["revision"] = kwargs["revision"] = commit
+            hub["revision"] = arguments["revision"] = commit
     config, adapter = found
-    with damage_is_os_error(name):
-        if config.get("model_type") == ValueModelConfig.model_type:
-            if adapter:
-                return _load_own_adapter(cls, name, config, options, hub, kwargs)
-            return load_complete(cls._from_own_checkpoint, name, "none", **kwargs).eval()  # type: ignore[no-any-return]
-        if adapter.get("task_type") == "SEQ_CLS" or _is_sequence_classifier(config):
-            return _load_sequence_classifier(cls, name, adapter, options, hub, kwargs)
-        head = _trl_head(name, hub)
-        if head:
-            return _load_trl(cls, name, head, options.objectives, kwargs)
-    if not adapter and find_file(name, "pytorch_model.bin", hub):
+    return Found(name, config, adapter, hub, arguments)
+
+
+def read(found: Found, options: Options) -> Checkpoint:
+    """A value model that is not whole: an adapter of ours, a sequence classifier or TRL's.
+
+    Raises:
+        OSError, ValueError: as `ValueModel.from_pretrained`.
+    """
+    if found.is_own:
+        return _own_adapter(found, options)
+    if found.adapter.get("task_type") == "SEQ_CLS" or _is_sequence_classifier(found.config):
+        return _sequence_classifier(found, options)
+    head = _trl_head(found.name, found.hub)
+    if head:
+        return _trl(found, head, options.objectives)
+    name = found.name
+    if not found.adapter and find_file(name, "pytorch_model.bin", found.hub):
         raise OSError(
             f"{name} has its weights only as a pickle (pytorch_model.bin), which is not loaded: convert it to "
             "safetensors"
         )
-    kind = config.get("model_type") or adapter.get("task_type") or "nothing with a config.json"
+    kind = found.config.get("model_type") or found.adapter.get("task_type") or "nothing with a config.json"
     raise ValueError(
         f"{name} is no value model (found: {kind}). Expected a saved ValueModel, a sequence-classification checkpoint "
         "or a causal model with TRL's value head; ValueModel.from_backbone makes a new one."
@@ -114,16 +167,10 @@ def _is_sequence_classifier(config: dict[str, Any]) -> bool:
     return any("ForSequenceClassification" in name for name in config.get("architectures") or ())
 
 
-def _load_own_adapter(
-    cls: type[ValueModel],
-    name: str,
-    config_json: dict[str, Any],
-    options: Options,
-    hub: dict[str, Any],
-    kwargs: dict[str, Any],
-) -> ValueModel:
+def _own_adapter(found: Found, options: Options) -> Checkpoint:
+    name, hub, kwargs = found.name, found.hub, found.arguments
     given = kwargs.get("config")  # AutoModel has read it already
-    config = given if isinstance(given, ValueModelConfig) else ValueModelConfig.from_dict(config_json)
+    config = given if isinstance(given, ValueModelConfig) else ValueModelConfig.from_dict(found.config)
     files = {file: find_file(name, file, hub) for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEAD_WEIGHTS)}
     missing = [file for file, path in files.items() if path is None]
     if missing:
@@ -132,11 +179,10 @@ def _load_own_adapter(
     trunk = _trunk(name, config, options, dtype or config.backbone_config.dtype or torch.float32, hub, kwargs)
     if Backbone.of(trunk).vocabulary != config.backbone_config.vocab_size:
         config.backbone_config = trunk.config  # the embedding has grown since
-    model = cls._assemble(config, trunk)
-    _put_on_adapter(model, files[ADAPTER_WEIGHTS].parent, options.merge)  # type: ignore[union-attr]
-    if attention is not None:
-        model.set_attn_implementation(attention)
-    return model if device is None else model.to(device)
+    folder = files[ADAPTER_WEIGHTS].parent  # type: ignore[union-attr]
+    lora = LoraConfig.from_pretrained(str(folder))
+    adapter, head = load_file(folder / ADAPTER_WEIGHTS), load_file(folder / HEAD_WEIGHTS)
+    return Checkpoint(config, trunk, head, folder, lora, adapter, attention, device)
 
 
 def _trunk(
@@ -192,47 +238,23 @@ def _may_be_in(config: ValueModelConfig, base: PreTrainedModel) -> bool:
     return all(getattr(found, name, None) == getattr(wanted, name, None) for name in names)
 
 
-def _put_on_adapter(model: ValueModel, folder: Path, merge: bool) -> None:
-    """Put the adapter and head in `folder` on `model`; fold the adapter into the weights if `merge`."""
-    lora = LoraConfig.from_pretrained(str(folder))
-    lora.inference_mode = merge
-    adapter, head = load_file(folder / ADAPTER_WEIGHTS), load_file(folder / HEAD_WEIGHTS)
-    try:
-        model.add_lora(lora)
-    except (RuntimeError, ValueError) as error:  # PEFT's words for layers that are not there
-        raise ValueError(f"the adapter in {folder} does not fit the backbone given: {error}") from error
-    assert model.lora is not None
-    put_on(model.lora, folder, adapter)
-    check_tensors(folder, head, model.head.state_dict())
-    model.head.load_state_dict(head)
-    model.eval()
-    if merge:
-        with contextlib.suppress(ValueError):  # what cannot be folded is right as it is, and a little slower
-            model.merge_lora()
-
-
-def _load_sequence_classifier(
-    cls: type[ValueModel],
-    name: str,
-    adapter: dict[str, Any],
-    options: Options,
-    hub: dict[str, Any],
-    kwargs: dict[str, Any],
-) -> ValueModel:
+def _sequence_classifier(found: Found, options: Options) -> Checkpoint:
     """The trunk and the `score` layer of a sequence classifier; its own pooling by padding ids is not used."""
-    if not adapter:
-        classifier = load_complete(AutoModelForSequenceClassification.from_pretrained, name, "outside", **kwargs)
+    name = found.name
+    if not found.adapter:
+        load = AutoModelForSequenceClassification.from_pretrained
+        classifier = load_complete(load, name, "outside", **found.arguments)
     elif not options.merge:
         raise ValueError(f"{name} is a PEFT sequence classifier, which is read merged: use merge=True")
     else:
-        classifier = _adapted_classifier(name, adapter, options, hub, kwargs)
+        classifier = _adapted_classifier(name, found.adapter, options, found.hub, found.arguments)
     score_layer = getattr(classifier, "score", None)
     if not isinstance(score_layer, torch.nn.Linear):
         raise ValueError(
             f"{name}: {type(classifier).__name__} has no linear `score` layer on a decoder; it cannot be read"
         )
     names = _names(classifier, options.objectives, name)
-    return _with_head(cls, Backbone.of(classifier).decoder, score_layer.weight, score_layer.bias, names)
+    return _with_head(Backbone.of(classifier).decoder, score_layer.weight, score_layer.bias, names)
 
 
 def _adapted_classifier(
@@ -323,31 +345,21 @@ def _tensors(name: str, file: str, part: str, hub: dict[str, Any]) -> dict[str, 
     return found
 
 
-def _load_trl(
-    cls: type[ValueModel], name: str, head: dict[str, Tensor], objectives: Sequence[str] | None, kwargs: dict[str, Any]
-) -> ValueModel:
+def _trl(found: Found, head: dict[str, Tensor], objectives: Sequence[str] | None) -> Checkpoint:
     """The trunk and value head of TRL; some versions wrote the trunk's weights as `pretrained_model.*`."""
-    causal = load_complete(
-        AutoModelForCausalLM.from_pretrained, name, "outside", **{"key_mapping": {r"^pretrained_model\.": ""}} | kwargs
-    )
-    return _with_head(
-        cls, Backbone.of(causal).decoder, head["weight"], head.get("bias"), list(objectives or ["reward"])
-    )
+    arguments = {"key_mapping": {r"^pretrained_model\.": ""}} | found.arguments
+    causal = load_complete(AutoModelForCausalLM.from_pretrained, found.name, "outside", **arguments)
+    return _with_head(Backbone.of(causal).decoder, head["weight"], head.get("bias"), list(objectives or ["reward"]))
 
 
-def _with_head(
-    cls: type[ValueModel], trunk: PreTrainedModel, weight: Tensor, bias: Tensor | None, objectives: list[str]
-) -> ValueModel:
+def _with_head(trunk: PreTrainedModel, weight: Tensor, bias: Tensor | None, objectives: list[str]) -> Checkpoint:
+    if len(weight) != len(objectives):
+        raise ValueError(f"{len(weight)} outputs were found, but {len(objectives)} objectives named: {objectives}")
     config = ValueModelConfig(
         backbone_config=trunk.config,
         backbone_class=name_of_class(trunk),
         objectives=objectives,
         pad_token_id=trunk.config.pad_token_id,
     )
-    if len(weight) != len(objectives):
-        raise ValueError(f"{len(weight)} outputs were found, but {len(objectives)} objectives named: {objectives}")
-    model = cls._assemble(config, trunk)
-    with torch.no_grad():
-        model.head.weight.copy_(weight)
-        model.head.bias.copy_(bias if bias is not None else torch.zeros_like(model.head.bias))
-    return model
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    return Checkpoint(config, trunk, {"weight": weight.detach(), "bias": bias.detach()})

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import Backbone
-from .checkpoints import Options, load_value_model
+from .checkpoints import Options
 from .fused import FusedValueModel, fusable_groups, why_not_fused
 from .holds import Holds, Undo
 from .loading import Source, find_file, hub_arguments, read_json
 from .needs import Needs
 from .value_head import ValueHead, ValueHeadConfig
-from .value_model import ValueModel, ValueModelConfig
+from .value_model import ValueModel
+from .value_model_config import ValueModelConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -288,7 +289,7 @@ def load_value_functions(
     together = {model for group in fusable_groups(adapters) for model in group} if fuse is not False else set()
     for adapter in adapters:
         if adapter not in together and any(adapter is f for f in loaded.values()):
-            adapter.merge_lora()
+            adapter.merge_lora_if_exact()
     return found
 
 
@@ -305,7 +306,7 @@ def _load(
         of_models = ("dtype", "torch_dtype", "attn_implementation", "quantization_config")
         return ValueHead.from_pretrained(name, **{k: v for k, v in arguments.items() if k not in of_models})
     own = kind == ValueModelConfig.model_type
-    return load_value_model(ValueModel, name, Options(base=model if own else None, merge=merge or not own), **arguments)
+    return ValueModel.load(name, Options(base=model if own else None, merge=merge or not own), **arguments)
 
 
 class SpecialTokens(NamedTuple):

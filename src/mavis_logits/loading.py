@@ -27,6 +27,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 WEIGHTS = "model.safetensors"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+HEAD_WEIGHTS = "head.safetensors"  # of a value model that is saved as an adapter
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
 LOADING_ARGUMENTS = (*HUB_ARGUMENTS, "device_map", "attn_implementation", "quantization_config")
 _RETRIES = (1, 4)  # seconds before a download is tried again

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -85,3 +85,56 @@ def check_scores(reference: Tensor, live: Tensor | None = None) -> None:
         f"every token is forbidden after row {row} of the batch: the constraints (logits processors, bad words, "
         "prefix_allowed_tokens_fn) in front of the value functions leave none to choose from"
     )
+
+
+@dataclass(frozen=True)
+class TraceStep:
+    """One step of R rows over k candidates and M objectives.
+
+    Attributes:
+        length: tokens per row before the step, padding included.
+        live: [R] bool, rows that were steered.
+        candidates: [R, k] token ids.
+        reference: [R, k] log pi_ref, normalised over the whole vocabulary.
+        tilted: [R, k] log-probability after the tilt.
+        values: [R, k, M] in reward units; NaN for value models that were not run, having weight 0.
+        beta: [R].
+        kl: [R] exact divergence of the step, in nats.
+        taken: [R] the token that followed, -1 if not known.
+        others: [R] log(pi / pi_ref) of every token that is no candidate, -inf where these have no probability.
+
+    The divergence, and the tilted probabilities of the candidates kept, are those of the step over all its candidates.
+    """
+
+    length: int
+    live: Tensor
+    candidates: Tensor
+    reference: Tensor
+    tilted: Tensor
+    values: Tensor
+    beta: Tensor
+    kl: Tensor
+    taken: Tensor
+    others: Tensor | None = None
+
+    def narrow(self, count: int) -> TraceStep:
+        """This step with at most `count` candidates a row.
+
+        Kept are the token taken and, by turns, those likeliest before and after the tilt: at least the first
+        `(count - 1) // 2` of either. They stay in their order.
+        """
+        if self.candidates.shape[1] <= count:
+            return self
+        urgency = torch.zeros_like(self.reference)
+        places = torch.arange(count, 0, -1, dtype=urgency.dtype, device=urgency.device).expand(len(urgency), count)
+        for scores in (self.reference, self.tilted):
+            urgency.scatter_reduce_(1, scores.topk(count, dim=1).indices, places, "amax")
+        urgency.masked_fill_(self.candidates == self.taken[:, None], torch.inf)
+        kept = urgency.topk(count, dim=1).indices.sort(dim=1).values
+        return replace(
+            self,
+            candidates=self.candidates.gather(1, kept),
+            reference=self.reference.gather(1, kept),
+            tilted=self.tilted.gather(1, kept),
+            values=self.values.gather(1, kept[..., None].expand(-1, -1, self.values.shape[-1])),
+        )

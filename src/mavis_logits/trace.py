@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from .holds import fork_safe_lock
+from .step import Step, TraceStep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from .step import Step
 
 _counting = fork_safe_lock()  # one object may be counting in several threads
 KEPT = 256  # candidates a row that a trace keeps of a step
@@ -55,60 +54,6 @@ class MavisStats:
         """Count one call left unsteered."""
         with _counting:
             self.passed_through += 1
-
-
-@dataclass(frozen=True)
-class TraceStep:
-    """One step of R rows over k candidates and M objectives.
-
-    Attributes:
-        length: tokens per row before the step, padding included.
-        live: [R] bool, rows that were steered.
-        candidates: [R, k] token ids.
-        reference: [R, k] log pi_ref, normalised over the whole vocabulary.
-        tilted: [R, k] log-probability after the tilt.
-        values: [R, k, M] in reward units; NaN for value models that were not run, having weight 0.
-        beta: [R].
-        kl: [R] exact divergence of the step, in nats.
-        taken: [R] the token that followed, -1 if not known.
-
-        others: [R] log(pi / pi_ref) of every token that is no candidate, -inf where these have no probability.
-
-    The divergence, and the tilted probabilities of the candidates kept, are those of the step over all its candidates.
-    """
-
-    length: int
-    live: Tensor
-    candidates: Tensor
-    reference: Tensor
-    tilted: Tensor
-    values: Tensor
-    beta: Tensor
-    kl: Tensor
-    taken: Tensor
-    others: Tensor | None = None
-
-    def narrow(self, count: int) -> TraceStep:
-        """This step with at most `count` candidates a row.
-
-        Kept are the token taken and, by turns, those likeliest before and after the tilt: at least the first
-        `(count - 1) // 2` of either. They stay in their order.
-        """
-        if self.candidates.shape[1] <= count:
-            return self
-        urgency = torch.zeros_like(self.reference)
-        places = torch.arange(count, 0, -1, dtype=urgency.dtype, device=urgency.device).expand(len(urgency), count)
-        for scores in (self.reference, self.tilted):
-            urgency.scatter_reduce_(1, scores.topk(count, dim=1).indices, places, "amax")
-        urgency.masked_fill_(self.candidates == self.taken[:, None], torch.inf)
-        kept = urgency.topk(count, dim=1).indices.sort(dim=1).values
-        return replace(
-            self,
-            candidates=self.candidates.gather(1, kept),
-            reference=self.reference.gather(1, kept),
-            tilted=self.tilted.gather(1, kept),
-            values=self.values.gather(1, kept[..., None].expand(-1, -1, self.values.shape[-1])),
-        )
 
 
 class MavisTrace:
@@ -191,11 +136,11 @@ class MavisTrace:
             ValueError: an empty trace, or sequences of another call (also of beam search, whose steps are no rows).
             OSError: the page cannot be written.
         """
-        from .trace_html import render_page
+        from .trace_html import render_page  # jinja2 only for those who want the page
 
         if path is not None and not Path(path).parent.is_dir():
             raise FileNotFoundError(f"cannot write the page to {path}: make the folder {Path(path).parent} first")
-        page = render_page(self, tokenizer, sequences)
+        page = render_page(self.objectives, self.steps, self.eos_token_ids, tokenizer, sequences)
         if path is not None:
             Path(path).write_text(page, encoding="utf-8")
         return page

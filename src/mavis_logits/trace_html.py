@@ -14,7 +14,7 @@ import torch
 from jinja2 import Environment, StrictUndefined, Template
 from torch import Tensor
 
-from .trace import MavisTrace, TraceStep
+from .step import TraceStep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,17 +78,23 @@ class Row:
         return math.fsum(ratios) if len(ratios) == len(self.tokens) else None
 
 
-def render_page(trace: MavisTrace, tokenizer: PreTrainedTokenizerBase, sequences: Tensor | None = None) -> str:
-    """The page; arguments and errors as for `MavisTrace.to_html`."""
+def render_page(
+    objectives: Sequence[str],
+    steps: Sequence[TraceStep],
+    eos_token_ids: frozenset[int],
+    tokenizer: PreTrainedTokenizerBase,
+    sequences: Tensor | None = None,
+) -> str:
+    """The page of a trace's steps; the other arguments and errors as for `MavisTrace.to_html`."""
     speller = Speller(tokenizer)
-    steps = _steps(trace, sequences)
+    steps = _steps(steps, sequences)
     rows = []
     for number in range(len(steps[0].live)):
         prompt = [] if sequences is None else speller.without_padding(sequences[number, : steps[0].length].tolist())
-        rows.append(_row(steps, number, prompt, trace.eos_token_ids, speller))
+        rows.append(_row(steps, number, prompt, eos_token_ids, speller))
     tokens = [token for row in rows for token in row.tokens]
     return _template().render(
-        objectives=trace.objectives,
+        objectives=objectives,
         rows=rows,
         ratio_scale=_scale(token.log_ratio for token in tokens if token.log_ratio is not None),
         kl_scale=_scale(token.kl for token in tokens),
@@ -102,28 +108,28 @@ def _template() -> Template:
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
-def _steps(trace: MavisTrace, sequences: Tensor | None) -> list[TraceStep]:
+def _steps(traced: Sequence[TraceStep], sequences: Tensor | None) -> list[TraceStep]:
     """The steps that led to the result, on the CPU, with the candidates to be shown and the tokens of `sequences`."""
-    if not trace.steps:
+    if not traced:
         raise ValueError("the trace holds no steps: generate with trace=True first")
-    counts = sorted({len(step.live) for step in trace.steps})
+    counts = sorted({len(step.live) for step in traced})
     if len(counts) > 1:
         raise ValueError(f"the trace holds steps of {counts} rows: call reset() before generating with another batch")
     if sequences is None:
-        return [_shown(step, step.taken) for step in trace.steps]
+        return [_shown(step, step.taken) for step in traced]
     if not isinstance(sequences, Tensor) or sequences.ndim != 2 or sequences.is_floating_point():
         raise ValueError(
             "sequences must be the token ids [rows, length] that the traced call returned (of an output with "
             f"return_dict_in_generate, its .sequences), got {getattr(sequences, 'shape', type(sequences).__name__)}"
         )
-    (rows, width), first, last = sequences.shape, trace[0].length, trace[-1].length
+    (rows, width), first, last = sequences.shape, traced[0].length, traced[-1].length
     if rows != counts[0] or not first < width <= last + 1:
         raise ValueError(
             f"sequences are {rows} rows x {width} tokens, but the trace holds {counts[0]} rows of {first + 1} to "
             f"{last + 1}: pass what the traced call returned, prompts included. A trace of beam search, whose rows are "
             "beams that change places, has no such page"
         )
-    kept = [step for step in trace.steps if step.length < width]  # later ones were for drafts that were rejected
+    kept = [step for step in traced if step.length < width]  # later ones were for drafts that were rejected
     for t, step in enumerate(kept[:-1]):  # the last may have been recorded as a draft that was rejected in the end
         followed = sequences[:, step.length].to(step.taken.device)
         differs = step.live & (step.taken != UNKNOWN) & (step.taken != followed)

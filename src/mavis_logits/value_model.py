@@ -6,6 +6,7 @@ is a deterministic transition, Q_m(s, a) = V_m(s + a), so a decoder that reads s
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,61 +17,20 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
-from .adapters import fold, some_ids
+from .adapters import check_tensors, fold, put_on, some_ids
 from .attention import implementation_of
 from .backbone import Backbone
 from .backbone.anatomy import build, class_of_config, is_quantized, name_of_class
+from .checkpoints import Checkpoint, Options, look, read
 from .fingerprint import Identity
 from .hub.mixin import PushMixin
-from .loading import WEIGHTS, load_complete
-from .objectives import ObjectivesMixin, check_objectives
-
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-HEAD_WEIGHTS = "head.safetensors"
-
-
-class ValueModelConfig(ObjectivesMixin, PreTrainedConfig):
-    """Configuration of a `ValueModel`: its backbone and what it predicts.
-
-    Args:
-        backbone_config: configuration of the decoder, or the same as a dictionary.
-        backbone: Hub id of the model that an adapter repo's backbone is taken from (its first layers).
-        backbone_class: name of the decoder's class where `AutoModel` would make another of its configuration.
-        backbone_fingerprint, backbone_sketch: of those weights before training (`mavis_logits.fingerprint.Identity`),
-            so that an adapter on other weights is noticed.
-        pad_token_id: of the tokenizer; tells left padding apart.
-        objectives, reward_mean, reward_scale, tokenizer_fingerprint, base_model, base_revision, recipe, iteration:
-            see `ObjectivesMixin`.
-    """
-
-    model_type = "mavis_value"
-    sub_configs: ClassVar = {"backbone_config": AutoConfig}
-
-    def __init__(
-        self,
-        backbone_config: PreTrainedConfig | dict[str, Any] | None = None,
-        backbone: str | None = None,
-        backbone_class: str | None = None,
-        backbone_fingerprint: str | None = None,
-        backbone_sketch: str | None = None,
-        pad_token_id: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if isinstance(backbone_config, dict):
-            settings = self._decode_special_floats(dict(backbone_config))
-            backbone_config = CONFIG_MAPPING[settings.pop("model_type")](**settings)
-        self.backbone_config: PreTrainedConfig = backbone_config or CONFIG_MAPPING["llama"]()
-        self.backbone, self.backbone_class = backbone, backbone_class
-        self.backbone_fingerprint, self.backbone_sketch = backbone_fingerprint, backbone_sketch
-        kwargs = self._take_objectives(kwargs)
-        for name in ("attn_implementation", "experts_implementation"):  # those of the backbone would be taken from it
-            kwargs.setdefault(name, getattr(self.backbone_config, f"_{name}", None))
-        super().__init__(pad_token_id=pad_token_id, **kwargs)
+from .loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEAD_WEIGHTS, WEIGHTS, damage_is_os_error, load_complete
+from .objectives import check_objectives
+from .value_model_config import ValueModelConfig
 
 
 @dataclass
@@ -264,6 +224,11 @@ class ValueModel(PushMixin, PreTrainedModel):
             self._peft = []
             self.requires_grad_(False)
 
+    def merge_lora_if_exact(self) -> None:
+        """`merge_lora`, unless values would be others: what cannot be folded is right as it is, and a little slower."""
+        with contextlib.suppress(ValueError):
+            self.merge_lora()
+
     def values_of(self, hidden: Tensor) -> Tensor:
         """Values [..., M] in float32 and reward units, from the backbone's last hidden states [..., d]."""
         with torch.autocast(hidden.device.type, enabled=False):  # training may be in bfloat16, values are not
@@ -333,15 +298,40 @@ class ValueModel(PushMixin, PreTrainedModel):
             ValueError: neither a value model nor one of the formats above, a missing backbone or (with `check`) another
                 one, or an argument that has no effect on this format.
         """
-        from .checkpoints import Options, load_value_model
-
-        name = str(pretrained_model_name_or_path)
-        return load_value_model(cls, name, Options(backbone, None, merge, objectives, check), **kwargs)
+        return cls.load(str(pretrained_model_name_or_path), Options(backbone, None, merge, objectives, check), **kwargs)
 
     @classmethod
-    def _from_own_checkpoint(cls, name: str, **kwargs: Any) -> Any:
-        """`PreTrainedModel.from_pretrained`, which the public method stands before."""
-        return super().from_pretrained(name, **kwargs)
+    def load(cls, name: str, options: Options, **kwargs: Any) -> ValueModel:
+        """`from_pretrained` with all its options in one; raises as it."""
+        found = look(name, kwargs)
+        with damage_is_os_error(name):
+            if found.is_whole:
+                own = super().from_pretrained
+                return load_complete(own, name, "none", **found.arguments).eval()  # type: ignore[arg-type, no-any-return]
+            return cls._of(read(found, options), options.merge)
+
+    @classmethod
+    def _of(cls, checkpoint: Checkpoint, merge: bool) -> ValueModel:
+        """What was read, put together; an adapter is folded into the weights if `merge`."""
+        model = cls._assemble(checkpoint.config, checkpoint.trunk)
+        if checkpoint.lora is not None:
+            checkpoint.lora.inference_mode = merge
+            try:
+                model.add_lora(checkpoint.lora)
+            except (RuntimeError, ValueError) as error:  # PEFT's words for layers that are not there
+                raise ValueError(
+                    f"the adapter in {checkpoint.folder} does not fit the backbone given: {error}"
+                ) from error
+            assert model.lora is not None
+            put_on(model.lora, checkpoint.folder, checkpoint.adapter)
+        check_tensors(checkpoint.folder, checkpoint.head, model.head.state_dict())
+        model.head.load_state_dict(checkpoint.head)
+        model.eval()
+        if merge:
+            model.merge_lora_if_exact()
+        if checkpoint.attention is not None:
+            model.set_attn_implementation(checkpoint.attention)
+        return model if checkpoint.device is None else model.to(checkpoint.device)
 
 
 def _rolled(x: Tensor, shift: Tensor) -> Tensor:

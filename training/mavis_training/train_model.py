@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from mavis_logits.demo.smollm2 import load_chat_model
 from mavis_logits.fingerprint import parameters_fingerprint
-from mavis_logits.loading import find_file
-from mavis_logits.value_model import ADAPTER_CONFIG, ValueModel
+from mavis_logits.loading import ADAPTER_CONFIG, find_file
+from mavis_logits.value_model import ValueModel
 
 from .batches import TrainingSet
 from .data import (

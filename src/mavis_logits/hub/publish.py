@@ -11,7 +11,7 @@ from dataclasses import replace
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from huggingface_hub import CommitInfo, CommitOperation, CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import (
@@ -25,15 +25,10 @@ from huggingface_hub.utils import get_token, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from ..bundle import BUNDLE_FILE, Bundle, load_bundle, read_bundle
-from ..loading import WEIGHTS, one_line, read_json
-from ..value_model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEAD_WEIGHTS
+from ..loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEAD_WEIGHTS, WEIGHTS, one_line, read_json
 from .cards import CARD, CARD_DETAILS, KINDS, METRICS, CardDetails, render_bundle_card, render_folder
+from .generated import GENERATE_FILE, REQUIREMENTS_FILE, generate_source, requirements
 from .quality import require_foresight
-from .remote import GENERATE_FILE, REQUIREMENTS_FILE, generate_source, requirements
-
-if TYPE_CHECKING:
-    from ..value_head import ValueHead
-    from ..value_model import ValueModel
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy")
 _PUBLISHED = (
@@ -44,6 +39,13 @@ _IGNORED = (".git", ".cache", "__pycache__", ".DS_Store")
 # Of an earlier push these would be read, or run, beside or in place of the new ones.
 _REPLACED = ("config.json", BUNDLE_FILE, ADAPTER_CONFIG, CARD_DETAILS, METRICS)
 _CODE = (GENERATE_FILE, REQUIREMENTS_FILE)
+
+
+class Saved(Protocol):
+    """A value function in memory."""
+
+    def save_pretrained(self, save_directory: Path, **kwargs: Any) -> None:
+        """Write it into a folder."""
 
 
 def push_folder(
@@ -117,7 +119,7 @@ def push_folder(
 
 
 def push_function(
-    function: ValueModel | ValueHead,
+    function: Saved,
     repo_id: str,
     *,
     details: CardDetails | None = None,

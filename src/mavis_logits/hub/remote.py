@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import re
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -21,31 +20,9 @@ if TYPE_CHECKING:
 
     from ..strategies import MavisSampling
 
-GENERATE_FILE, REQUIREMENTS_FILE = "custom_generate/generate.py", "custom_generate/requirements.txt"
 _PREFIX = "mavis_"
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "code_revision", "proxies")
-_TEMPLATE = '''"""Steers by the value functions of this repository; all the work is done by the package mavis-logits."""
-
-from mavis_logits.hub.remote import steered_generate
-
-REPOSITORY = "{repository}"
-
-
-def generate(model, **arguments):
-    """`GenerationMixin.generate` with `mavis_weights=`, `mavis_beta=`, `mavis_top_k=` and so on."""
-    return steered_generate(model, REPOSITORY, __file__, **arguments)
-'''
 _strategies: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
-
-
-def generate_source(repository: str) -> str:
-    """The text of `custom_generate/generate.py` for a bundle in `repository`."""
-    return _TEMPLATE.format(repository=repository)
-
-
-def requirements() -> str:
-    """The text of `custom_generate/requirements.txt`, which transformers checks before it runs the code."""
-    return f"mavis-logits>={version('mavis-logits')}\n"
 
 
 def steered_generate(model: PreTrainedModel, repository: str, file: str, **arguments: Any) -> Any:

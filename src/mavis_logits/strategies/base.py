@@ -16,7 +16,6 @@ from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteri
 from ..backbone import Backbone
 from ..backbone.anatomy import given_cache, holds_tokens
 from ..given import says_something, unreadable
-from ..processor import MavisLogitsProcessor
 from ..steering import Steering
 from .arguments import arguments_of_call, check_call, check_config
 from .processors import RowProcessors
@@ -212,7 +211,7 @@ class MavisStrategy(Steering):
         for flag in () if self.shows_steps else ("output_scores", "output_logits"):
             if getattr(config, flag, None):
                 raise ValueError(f"{name} returns no scores of single steps: leave {flag} out")
-        if any(isinstance(processor, MavisLogitsProcessor) for processor in processors):
+        if any(isinstance(processor, Steering) for processor in processors):
             raise ValueError(f"{name} steers by itself: leave the MavisLogitsProcessor out of logits_processor")
         rows = len(input_ids)
         for setting, shared, what in ((self.weights, 1, "weights"), (self.beta, 0, "beta")):
