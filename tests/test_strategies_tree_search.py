@@ -109,7 +109,7 @@ def test_a_row_of_a_batch_searches_as_it_does_alone(
     value = functions(kind, base)
     weights, beta = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]), torch.tensor([0.5, 1.0, 2.0])
     settings: Any = {"num_simulations": 6, "block_length": length, "top_k": 5}
-    call: Any = {"do_sample": False, "max_new_tokens": 7, "min_new_tokens": 3, "repetition_penalty": 1.2}
+    call: Any = {"do_sample": False, "max_new_tokens": 7, "min_new_tokens": 3, "no_repeat_ngram_size": 2}
     together = base.generate(
         **prompts, custom_generate=MavisTreeSearch(value, weights, beta, **settings), eos_token_id=ENDS, **call
     )

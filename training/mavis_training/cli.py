@@ -223,7 +223,7 @@ def check_recipe(path: Path, kind: type) -> None:
 
 def _nearest(message: str, kind: type) -> str:
     """For an error about unrecognized arguments: the known flag nearest to the first of them."""
-    unknown = re.search(r"unrecognized arguments: --([\w.-]+)", message)
+    unknown = re.search(r"unrecognized arguments: --([\w.-]+)", message, re.IGNORECASE)
     near = difflib.get_close_matches(unknown[1].replace("-", "_"), get_type_hints(kind), n=1) if unknown else []
     return f"; did you mean --{near[0]}?" if near else ""
 

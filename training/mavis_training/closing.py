@@ -18,8 +18,8 @@ from .files import read_json
 from .iterate_config import IterateConfig
 from .label import LabelConfig, leaf_texts, load_tokenizer
 from .make_prompts import PromptsConfig
-from .train_head import TrainHeadConfig
-from .train_model import TrainModelConfig
+from .train_head_config import TrainHeadConfig
+from .train_model_config import TrainModelConfig
 from .tree_store import TreeStore
 
 _SHOWN = 160  # characters of an example

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mavis_training.demo_record import Measured, Setting, Stage
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from mavis_logits import MavisLogitsProcessor
-    from mavis_training.rewards import Reward
 
 OBJECTIVES = ("helpful", "humour")
 VALUE_HEAD = "model_cards/smollm2-135m-value-head"
@@ -29,38 +29,6 @@ STEERING: dict[str, dict[str, float | int | str]] = {
     "head": {"beta": 6.0, "top_k": 200, "normalize": "none"},
     "model": {"beta": 5.0, "top_k": 15, "normalize": "minmax"},  # the paper's
 }
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One way to answer: weight of each objective and strength beta. No weights: the model by itself."""
-
-    name: str
-    weights: dict[str, float] = field(default_factory=dict)
-    beta: float = 0.0
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What stays the same in all settings."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    prompts: list[str]
-    judges: dict[str, Reward]
-    seeds: int
-    max_new_tokens: int
-    temperature: float
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Answers for S seeds and P prompts in one setting, and arrays [S, P]: reward by objective, KL in nats."""
-
-    setting: Setting
-    answers: list[list[str]]
-    rewards: dict[str, np.ndarray]
-    kl: np.ndarray
 
 
 def main(argv: list[str]) -> int:

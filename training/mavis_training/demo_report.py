@@ -20,7 +20,7 @@ from mavis_training.evaluate import mean_and_error, with_error
 from mavis_training.files import write_json
 
 if TYPE_CHECKING:
-    from mavis_training.demo import Measured
+    from mavis_training.demo_record import Measured
 
 # Narrower columns than this are hard to read.
 _COLUMN_WIDTH = 28

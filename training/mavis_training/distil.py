@@ -30,17 +30,17 @@ from .settings import torch_dtype
 from .targets import node_targets
 from .teachers import Teacher, check_tokenizer, load_teachers, teacher_values
 from .train_model import (
-    LoraSettings,
-    TrainModelConfig,
     finished_model,
     save_trained,
     starting_model,
     training_origin,
 )
+from .train_model_config import LoraSettings, TrainModelConfig
+from .trainer_arguments import training_arguments
 from .training_record import Record, clear_checkpoints
 from .tree import Tree
 from .tree_store import TreeStore
-from .value_trainer import Validation, ValueTrainer, resume, training_arguments
+from .value_trainer import Validation, ValueTrainer, resume
 
 
 @dataclass(frozen=True)

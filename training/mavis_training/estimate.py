@@ -20,14 +20,14 @@ from rich.console import Console
 from rich.table import Table
 
 from .calibrate import HEAD_TREES, TREES, Calibration, Counts, Sample, spread
-from .collect import CollectConfig
+from .collect_config import CollectConfig
 from .data import load_trees
 from .label import LabelConfig, unlabelled
 from .prompts import read_prompts
 from .rewards import reward_digest
 from .states import states_path
-from .train_head import TrainHeadConfig
-from .train_model import TrainModelConfig
+from .train_head_config import TrainHeadConfig
+from .train_model_config import TrainModelConfig
 from .tree_store import METADATA_FILE, TreeStore
 
 

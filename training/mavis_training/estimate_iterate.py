@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .calibrate import HEAD_TREES, TREES, Calibration, Counts, Sample, spread
-from .collect import PolicyConfig
+from .collect_config import PolicyConfig
 from .estimate import Estimate, dry_run, estimate, scale, states_estimate, train_estimate
 from .iterate import STATE_FILE
 from .iterate_config import IterateConfig
 from .label import LabelConfig
 from .prompts import read_prompts
 from .stages import finished_stages
-from .train_head import TrainHeadConfig
+from .train_head_config import TrainHeadConfig
 from .tree_store import TreeStore
 from .validation import RESULT_FILE, Validator
 

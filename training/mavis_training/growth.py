@@ -5,14 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from .collect_config import CollectConfig
 from .tree import NODE_DTYPES, Tree
-
-if TYPE_CHECKING:
-    from .collect import CollectConfig
 
 
 @dataclass

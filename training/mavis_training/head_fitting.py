@@ -22,7 +22,7 @@ from .packing import pack
 from .soundness import fitting_warmup, require_finite
 
 if TYPE_CHECKING:
-    from .train_head import TrainHeadConfig
+    from .train_head_config import TrainHeadConfig
 
 
 @dataclass(frozen=True)

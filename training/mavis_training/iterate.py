@@ -27,6 +27,7 @@ from mavis_logits.fingerprint import Identity, tokenizer_fingerprint
 from .collect import PolicyConfig, collect, describe, load_policy
 from .files import replace_when_whole
 from .iterate_config import IterateConfig, IterationConfig
+from .iterate_record import Iterated
 from .iterate_report import write_report
 from .kept import digest, model_origin
 from .label import LabelConfig, label
@@ -46,27 +47,6 @@ __all__ = ["Iterated", "IterateConfig", "IterationConfig", "TargetKl", "Validati
 STATE_FILE = "iterate.json"
 # Settings of a trainer that say where, not what.
 _PLACES = ("store", "states", "output", "initial", "device", "fresh")
-
-
-@dataclass(frozen=True)
-class Iterated:
-    """A finished iteration.
-
-    Attributes:
-        zeta: KL penalty multiplier that V^i was trained with.
-        beta: of the policy that V^i guides.
-        policy: that policy.
-        stages: "collect", "label", "train" and "validate", with what they found and took.
-        measured: the policy on the validation prompts.
-        tried: in a target-KL schedule, every measurement that led to zeta and beta.
-    """
-
-    zeta: float
-    beta: float
-    policy: PolicyConfig
-    stages: dict[str, Stage]
-    measured: Measurement
-    tried: list[dict[str, Any]]
 
 
 def iterate(

@@ -10,11 +10,11 @@ import torch
 from mavis_logits import MavisConfig
 from mavis_logits.demo.chat import ChatTemplate
 
-from .collect import CollectConfig, PolicyConfig
+from .collect_config import CollectConfig, PolicyConfig
 from .schedule import TargetKl
 from .settings import from_mapping
-from .train_head import TrainHeadConfig
-from .train_model import TrainModelConfig
+from .train_head_config import TrainHeadConfig
+from .train_model_config import TrainModelConfig
 from .validation import ValidationConfig
 
 TRAINERS: dict[str, type[TrainModelConfig] | type[TrainHeadConfig]] = {

@@ -20,7 +20,8 @@ from .ranks import Ranks
 from .schedule import Measurement, gain
 
 if TYPE_CHECKING:
-    from .iterate import IterateConfig, Iterated
+    from .iterate_config import IterateConfig
+    from .iterate_record import Iterated
 
 RESULTS_FILE = "iterations.json"
 REPORT_FILE = "report.md"

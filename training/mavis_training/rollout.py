@@ -23,7 +23,7 @@ from .growth import Branch, Growth
 from .tree import Tree
 
 if TYPE_CHECKING:
-    from .collect import CollectConfig
+    from .collect_config import CollectConfig
 
 
 @torch.no_grad()

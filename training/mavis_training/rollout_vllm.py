@@ -17,7 +17,7 @@ from .tree import Tree
 if TYPE_CHECKING:
     from vllm import LLM
 
-    from .collect import CollectConfig
+    from .collect_config import CollectConfig
 
 _MISSING = (
     "backend 'vllm' needs the package vllm, which is not installed. Run: pip install \"mavis-logits[vllm]\" "

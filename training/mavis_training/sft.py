@@ -34,9 +34,10 @@ from .prompts import read_prompts
 from .settings import torch_dtype
 from .soundness import require_finite, require_precision
 from .targets import is_validation
-from .train_model import LoraSettings, lora_config
+from .train_model_config import LoraSettings, lora_config
+from .trainer_arguments import common_arguments
 from .training_record import Record, clear_checkpoints
-from .value_trainer import common_arguments, resume
+from .value_trainer import resume
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mavis_logits.demo.chat import ChatTemplate
 from mavis_logits.fingerprint import Identity
 
-from .collect import PolicyConfig
+from .collect_config import PolicyConfig
 from .completions import (
     Completions,
     complete_all,

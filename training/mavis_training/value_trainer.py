@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,87 +24,9 @@ from .data import LabelledTree
 from .metrics import Prediction, flatten, validation_metrics
 from .packing import pack, tree_terms
 from .soundness import fitting_warmup, require_finite, require_precision
-from .training_record import CHECKPOINTS, last_whole_checkpoint
-
-if TYPE_CHECKING:
-    from .train_model import TrainModelConfig
+from .training_record import last_whole_checkpoint
 
 TRAINABLE_WEIGHTS = "trainable.safetensors"
-# Arguments of Trainer that every training has a setting for.
-_SHARED_SETTINGS = {
-    "num_train_epochs": "epochs",
-    "per_device_train_batch_size": "batch_size",
-    "per_device_eval_batch_size": "batch_size",
-    "gradient_accumulation_steps": "gradient_accumulation",
-    "learning_rate": "learning_rate",
-    "weight_decay": "weight_decay",
-    "warmup_steps": "warmup_steps",
-    "seed": "seed",
-    "bf16": "bf16",
-}
-# Those that `trainer` must not name: the setting to use instead, or None if they are not to be changed at all.
-_OWN_SETTINGS: dict[str, str | None] = {
-    **_SHARED_SETTINGS,
-    "output_dir": "output",
-    "optim": "optimizer",
-    "max_grad_norm": "max_grad_norm",
-    "use_cpu": "device",
-    "label_names": None,
-    "prediction_loss_only": None,
-    "remove_unused_columns": None,
-}
-
-
-def check_trainer_arguments(given: Mapping[str, Any]) -> None:
-    """Raise `ValueError` for a name that `transformers.TrainingArguments` does not have, or that is set elsewhere."""
-    known = {field.name for field in fields(TrainingArguments) if field.init}
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "see the documentation of transformers for its arguments."
-            raise ValueError(f"trainer has the argument {name!r}, which transformers.TrainingArguments has not: {hint}")
-        if name in _OWN_SETTINGS:
-            own = _OWN_SETTINGS[name]
-            advice = f"use the setting {own!r} beside trainer." if own else "this trainer needs its own: leave it out."
-            raise ValueError(f"trainer has the argument {name!r}, which is not set there: {advice}")
-
-
-def common_arguments(config: Any) -> dict[str, Any]:
-    """Arguments of `Trainer` that every training has; checkpoints lie under `<output>/checkpoints`, once an epoch.
-
-    Args:
-        config: of `mavis train-model`, `distil` or `sft`.
-    """
-    folder = Path(config.output) / CHECKPOINTS
-    folder.mkdir(parents=True, exist_ok=True)
-    return {name: getattr(config, setting) for name, setting in _SHARED_SETTINGS.items()} | {
-        "output_dir": str(folder),
-        "use_cpu": config.device == "cpu",
-        "lr_scheduler_type": "linear",
-        "eval_strategy": "epoch",
-        "save_strategy": "epoch",
-        "logging_steps": 10,
-        "dataloader_pin_memory": False,
-    }
-
-
-def training_arguments(config: TrainModelConfig) -> TrainingArguments:
-    """Arguments of `ValueTrainer`; `config.trainer` overrides the defaults."""
-    arguments = common_arguments(config) | {
-        "optim": config.optimizer,
-        "max_grad_norm": config.max_grad_norm,
-        "label_names": ["targets"],
-        "prediction_loss_only": True,
-        "remove_unused_columns": False,
-        "train_sampling_strategy": "group_by_length",
-        "save_total_limit": 1,
-        "load_best_model_at_end": True,
-        "report_to": "none",
-        "logging_nan_inf_filter": False,  # else a loss that is NaN would be logged as 0
-        "include_num_input_tokens_seen": "all",
-        "ddp_find_unused_parameters": False,
-    }
-    return TrainingArguments(**(arguments | config.trainer))
 
 
 def resume(trainer: Trainer) -> None:

@@ -13,6 +13,8 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
+from ..backbone.anatomy import given_cache, holds_tokens
+
 _OWN_CACHE = "a strategy keeps caches of its own"
 _NO_ASSISTANT = "a strategy decodes without an assistant: use generate with a MavisLogitsProcessor"
 _RANKS = "the search strategies rank by values"
@@ -97,7 +99,7 @@ _NEAR = 12  # frames: wrappers of a strategy's call that may stand between
 
 
 def arguments_of_call(model: PreTrainedModel) -> dict[str, Any]:
-    """`streamer`, `assistant_model` and `synced_gpus` of the `generate` call of `model` that runs what asks.
+    """`streamer`, `assistant_model`, `synced_gpus` and a cache of the `generate` call of `model` that runs what asks.
 
     `generate` hands them to none that decodes in its place, nor anything else that tells of them. To ignore them would
     leave whoever reads the streamer waiting for ever, so they are looked up where they stand: they are arguments of a
@@ -110,6 +112,7 @@ def arguments_of_call(model: PreTrainedModel) -> dict[str, Any]:
             break
         if frame.f_code is _CALL and frame.f_locals.get("self") is model:
             given = {name: frame.f_locals.get(name) for name in ("streamer", "assistant_model", "synced_gpus")}
+            given["cache"] = given_cache(frame.f_locals.get("kwargs") or {})  # what generate prepares looks alike
             return {key: value for key, value in given.items() if value is not None}
     return {}
 
@@ -124,6 +127,12 @@ def check_call(name: str, model: PreTrainedModel, given: dict[str, Any]) -> None
     """
     if given.get("assistant_model") is not None:
         raise ValueError(f"{name} does not support assistant_model ({_NO_ASSISTANT}): leave it out")
+    if (cache := given.get("cache")) is not None:
+        if holds_tokens(cache):
+            raise ValueError(
+                f"{name} keeps caches of its own and cannot go on from past_key_values: give it the whole text so far"
+            )
+        raise ValueError(f"{name} keeps caches of its own and fills none that it is given: leave it out")
     ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
     if ranks and torch.distributed.get_world_size() > 1 and given.get("synced_gpus") is None:
         sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)

@@ -205,8 +205,6 @@ class MavisStrategy(Steering):
             raise ValueError(
                 f"{name} keeps caches of its own and cannot go on from past_key_values: give it the whole text so far"
             )
-        if cache is not None and getattr(cache, "_is_user_defined", False):
-            raise ValueError(f"{name} keeps caches of its own and fills none that it is given: leave it out")
         check_config(name, config, model.generation_config)
         for flag in () if self.shows_steps else ("output_scores", "output_logits"):
             if getattr(config, flag, None):
