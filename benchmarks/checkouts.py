@@ -117,7 +117,7 @@ def work(new_tokens: int) -> None:
     import torch
     import transformers
 
-    from mavis_logits.demo.smollm2 import load_chat_model
+    from mavis_logits.models import load_chat_model
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -28,11 +28,11 @@ from typing import Any
 import transformers
 
 from decode import machine, make_setup
-from mavis_logits.strategies import MavisSampling
+from mavis_logits.decoding.strategies import MavisSampling
+from mavis_training.base.files import write_json
 from mavis_training.collect import CollectConfig
-from mavis_training.files import write_json
-from mavis_training.iterate_config import LATER_TREES
-from mavis_training.rollout import sample_trees
+from mavis_training.iteration.config import LATER_TREES
+from mavis_training.sampling.rollout import sample_trees
 from measuring import Setting, decode
 from roofline import synchronize
 from setups import ROOT, Setup

@@ -25,17 +25,17 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mavis_logits.backbone import Backbone
-from mavis_logits.demo.smollm2 import load_chat_model
-from mavis_logits.value_head import ValueHead, ValueHeadConfig
-from mavis_training.data import LabelledTree, load_trees, reward_units
-from mavis_training.efficiency import baselines, sample_actions, steering_efficiency, steering_parts
-from mavis_training.files import read_json, write_json
-from mavis_training.head_fitting import Samples, StateValue, bootstrapped, fit, gather, sample_loss
-from mavis_training.metrics import validation_metrics
-from mavis_training.packing import pack, packed_inputs
-from mavis_training.states import compute_states, read_states
-from mavis_training.targets import stable_hash
+from mavis_logits.models import load_chat_model
+from mavis_logits.values.value_head import ValueHead, ValueHeadConfig
+from mavis_training.base.files import read_json, write_json
+from mavis_training.fitting.efficiency import baselines, sample_actions, steering_efficiency, steering_parts
+from mavis_training.fitting.head_fitting import Samples, StateValue, bootstrapped, fit, gather, sample_loss
+from mavis_training.fitting.metrics import validation_metrics
+from mavis_training.fitting.states import compute_states, read_states
 from mavis_training.train_head import TrainHeadConfig, predict
+from mavis_training.trees.data import LabelledTree, load_trees, reward_units
+from mavis_training.trees.packing import pack, packed_inputs
+from mavis_training.trees.targets import stable_hash
 
 LAST = -1  # layer
 ACTIONS = 8  # of the reference per state, in `steering_efficiency`
@@ -343,7 +343,7 @@ def table(runs: dict[str, dict[str, Any]], objectives: list[str]) -> str:
             f"| {name} | {folds} | {' | '.join(cells)} | {np.mean(means):.3f}{spread} | {seconds:.0f} | {size:,} |"
         )
     made = sorted({r["made"] for by_fold in runs.values() for r in by_fold.values()})
-    rows += ["", f"Gain, calibration and R2 per objective (`mavis_training.efficiency`). {'; '.join(made)}."]
+    rows += ["", f"Gain, calibration and R2 per objective (`mavis_training.fitting.efficiency`). {'; '.join(made)}."]
     return "\n".join(rows) + "\n"
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor
 
 from mavis_logits import ValueModel
-from mavis_logits.tilting import combine, normalize, tilt
+from mavis_logits.core.tilting import combine, normalize, tilt
 
 
 class Scheme(LogitsProcessor):

@@ -46,12 +46,19 @@ import torch
 import transformers
 from transformers import PrinterCallback, set_seed
 
-from mavis_logits.demo.smollm2 import load_chat_model
-from mavis_training.batches import TrainingSet
-from mavis_training.data import LabelledTree, load_trees, open_stores, reward_units, set_reward_units, split_by_prompt
-from mavis_training.targets import kept_nodes
+from mavis_logits.models import load_chat_model
+from mavis_training.fitting.batches import TrainingSet
+from mavis_training.fitting.value_trainer import Validation, ValueTrainer, training_arguments
 from mavis_training.train_model import LoraSettings, TrainModelConfig, starting_model
-from mavis_training.value_trainer import Validation, ValueTrainer, training_arguments
+from mavis_training.trees.data import (
+    LabelledTree,
+    load_trees,
+    open_stores,
+    reward_units,
+    set_reward_units,
+    split_by_prompt,
+)
+from mavis_training.trees.targets import kept_nodes
 
 ROOT = Path(__file__).parents[1]
 FORMS = {

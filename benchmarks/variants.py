@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mavis_logits import MavisLogitsProcessor
-from mavis_logits.strategies import MavisSampling
+from mavis_logits.decoding.strategies import MavisSampling
 from measuring import PLAIN, Setting, decode
 from roofline import Ceilings, Cost, adapters_cost, forward_cost, head_cost, logits_cost
 from schemes import RecomputedQueries, RecomputedRows, RepeatedCache, Scheme, SlowTwin

@@ -24,8 +24,8 @@ from transformers import (
 from mavis_logits import MavisBlockwise, MavisSampling, MavisTreeSearch, ValueHead, ValueModel
 from mavis_logits.backbone import Backbone, UnsupportedModel
 from mavis_logits.backbone.anatomy import arguments_of
-from mavis_logits.doctor import report
-from mavis_logits.scorer import LengthLimitedScorer, PlainScorer, RaggedScorer, RepeatedStateScorer, make_scorer
+from mavis_logits.commands.doctor import report
+from mavis_logits.scoring.scorer import LengthLimitedScorer, PlainScorer, RaggedScorer, RepeatedStateScorer, make_scorer
 from mavis_logits.testing import check_scorer, recompute_values
 from rare_models import IDS, RARE, SHAPE, make
 from tiny import ARCHITECTURES, PAD, VOCABULARY, make_base, make_head, make_value_model

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mavis_logits import MavisConfig, MavisLogitsProcessor, ValueModel
-from mavis_logits.fingerprint import tokenizer_fingerprint
+from mavis_logits.backbone.fingerprint import tokenizer_fingerprint
 from tiny import PAD, VOCABULARY, make_base, make_head, make_value_model
 
 IDS = torch.tensor([[5, 6, 7], [PAD, 8, 9]])

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mavis_logits import MavisLogitsProcessor, MavisSampling, ValueHead, ValueModel
 from mavis_logits.backbone import Backbone
-from mavis_logits.fingerprint import Identity, parameters_fingerprint
-from mavis_logits.needs import Needs
+from mavis_logits.backbone.fingerprint import Identity, parameters_fingerprint
+from mavis_logits.backbone.needs import Needs
 from tiny import PAD, VOCABULARY, make_base, make_head
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])

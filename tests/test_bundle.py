@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hub_server import HubServer
 from mavis_logits import MavisConfig, MavisLogitsProcessor, ValueModel, cli
-from mavis_logits.bundle import BUNDLE_FILE, FORMAT_VERSION, Bundle, BundleEntry, load_bundle
+from mavis_logits.hub.bundle import BUNDLE_FILE, FORMAT_VERSION, Bundle, BundleEntry, load_bundle
 from mavis_logits.hub.make_bundle import make_bundle
 from mavis_logits.hub.publish import push_folder
 from tiny import make_base, make_head, make_value_model

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Gemma2Config, Llama4TextConfig, LlamaConfig, MistralConfig
 
 from mavis_logits.backbone.anatomy import attention_windows
-from mavis_logits.cache import Feed, RaggedCache
+from mavis_logits.backbone.cache import Feed, RaggedCache
 
 HEADS, WIDTH = 2, 3
 

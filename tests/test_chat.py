@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from chat_model import chat_model
-from mavis_logits.demo.chat import answers, chat_inputs, encode_prompt
+from mavis_logits.core.chat import answers, chat_inputs, encode_prompt
 
 
 def test_prompts_are_user_turns_padded_on_the_left() -> None:

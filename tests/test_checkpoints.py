@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from mavis_logits import ValueModel
-from mavis_logits.fingerprint import weights_fingerprint
-from mavis_logits.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEAD_WEIGHTS
+from mavis_logits.backbone.fingerprint import weights_fingerprint
+from mavis_logits.hub.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEAD_WEIGHTS
 from tiny import PAD, make_base, make_value_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])

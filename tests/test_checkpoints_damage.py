@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import FalconH1Config, FalconH1ForCausalLM, LlamaForSequenceClassification
 
 from mavis_logits import MavisLogitsProcessor, ValueHead, ValueModel
-from mavis_logits.loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEAD_WEIGHTS
+from mavis_logits.hub.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEAD_WEIGHTS
 from tiny import PAD, make_base, make_head, make_value_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])

@@ -10,7 +10,7 @@ from importlib.metadata import EntryPoint
 import pytest
 
 from mavis_logits import cli
-from mavis_logits.generate_command import parse_values, parse_weights
+from mavis_logits.commands.generate import parse_values, parse_weights
 
 
 def commands_with(monkeypatch: pytest.MonkeyPatch, **functions: object) -> None:

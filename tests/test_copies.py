@@ -15,12 +15,7 @@ import torch
 from torch import Tensor
 
 from life_checks import IDS, KINDS, SETTINGS, functions, hooks, steer, write
-from mavis_logits import (
-    MavisBeamSearch,
-    MavisBestOfN,
-    MavisLogitsProcessor,
-    MavisSampling,
-)
+from mavis_logits import MavisBeamSearch, MavisBestOfN, MavisLogitsProcessor, MavisSampling
 from tiny import make_adapter, make_base, make_head
 
 

@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from mavis_logits.fingerprint import tokenizer_fingerprint, weights_fingerprint
+from mavis_logits.backbone.fingerprint import tokenizer_fingerprint, weights_fingerprint
 from tiny import make_base
 
 

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from mavis_logits import ValueHead, ValueModel
-from mavis_logits.fingerprint import tokenizer_fingerprint
-from mavis_logits.functions import ValueFunctions, load_value_functions
+from mavis_logits.backbone.fingerprint import tokenizer_fingerprint
+from mavis_logits.values.ensemble import ValueFunctions, load_value_functions
 from tiny import PAD, VOCABULARY, make_base, make_head, make_value_model
 
 

@@ -10,10 +10,10 @@ import torch
 from peft import LoraConfig
 
 from mavis_logits import MavisLogitsProcessor, ValueModel
-from mavis_logits.functions import ValueFunctions
-from mavis_logits.fused import FusedValueModel, StackedLoRALinear, fusable_groups, why_not_fused
-from mavis_logits.scorer import RaggedScorer, make_scorer
+from mavis_logits.scoring.scorer import RaggedScorer, make_scorer
 from mavis_logits.testing import check_scorer
+from mavis_logits.values.ensemble import ValueFunctions
+from mavis_logits.values.fused import FusedValueModel, StackedLoRALinear, fusable_groups, why_not_fused
 from tiny import PAD, VOCABULARY, make_adapter, make_base, make_value_model
 
 

@@ -14,9 +14,9 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, Log
 
 from generate_table import CALL, ENDS, FIELDS, GENERATE, MORE, PROMPTS, REFUSED, UNREAD, WORKS, Row, page
 from mavis_logits import MavisBeamSearch, MavisBestOfN, MavisLogitsProcessor, MavisSampling
-from mavis_logits.strategies.arguments import HONOURED
-from mavis_logits.strategies.arguments import REFUSED as NAMED
-from mavis_logits.strategies.sampling import sample_index
+from mavis_logits.decoding.strategies.arguments import HONOURED
+from mavis_logits.decoding.strategies.arguments import REFUSED as NAMED
+from mavis_logits.decoding.strategies.sampling import sample_index
 from mavis_logits.testing import recompute_head_values
 from tiny import PAD, make_base, make_head, make_value_model
 
@@ -207,7 +207,7 @@ def test_searches(row: Row) -> None:
 
 def test_a_field_that_a_newer_release_adds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     base, (call, _) = make_base(), arguments(FIELDS[0], strategy=True)
-    monkeypatch.setattr("mavis_logits.strategies.arguments.HONOURED", HONOURED - {"repetition_penalty"})
+    monkeypatch.setattr("mavis_logits.decoding.strategies.arguments.HONOURED", HONOURED - {"repetition_penalty"})
     assert torch.equal(run(base, call, custom_generate=strategy(base)), run(base, call, custom_generate=strategy(base)))
     with pytest.raises(ValueError, match=r"does not know repetition_penalty=1\.5"):
         run(base, call, custom_generate=strategy(base), repetition_penalty=1.5)

@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache, MaxLengthCriteria, PreTrainedModel, TextIteratorStreamer
 
 from mavis_logits import MavisBestOfN, MavisBlockwise, MavisSampling
-from mavis_logits.strategies.arguments import arguments_of_call
+from mavis_logits.decoding.strategies.arguments import arguments_of_call
 from strategy_checks import Collector, letter_tokenizer
 from tiny import PAD, make_base, make_value_model
 

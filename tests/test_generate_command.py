@@ -9,7 +9,7 @@ import pytest
 
 from chat_model import chat_model
 from mavis_logits import MavisConfig, ValueHead, ValueModel, cli
-from mavis_logits.fingerprint import tokenizer_fingerprint
+from mavis_logits.backbone.fingerprint import tokenizer_fingerprint
 from mavis_logits.hub.make_bundle import make_bundle
 
 

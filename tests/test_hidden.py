@@ -21,7 +21,7 @@ from transformers import (
 
 from mavis_logits import MavisLogitsProcessor
 from mavis_logits.backbone import Backbone
-from mavis_logits.hidden import HiddenStates
+from mavis_logits.backbone.hidden import HiddenStates
 from tiny import PAD, make_base, make_head
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])

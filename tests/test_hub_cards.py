@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from mavis_logits import MavisConfig
-from mavis_logits.bundle import Bundle, BundleEntry
+from mavis_logits.hub.bundle import Bundle, BundleEntry
 from mavis_logits.hub.cards import CardDetails, evaluation_of, highlights, render_bundle_card, render_card
 from tiny import make_value_model
 

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, TextIteratorStreamer, pipeline
 from chat_model import chat_model
 from hub_server import HubServer
 from mavis_logits import MavisConfig, MavisLogitsProcessor, ValueHead, ValueModel
-from mavis_logits.hub import remote
 from mavis_logits.hub.make_bundle import make_bundle
 from mavis_logits.hub.publish import push_folder
+from mavis_logits.plugs import custom_generate as remote
 
 IDS = torch.tensor([[5, 6, 7], [8, 9, 10]])
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 6}

@@ -12,7 +12,7 @@ import pytest
 
 from hub_server import HubServer
 from mavis_logits import cli
-from mavis_logits.bundle import Bundle
+from mavis_logits.hub.bundle import Bundle
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "docs/hub.md").read_text(), re.MULTILINE | re.DOTALL)

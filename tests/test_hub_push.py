@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from hub_server import HubServer, use_hub
 from mavis_logits import ValueHead, ValueModel, cli
 from mavis_logits.hub.cards import CardDetails
+from mavis_logits.hub.files import ADAPTER_WEIGHTS, HEAD_WEIGHTS
 from mavis_logits.hub.publish import checked_files, left_out, push_folder
-from mavis_logits.loading import ADAPTER_WEIGHTS, HEAD_WEIGHTS
 from tiny import make_base, make_head, make_value_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])

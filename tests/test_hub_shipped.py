@@ -14,7 +14,7 @@ import torch
 
 from hub_server import HubServer
 from mavis_logits import MavisConfig, ValueHead, ValueModel
-from mavis_logits.demo.chat import chat_inputs
+from mavis_logits.core.chat import chat_inputs
 from mavis_logits.hub.make_bundle import make_bundle
 from mavis_logits.hub.publish import push_folder
 

@@ -14,8 +14,8 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from mavis_logits.backbone.fingerprint import Identity, parameters_fingerprint
 from mavis_logits.backbone.weights import state_of
-from mavis_logits.fingerprint import Identity, parameters_fingerprint
 from rare_models import make
 from tiny import VOCABULARY, make_base
 

@@ -16,17 +16,10 @@ from torch import Tensor
 from transformers import CompileConfig
 
 from life_checks import IDS, KINDS, SETTINGS, functions, hooks, steer, write
-from mavis_logits import (
-    MavisBeamSearch,
-    MavisLogitsProcessor,
-    MavisSampling,
-    ValueHead,
-    ValueModel,
-    cli,
-)
-from mavis_logits.attention import IMPLEMENTATION, holding
-from mavis_logits.functions import ValueFunctions
-from mavis_logits.hidden import HiddenStates
+from mavis_logits import MavisBeamSearch, MavisLogitsProcessor, MavisSampling, ValueHead, ValueModel, cli
+from mavis_logits.backbone.attention import IMPLEMENTATION, holding
+from mavis_logits.backbone.hidden import HiddenStates
+from mavis_logits.values.ensemble import ValueFunctions
 from tiny import make_adapter, make_base, make_head, make_value_model
 
 # Hooks

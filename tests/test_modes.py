@@ -20,7 +20,7 @@ from mavis_logits import (
     ValueHead,
     ValueModel,
 )
-from mavis_logits.watch import Watch
+from mavis_logits.backbone.watch import Watch
 from tiny import EOS, PAD, make_adapter, make_base, make_head, make_value_model
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])

@@ -26,8 +26,8 @@ from transformers import (
 
 from chat_model import chat_model
 from mavis_logits import MavisLogitsProcessor, ValueHead, ValueModel
-from mavis_logits.fingerprint import tokenizer_fingerprint
-from mavis_logits.pipeline import TASK, MavisTextGenerationPipeline
+from mavis_logits.backbone.fingerprint import tokenizer_fingerprint
+from mavis_logits.plugs.pipeline import TASK, MavisTextGenerationPipeline
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 6}
 PROMPTS = ["w5 w6 w7", "w8"]

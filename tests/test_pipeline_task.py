@@ -11,9 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, TextIteratorS
 
 from chat_model import chat_model
 from mavis_logits import MavisLogitsProcessor, ValueHead, ValueModel
-from mavis_logits.fingerprint import tokenizer_fingerprint
-from mavis_logits.pipeline import TASK, MavisTextGenerationPipeline
-from mavis_logits.strategies import MavisSampling
+from mavis_logits.backbone.fingerprint import tokenizer_fingerprint
+from mavis_logits.decoding.strategies import MavisSampling
+from mavis_logits.plugs.pipeline import TASK, MavisTextGenerationPipeline
 
 PROMPT = "w5 w6 w7"
 CHAT = [{"role": "user", "content": "w8 w9"}]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from mavis_logits import MavisLogitsProcessor, MavisSampling, ValueHead, ValueModel
 from mavis_logits.backbone import Backbone
-from mavis_logits.fingerprint import Identity
+from mavis_logits.backbone.fingerprint import Identity
 from tiny import PAD, VOCABULARY, make_base, make_head, make_value_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mavis_logits.rows import Plan, RowTracker, Tokens, ended_rows, strip_padding
+from mavis_logits.scoring.rows import Plan, RowTracker, Tokens, ended_rows, strip_padding
 
 PAD, EOS = 0, 1
 # Three tokens only, so that prefixes are shared and candidates chosen often.

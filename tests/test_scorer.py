@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from mavis_logits import ValueModel
-from mavis_logits.fused import FusedValueModel
-from mavis_logits.rows import RowTracker
-from mavis_logits.scorer import RaggedScorer, RepeatedStateScorer, ValueScorer, make_scorer
+from mavis_logits.scoring.rows import RowTracker
+from mavis_logits.scoring.scorer import RaggedScorer, RepeatedStateScorer, ValueScorer, make_scorer
 from mavis_logits.testing import check_scorer, recompute_values
+from mavis_logits.values.fused import FusedValueModel
 from tiny import ARCHITECTURES, VOCABULARY, make_adapter, make_value_model
 
 UNCACHED = {"bloom", "mamba"}  # Bloom's attention takes no mask of ours; Mamba's state is not addressed by token

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from mavis_logits.demo import smollm2
+from mavis_logits.models import load_chat_model
 from tiny_models import tiny_llama, tiny_tokenizer
 
 
@@ -92,7 +93,7 @@ def test_a_model_without_chat_template_and_an_adapter_of_it(tmp_path: Path) -> N
     tokenizer.pad_token = None
     for save in (base.save_pretrained, tokenizer.save_pretrained):
         save(tmp_path / "base")
-    loaded, reads = smollm2.load_chat_model(str(tmp_path / "base"))
+    loaded, reads = load_chat_model(str(tmp_path / "base"))
     assert reads.chat_template is None
     assert (reads.pad_token, reads.padding_side) == (reads.eos_token, "left")
 
@@ -101,7 +102,7 @@ def test_a_model_without_chat_template_and_an_adapter_of_it(tmp_path: Path) -> N
     ids = torch.tensor([[3, 4, 5]])
     with torch.no_grad():
         expected, plain = tuned(ids).logits, base(ids).logits
-        merged, _ = smollm2.load_chat_model(str(tmp_path / "adapter"))
+        merged, _ = load_chat_model(str(tmp_path / "adapter"))
         assert type(merged) is LlamaForCausalLM
         assert merged.name_or_path == str(tmp_path / "adapter")
         torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-4)

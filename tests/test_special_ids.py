@@ -21,10 +21,10 @@ from transformers import (
 )
 
 from mavis_logits import MavisLogitsProcessor, MavisSampling, ValueHead
-from mavis_logits.functions import special_tokens
-from mavis_logits.given import unreadable
-from mavis_logits.rows import ended_rows, guess_padding
+from mavis_logits.decoding.given import unreadable
+from mavis_logits.scoring.rows import ended_rows, guess_padding
 from mavis_logits.testing import algorithm_2
+from mavis_logits.values.ensemble import special_tokens
 from tiny import EOS, PAD, VOCABULARY, make_base, make_head, make_value_model
 
 K, BETA, END = 6, 3.0, 96

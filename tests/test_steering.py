@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mavis_logits.steering import Steering
+from mavis_logits.steering.steering import Steering
 from tiny import VOCABULARY, make_base, make_head, make_value_model
 
 HEAD = make_head(make_base(), "a", "b")

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mavis_logits import MavisSampling
-from mavis_logits.strategies.beams import draw_distinct, first_alike, ranking
-from mavis_logits.strategies.session import Session
+from mavis_logits.decoding.strategies.beams import draw_distinct, first_alike, ranking
+from mavis_logits.decoding.strategies.session import Session
 from tiny import make_base, make_head, make_value_model
 
 tables = st.integers(1, 3).flatmap(

@@ -25,7 +25,7 @@ def words_of(rows):
 @pytest.fixture
 def words(monkeypatch):
     # Its fingerprint cannot be taken, and the tiny value functions have none to compare it with.
-    monkeypatch.setattr("mavis_logits.needs.tokenizer_fingerprint", lambda tokenizer: "words")
+    monkeypatch.setattr("mavis_logits.backbone.needs.tokenizer_fingerprint", lambda tokenizer: "words")
     return Words()
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mavis_logits import MavisBlockwise, MavisSampling
-from mavis_logits.strategies.session import Session
-from mavis_logits.strategies.worst_case import worst_case_weights
+from mavis_logits.decoding.strategies.session import Session
+from mavis_logits.decoding.strategies.worst_case import worst_case_weights
 from strategy_checks import ENDS, FULL, WEIGHTS, Collector, Damage, StopAfter, functions, recompute, written
 from tiny import PAD, make_adapter, make_base, make_value_model
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from mavis_logits import MavisBeamSearch, MavisBestOfN, MavisBlockwise, MavisSampling, ValueHead
-from mavis_logits.strategies.session import Session
+from mavis_logits.decoding.strategies.session import Session
 from mavis_logits.testing import recompute_head_values, recompute_values
 from strategy_checks import ENDS, Damage
 from tiny import PAD, VOCABULARY, make_base, make_head, make_value_model

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mavis_logits.strategies.tree import Children, Node, Tree
+from mavis_logits.decoding.strategies.tree import Children, Node, Tree
 
 
 def children(log_priors: list[float], scores: list[float]) -> Children:

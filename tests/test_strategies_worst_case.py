@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mavis_logits.strategies.worst_case import worst_case_weights
+from mavis_logits.decoding.strategies.worst_case import worst_case_weights
 
 Floats = NDArray[np.float64]
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from mavis_logits import MavisLogitsProcessor, MavisSampling
-from mavis_logits.attention import IMPLEMENTATION, holding
-from mavis_logits.holds import Holds
+from mavis_logits.backbone.attention import IMPLEMENTATION, holding
+from mavis_logits.core.holds import Holds
 from tiny import EOS, PAD, make_base, make_head, make_value_model
 
 SETTINGS: dict[str, Any] = {"top_k": 6, "pad_token_id": PAD, "eos_token_id": EOS}
@@ -261,7 +261,7 @@ def test_no_child_is_born_with_a_lock_that_nobody_will_open() -> None:
     modules = [nn.Linear(1, 1) for _ in range(3)]
 
     def busy() -> None:
-        from mavis_logits.hooks import before
+        from mavis_logits.backbone.hooks import before
 
         while not stop.is_set():
             holding(base).release()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
-from mavis_logits.tilting import MAX_BETA, combine, kl_divergence, normalize, solve_beta, tilt
+from mavis_logits.core.tilting import MAX_BETA, combine, kl_divergence, normalize, solve_beta, tilt
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 METHODS = ["minmax", "gap", "center", "none"]

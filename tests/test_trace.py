@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mavis_logits import MavisLogitsProcessor
-from mavis_logits.tilting import combine, normalize
-from mavis_logits.trace import KEPT, MavisStats, MavisTrace, TraceStep
+from mavis_logits.core.tilting import combine, normalize
+from mavis_logits.steering.trace import KEPT, MavisStats, MavisTrace, TraceStep
 from tiny import EOS, PAD, VOCABULARY, make_base, make_head, make_value_model
 
 
@@ -179,7 +179,7 @@ def test_stats_and_trace_over_a_whole_vocabulary_are_exact(
     prompts: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against Algorithm 2 over all tokens in float64, from the base model's scores and the head's values."""
-    monkeypatch.setattr("mavis_logits.trace.KEPT", 8)
+    monkeypatch.setattr("mavis_logits.steering.trace.KEPT", 8)
     base = make_base()
     head, weights, beta = make_head(base, "a", "b"), torch.tensor([0.3, 0.7]), 4.0
     mavis = MavisLogitsProcessor(

@@ -19,9 +19,9 @@ from tokenizers.models import BPE, WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from mavis_logits import MavisLogitsProcessor
-from mavis_logits.strategies import MavisSampling
-from mavis_logits.trace import MavisTrace
-from mavis_logits.trace_html import SHOWN, Speller, percent, signed, value, visible
+from mavis_logits.decoding.strategies import MavisSampling
+from mavis_logits.steering.trace import MavisTrace
+from mavis_logits.steering.trace_html import SHOWN, Speller, percent, signed, value, visible
 from tiny import EOS, PAD, VOCABULARY, make_base, make_head
 
 PROMPT = [5, 6]

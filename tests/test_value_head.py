@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
-from mavis_logits import ValueHead, ValueHeadConfig, value_head
+from mavis_logits import ValueHead, ValueHeadConfig
 from mavis_logits.backbone import Backbone
-from mavis_logits.fingerprint import weights_fingerprint
+from mavis_logits.backbone.fingerprint import weights_fingerprint
+from mavis_logits.values import value_head
 from tiny import ARCHITECTURES, VOCABULARY, make_base, make_head
 
 WIDTH = 32  # of the tiny base models

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 from mavis_logits import ValueModel, ValueModelConfig
-from mavis_logits.fingerprint import weights_fingerprint
-from mavis_logits.loading import ADAPTER_WEIGHTS, HEAD_WEIGHTS
+from mavis_logits.backbone.fingerprint import weights_fingerprint
+from mavis_logits.hub.files import ADAPTER_WEIGHTS, HEAD_WEIGHTS
 from tiny import ARCHITECTURES, PAD, make_base, make_value_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])

@@ -5,10 +5,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .core.moved import MOVED, moved
+
 if TYPE_CHECKING:
-    from .config import MavisConfig
-    from .processor import MavisLogitsProcessor
-    from .strategies import (
+    from .core.config import MavisConfig
+    from .decoding.processor import MavisLogitsProcessor
+    from .decoding.strategies import (
         MavisBeamSearch,
         MavisBestOfN,
         MavisBlockwise,
@@ -17,26 +19,27 @@ if TYPE_CHECKING:
         MavisStrategy,
         MavisTreeSearch,
     )
-    from .value_head import ValueHead, ValueHeadConfig
-    from .value_model import ValueModel, ValueModelConfig, ValueModelOutput
+    from .values.value_head import ValueHead, ValueHeadConfig
+    from .values.value_model import ValueModel, ValueModelConfig, ValueModelOutput
 
 _MODULES = {
-    "MavisBeamSearch": "strategies",
-    "MavisBestOfN": "strategies",
-    "MavisBlockwise": "strategies",
-    "MavisConfig": "config",
-    "MavisLogitsProcessor": "processor",
-    "MavisOutput": "strategies",
-    "MavisSampling": "strategies",
-    "MavisStrategy": "strategies",
-    "MavisTreeSearch": "strategies",
-    "ValueHead": "value_head",
-    "ValueHeadConfig": "value_head",
-    "ValueModel": "value_model",
-    "ValueModelConfig": "value_model",
-    "ValueModelOutput": "value_model",
+    "MavisBeamSearch": "decoding.strategies",
+    "MavisBestOfN": "decoding.strategies",
+    "MavisBlockwise": "decoding.strategies",
+    "MavisConfig": "core.config",
+    "MavisLogitsProcessor": "decoding.processor",
+    "MavisOutput": "decoding.strategies",
+    "MavisSampling": "decoding.strategies",
+    "MavisStrategy": "decoding.strategies",
+    "MavisTreeSearch": "decoding.strategies",
+    "ValueHead": "values.value_head",
+    "ValueHeadConfig": "values.value_head",
+    "ValueModel": "values.value_model",
+    "ValueModelConfig": "values.value_model",
+    "ValueModelOutput": "values.value_model",
 }
 __all__ = sorted(_MODULES)
+moved(__name__, MOVED)
 
 
 def __getattr__(name: str) -> Any:

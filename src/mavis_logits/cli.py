@@ -36,10 +36,10 @@ SUMMARIES = {
 }
 # Those that need no extra, and so are there from the first.
 OWN = {
-    "generate": "mavis_logits.generate_command:main",
-    "doctor": "mavis_logits.doctor:main",
-    "bundle": "mavis_logits.hub.commands:bundle",
-    "push": "mavis_logits.hub.commands:push",
+    "generate": "mavis_logits.commands.generate:main",
+    "doctor": "mavis_logits.commands.doctor:main",
+    "bundle": "mavis_logits.commands.hub:bundle",
+    "push": "mavis_logits.commands.hub:push",
 }
 # The extras of this distribution that a command needs.
 EXTRAS = {"generate": "demo", "doctor": "demo", "demo": "demo,training"}

@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .backbone import Backbone
-from .rows import RowTracker, Tokens
-from .scorer import ValueScorer
-from .value_head import ValueHead
-from .value_model import ValueModel
+from .scoring.rows import RowTracker, Tokens
+from .scoring.scorer import ValueScorer
+from .values.value_head import ValueHead
+from .values.value_model import ValueModel
 
 
 @torch.no_grad()

@@ -14,8 +14,9 @@ from peft import LoraConfig
 from torch import Tensor
 
 from mavis_logits import MavisLogitsProcessor, MavisSampling, ValueModel
-from mavis_training.data import LabelledTree
-from mavis_training.packing import (
+from mavis_training.fitting.value_trainer import value_loss
+from mavis_training.trees.data import LabelledTree
+from mavis_training.trees.packing import (
     node_examples,
     packed_inputs,
     plain_inputs,
@@ -23,9 +24,8 @@ from mavis_training.packing import (
     term_inputs,
     tree_example,
 )
-from mavis_training.targets import node_targets
-from mavis_training.tree import Tree
-from mavis_training.value_trainer import value_loss
+from mavis_training.trees.targets import node_targets
+from mavis_training.trees.tree import Tree
 from model_twins import (
     BETA,
     GREEDY,

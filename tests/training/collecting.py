@@ -10,8 +10,8 @@ import numpy as np
 
 from chat_model import chat_model
 from mavis_training.collect import CollectConfig
-from mavis_training.tree import Tree
-from mavis_training.tree_store import TreeStore
+from mavis_training.trees.tree import Tree
+from mavis_training.trees.tree_store import TreeStore
 
 SHAPE: dict[str, Any] = {"max_new_tokens": 8, "layers": 3, "root_children": 3, "children": 2, "prompts_per_shard": 2}
 

@@ -86,7 +86,7 @@ def server() -> multiprocessing.context.ForkServerContext:
     """What starts processes: forks of one that has imported this module and computed nothing yet."""
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["killing", "mavis_logits.value_model", "mavis_logits.value_head"])
+    context.set_forkserver_preload(["killing", "mavis_logits.values.value_model", "mavis_logits.values.value_head"])
     first = context.Process(target=print)  # waits for these imports, so that no stage's time counts them
     first.start()
     first.join()

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mavis_training.tree import Tree
-from mavis_training.tree_store import StoreMetadata, TreeStore
+from mavis_training.trees.tree import Tree
+from mavis_training.trees.tree_store import StoreMetadata, TreeStore
 from tiny_models import TOKENIZER
 
 

@@ -13,7 +13,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from mavis_training.classifier import ClassifierReward, ClassifierSettings
+from mavis_training.rewards.classifier import ClassifierReward, ClassifierSettings
 from tiny_models import WORDS, tiny_tokenizer
 
 PROMPTS = ["w1", "w2 w3 w4", "w5", "w6 w7"]

@@ -7,11 +7,11 @@ import pytest
 from collecting import config as collect_config
 from collecting import write_inputs
 from mavis_training.collect import collect
-from mavis_training.data import load_trees, split_by_prompt
 from mavis_training.label import LabelConfig, label
 from mavis_training.train_head import TrainHeadConfig, train_head
 from mavis_training.train_model import LoraSettings, TrainModelConfig, train_model
-from mavis_training.tree_store import TreeStore
+from mavis_training.trees.data import load_trees, split_by_prompt
+from mavis_training.trees.tree_store import TreeStore
 from tiny_models import tiny_llama, tiny_tokenizer
 
 REWARDS = {"low": "text_rewards:low"}

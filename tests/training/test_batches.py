@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mavis_logits.backbone import Backbone
-from mavis_logits.value_model import ValueModel
-from mavis_training.batches import Collator, GroupedBatches, ReadingSet, TrainingSet, collect_values
-from mavis_training.data import LabelledTree
-from mavis_training.packing import pack
-from mavis_training.targets import kept_nodes, node_targets
+from mavis_logits.values.value_model import ValueModel
+from mavis_training.fitting.batches import Collator, GroupedBatches, ReadingSet, TrainingSet, collect_values
+from mavis_training.trees.data import LabelledTree
+from mavis_training.trees.packing import pack
+from mavis_training.trees.targets import kept_nodes, node_targets
 from random_trees import random_tree
 from tiny_models import tiny_llama
 

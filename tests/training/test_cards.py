@@ -8,11 +8,11 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from mavis_logits.value_head import ValueHead
-from mavis_logits.value_model import ValueModel
+from mavis_logits.values.value_head import ValueHead
+from mavis_logits.values.value_model import ValueModel
 from mavis_training.cards import CardConfig, write_card
 from mavis_training.cli import read_config
-from mavis_training.metrics import FRACTIONS
+from mavis_training.fitting.metrics import FRACTIONS
 from tiny_models import tiny_llama
 
 

@@ -11,9 +11,9 @@ import collecting
 from chat_model import chat_model
 from collecting import config, content
 from mavis_training import collect as collect_module
+from mavis_training.base.ranks import Ranks
 from mavis_training.collect import CollectConfig, collect, plan_shards
-from mavis_training.ranks import Ranks
-from mavis_training.tree_store import TreeStore
+from mavis_training.trees.tree_store import TreeStore
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mavis_training.data import load_trees, recipe_of, split_by_prompt
+from mavis_training.trees.data import load_trees, recipe_of, split_by_prompt
 from random_trees import make_store, random_tree
 
 

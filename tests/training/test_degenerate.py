@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mavis_training.soundness import fitting_warmup, require_finite
+from mavis_training.fitting.soundness import fitting_warmup, require_finite
 from mavis_training.train_head import TrainHeadConfig, train_head
 from mavis_training.train_model import LoraSettings, TrainModelConfig, train_model
 from random_trees import make_store, random_tree, share_of_low

@@ -11,8 +11,8 @@ from rich.console import Console, RenderableType
 
 from chat_model import chat_model
 from mavis_logits import MavisLogitsProcessor, ValueHead
-from mavis_training import demo
-from mavis_training import demo_report as report
+from mavis_training.demo import demo
+from mavis_training.demo import report as report
 
 OBJECTIVES = demo.OBJECTIVES
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from mavis_logits.value_head import ValueHead
-from mavis_logits.value_model import ValueModel
+from mavis_logits.values.value_head import ValueHead
+from mavis_logits.values.value_model import ValueModel
 from mavis_training import distil as distilling
 from mavis_training.cards import CardConfig, write_card
-from mavis_training.data import open_stores
 from mavis_training.distil import DistilConfig, agreement, distil, taught_trees
-from mavis_training.teachers import VALUES_FOLDER, load_teachers
+from mavis_training.fitting.teachers import VALUES_FOLDER, load_teachers
 from mavis_training.train_model import LoraSettings
+from mavis_training.trees.data import open_stores
 from random_trees import make_store, random_tree
 from tiny_models import TOKENIZER, tiny_llama, tiny_mamba, tiny_tokenizer
 from trainings import assert_same_values, killed_after, watched

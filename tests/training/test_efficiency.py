@@ -7,10 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mavis_training.data import LabelledTree
-from mavis_training.efficiency import baselines, leaf_shares, sample_actions, steering_efficiency, steering_parts
-from mavis_training.targets import node_targets
-from mavis_training.tree import Tree
+from mavis_training.fitting.efficiency import (
+    baselines,
+    leaf_shares,
+    sample_actions,
+    steering_efficiency,
+    steering_parts,
+)
+from mavis_training.trees.data import LabelledTree
+from mavis_training.trees.targets import node_targets
+from mavis_training.trees.tree import Tree
 from random_trees import random_tree
 
 REFERENCE = np.array([0.4, 0.3, 0.2, 0.1])

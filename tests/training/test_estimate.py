@@ -15,17 +15,17 @@ from rich.console import Console
 from collecting import config as collect_config
 from collecting import write_inputs
 from mavis_training import cli
-from mavis_training.calibrate import Calibration, Counts, Sample, spread
+from mavis_training.base.ranks import join
 from mavis_training.collect import collect
-from mavis_training.estimate import Estimate, dry_run, estimate, human_bytes, human_time, scale, table
-from mavis_training.estimate_iterate import dry_run as dry_run_of_any
+from mavis_training.estimates.calibrate import Calibration, Counts, Sample, spread
+from mavis_training.estimates.estimate import Estimate, dry_run, estimate, human_bytes, human_time, scale, table
+from mavis_training.estimates.iteration import dry_run as dry_run_of_any
 from mavis_training.iterate import IterateConfig, IterationConfig, TargetKl, ValidationConfig
+from mavis_training.iteration.stages import StageLog
 from mavis_training.label import LabelConfig, label
-from mavis_training.ranks import join
-from mavis_training.stages import StageLog
 from mavis_training.train_head import TrainHeadConfig, train_head
 from mavis_training.train_model import LoraSettings, TrainModelConfig
-from mavis_training.tree_store import TreeStore
+from mavis_training.trees.tree_store import TreeStore
 from random_trees import random_tree
 
 REWARDS = {"low": "text_rewards:low"}

@@ -8,10 +8,10 @@ import pytest
 from huggingface_hub import DatasetCard, HfApi
 from huggingface_hub.errors import HFValidationError
 
-from mavis_logits.fingerprint import tokenizer_fingerprint
+from mavis_logits.backbone.fingerprint import tokenizer_fingerprint
 from mavis_training.export import ExportConfig, export, trees_of
-from mavis_training.targets import log_ratios
-from mavis_training.tree_store import StoreMetadata, TreeStore
+from mavis_training.trees.targets import log_ratios
+from mavis_training.trees.tree_store import StoreMetadata, TreeStore
 from random_trees import random_tree
 from tiny_models import tiny_tokenizer
 

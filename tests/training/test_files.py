@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mavis_training.files import read_json, read_json_lines, replace_when_whole, write_bytes, write_json
-from mavis_training.tree_store import StoreMetadata, TreeStore
+from mavis_training.base.files import read_json, read_json_lines, replace_when_whole, write_bytes, write_json
+from mavis_training.trees.tree_store import StoreMetadata, TreeStore
 from random_trees import random_tree
 
 

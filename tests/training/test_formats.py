@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mavis_training.formats import ASSISTANT, FORMATS, SUMMARIZE, Columns, Dropped, Limits, hh_turns
+from mavis_training.base.formats import ASSISTANT, FORMATS, SUMMARIZE, Columns, Dropped, Limits, hh_turns
 
 HH, TLDR, COLUMN = FORMATS["hh"], FORMATS["summarize"], FORMATS["column"]
 TALK = "\n\nHuman: How do I bake bread?\n\nAssistant: Mix flour.\n\nHuman: And then?\n\nAssistant: Knead it."

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from mavis_logits.value_head import ValueHead
-from mavis_training.data import LabelledTree
-from mavis_training.head_fitting import Samples, bootstrapped, gather
-from mavis_training.packing import pack
-from mavis_training.targets import node_targets
+from mavis_logits.values.value_head import ValueHead
+from mavis_training.fitting.head_fitting import Samples, bootstrapped, gather
 from mavis_training.train_head import TrainHeadConfig
+from mavis_training.trees.data import LabelledTree
+from mavis_training.trees.packing import pack
+from mavis_training.trees.targets import node_targets
 from random_trees import random_tree
 from tiny_models import tiny_llama
 

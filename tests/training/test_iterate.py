@@ -17,9 +17,10 @@ from collecting import assert_alike
 from iterating import SHARED, TRAINING, TREES, make, write_inputs
 from mavis_logits import ValueHead, ValueModel
 from mavis_training import iterate as module
-from mavis_training import train_head, validation
+from mavis_training import train_head
 from mavis_training.iterate import IterationConfig, TargetKl, iterate
-from mavis_training.tree_store import Shard, TreeStore
+from mavis_training.measure import validation
+from mavis_training.trees.tree_store import Shard, TreeStore
 from test_ranks import finish, launch
 
 

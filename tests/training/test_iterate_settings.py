@@ -13,8 +13,8 @@ from iterating import TREES, make, write_inputs
 from mavis_training import iterate as module
 from mavis_training.collect import CollectConfig, collect
 from mavis_training.iterate import IterationConfig, TargetKl, iterate, why_stop
-from mavis_training.schedule import Measurement
-from mavis_training.tree_store import TreeStore
+from mavis_training.measure.schedule import Measurement
+from mavis_training.trees.tree_store import TreeStore
 
 
 @pytest.fixture(scope="module")

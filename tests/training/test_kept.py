@@ -12,16 +12,16 @@ import torch
 from safetensors.torch import save_file
 
 from chat_model import chat_model
-from mavis_logits.value_head import ValueHead
+from mavis_logits.values.value_head import ValueHead
 from mavis_training import evaluate as evaluating
-from mavis_training import kept
+from mavis_training.base import kept
 from mavis_training.collect import CollectConfig, collect
-from mavis_training.data import open_stores
 from mavis_training.evaluate import EvaluateConfig, evaluate
+from mavis_training.fitting.trainer_arguments import training_arguments
 from mavis_training.train_head import TrainHeadConfig, train_head
 from mavis_training.train_head import training_origin as head_origin
 from mavis_training.train_model import LoraSettings, TrainModelConfig, starting_model, train_model, training_origin
-from mavis_training.value_trainer import training_arguments
+from mavis_training.trees.data import open_stores
 from random_trees import make_store, random_tree, share_of_low
 from tiny_models import tiny_llama
 from trainings import assert_same_values, killed_after, watched

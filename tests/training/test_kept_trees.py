@@ -12,11 +12,11 @@ import torch
 
 import collecting
 import iterating
-from mavis_logits.value_head import ValueHead
+from mavis_logits.values.value_head import ValueHead
 from mavis_training.collect import CollectConfig, PolicyConfig, collect
 from mavis_training.iterate import IterateConfig, IterationConfig, iterate
 from mavis_training.label import LabelConfig, label
-from mavis_training.tree_store import TreeStore
+from mavis_training.trees.tree_store import TreeStore
 
 # Other values of what shapes a tree; of places, other content; None: shapes none.
 COLLECTED = {

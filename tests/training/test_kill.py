@@ -17,7 +17,7 @@ import pytest
 
 import killing
 from collecting import assert_alike
-from mavis_training.tree_store import TreeStore
+from mavis_training.trees.tree_store import TreeStore
 
 KILLS = 20
 pytestmark = pytest.mark.slow

@@ -8,9 +8,10 @@ import os
 import numpy as np
 import pytest
 
-from mavis_logits.fingerprint import tokenizer_fingerprint
-from mavis_training.label import LabelConfig, label, leaf_texts
-from mavis_training.tree_store import StoreMetadata, TreeStore
+from mavis_logits.backbone.fingerprint import tokenizer_fingerprint
+from mavis_training.label import LabelConfig, label
+from mavis_training.trees.tree import leaf_texts
+from mavis_training.trees.tree_store import StoreMetadata, TreeStore
 from random_trees import random_tree
 from tiny_models import tiny_tokenizer
 

@@ -6,8 +6,8 @@ import json
 import pytest
 from datasets import Dataset, DatasetDict
 
+from mavis_training.base.prompts import encode_prompts, read_prompts
 from mavis_training.make_prompts import PromptsConfig, load_rows, make_prompts
-from mavis_training.prompts import encode_prompts, read_prompts
 from tiny_models import tiny_tokenizer
 
 

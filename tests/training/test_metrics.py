@@ -3,10 +3,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mavis_training.data import LabelledTree
-from mavis_training.metrics import Prediction, correlation, flatten, r_squared, sibling_pairs, validation_metrics
-from mavis_training.packing import pack
-from mavis_training.targets import node_targets
+from mavis_training.fitting.metrics import (
+    Prediction,
+    correlation,
+    flatten,
+    r_squared,
+    sibling_pairs,
+    validation_metrics,
+)
+from mavis_training.trees.data import LabelledTree
+from mavis_training.trees.packing import pack
+from mavis_training.trees.targets import node_targets
 from random_trees import random_tree
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from chat_model import chat_model
 from mavis_logits.cli import main
-from mavis_logits.generate_command import main as generate
+from mavis_logits.commands.generate import main as generate
 from mavis_training import closing
 
 REWARD = '''

@@ -9,9 +9,10 @@ from peft import LoraConfig
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaModel, Qwen2Config, Qwen2ForCausalLM
 
 from mavis_logits.backbone import Backbone
-from mavis_logits.value_model import ValueModel
-from mavis_training.data import LabelledTree
-from mavis_training.packing import (
+from mavis_logits.values.value_model import ValueModel
+from mavis_training.fitting.value_trainer import value_loss
+from mavis_training.trees.data import LabelledTree
+from mavis_training.trees.packing import (
     node_examples,
     pack,
     packed_inputs,
@@ -20,8 +21,7 @@ from mavis_training.packing import (
     term_inputs,
     tree_example,
 )
-from mavis_training.targets import kept_nodes, node_targets
-from mavis_training.value_trainer import value_loss
+from mavis_training.trees.targets import kept_nodes, node_targets
 from random_trees import random_tree
 from rare_models import RARE, make
 from tiny import ARCHITECTURES

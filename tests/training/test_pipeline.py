@@ -14,11 +14,11 @@ import text_rewards
 from chat_model import chat_model
 from mavis_training import collect as collect_module
 from mavis_training import evaluate as evaluate_module
+from mavis_training.base.prompts import encode_prompts
 from mavis_training.cards import CardConfig, write_card
 from mavis_training.collect import CollectConfig, collect
 from mavis_training.evaluate import EvaluateConfig, evaluate
 from mavis_training.label import LabelConfig, label
-from mavis_training.prompts import encode_prompts
 from mavis_training.train_head import TrainHeadConfig, train_head
 from mavis_training.train_model import LoraSettings, TrainModelConfig, train_model
 

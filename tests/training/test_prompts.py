@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mavis_training.prompts import read_prompts
+from mavis_training.base.prompts import read_prompts
 
 
 def test_rows_keep_their_columns_and_the_limit_holds(tmp_path):

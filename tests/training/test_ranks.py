@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 import collecting
 from chat_model import chat_model
+from mavis_training.base.ranks import Ranks, join
 from mavis_training.collect import collect
 from mavis_training.label import LabelConfig, label
-from mavis_training.ranks import Ranks, join
-from mavis_training.tree_store import TreeStore
+from mavis_training.trees.tree_store import TreeStore
 
 
 @given(st.lists(st.integers()), st.integers(1, 9))

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mavis_training.classifier import ClassifierSettings
+from mavis_training.base.formats import SUMMARIZE, Limits
 from mavis_training.cli import read_config
 from mavis_training.distil import DistilConfig
 from mavis_training.evaluate import EvaluateConfig
-from mavis_training.formats import SUMMARIZE, Limits
 from mavis_training.iterate import IterateConfig
 from mavis_training.make_prompts import PromptsConfig
-from mavis_training.rewards import split_spec
+from mavis_training.rewards.classifier import ClassifierSettings
+from mavis_training.rewards.load import split_spec
 from mavis_training.sft import SftConfig
 from mavis_training.train_model import LoraSettings
 

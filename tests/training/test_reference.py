@@ -9,14 +9,14 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from chat_model import chat_model
-from mavis_logits.value_model import ValueModel
+from mavis_logits.values.value_model import ValueModel
+from mavis_training.base.prompts import encode_prompts
 from mavis_training.collect import CollectConfig, collect
-from mavis_training.completions import complete, steerings
-from mavis_training.data import LabelledTree
-from mavis_training.prompts import encode_prompts
-from mavis_training.reference import Reference, require_trees_fit
-from mavis_training.targets import node_targets
-from mavis_training.tree_store import TreeStore
+from mavis_training.measure.completions import complete, steerings
+from mavis_training.sampling.reference import Reference, require_trees_fit
+from mavis_training.trees.data import LabelledTree
+from mavis_training.trees.targets import node_targets
+from mavis_training.trees.tree_store import TreeStore
 from random_trees import random_tree, share_of_low
 from tiny_models import tiny_llama
 

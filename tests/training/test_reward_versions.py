@@ -6,11 +6,11 @@ import functools
 
 import pytest
 
-from mavis_logits.fingerprint import tokenizer_fingerprint
+from mavis_logits.backbone.fingerprint import tokenizer_fingerprint
 from mavis_training.label import LabelConfig, label
-from mavis_training.reward_identity import object_digest
-from mavis_training.rewards import load_reward, reward_digest
-from mavis_training.tree_store import StoreMetadata, TreeStore
+from mavis_training.rewards.identity import object_digest
+from mavis_training.rewards.load import load_reward, reward_digest
+from mavis_training.trees.tree_store import StoreMetadata, TreeStore
 from random_trees import random_tree
 from tiny_models import tiny_tokenizer
 

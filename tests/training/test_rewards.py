@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
-from mavis_training.rewards import compute_rewards, describe_spec, load_reward
+from mavis_training.rewards.load import compute_rewards, describe_spec, load_reward
 from tiny_models import tiny_llama, tiny_tokenizer
 
 
@@ -91,12 +91,12 @@ def test_a_decoder_classifier_finds_the_last_token(tmp_path):
 
 
 def test_import_paths():
-    assert load_reward("mavis_training.targets:stable_hash")
-    for spec in ("mavis_training.nothing:f", "mavis_training.targets:nothing"):
+    assert load_reward("mavis_training.trees.targets:stable_hash")
+    for spec in ("mavis_training.nothing:f", "mavis_training.trees.targets:nothing"):
         with pytest.raises(ValueError, match="cannot be imported"):
             load_reward(spec)
     with pytest.raises(ValueError, match="expected a function"):
-        load_reward("mavis_training.files:TEMPORARY_SUFFIX")
+        load_reward("mavis_training.base.files:TEMPORARY_SUFFIX")
 
 
 def test_a_missing_model_is_a_clear_error(tmp_path):

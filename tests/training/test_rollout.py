@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mavis_logits import MavisConfig
-from mavis_logits.steering import Steering
+from mavis_logits.steering.steering import Steering
 from mavis_training.collect import CollectConfig
-from mavis_training.growth import Growth, extension_length
-from mavis_training.rollout import sample_trees
+from mavis_training.sampling.growth import Growth, extension_length
+from mavis_training.sampling.rollout import sample_trees
 from tiny import make_base, make_head, make_value_model
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12]]

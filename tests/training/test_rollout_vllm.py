@@ -14,10 +14,10 @@ import collecting
 from chat_model import chat_model
 from collecting import config
 from mavis_training import collect as collect_module
-from mavis_training import rollout_vllm
+from mavis_training.base.ranks import Ranks
 from mavis_training.collect import collect
-from mavis_training.ranks import Ranks
-from mavis_training.tree_store import TreeStore
+from mavis_training.sampling import rollout_vllm
+from mavis_training.trees.tree_store import TreeStore
 from tiny_models import tiny_llama
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mavis_training.schedule import Measurement, TargetKl, find_zeta, gain, improves, raise_beta
+from mavis_training.measure.schedule import Measurement, TargetKl, find_zeta, gain, improves, raise_beta
 
 GRID = [1.0, 2.0, 3.0, 4.0, 6.0]
 SIZES = st.lists(st.floats(0, 30), min_size=5, max_size=5)

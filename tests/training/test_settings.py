@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from mavis_training.base.settings import from_mapping
 from mavis_training.cli import check_recipe, read_config
-from mavis_training.settings import from_mapping
 
 
 @dataclass(frozen=True)

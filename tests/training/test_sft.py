@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from chat_model import chat_model
-from mavis_logits.demo.smollm2 import load_chat_model
+from mavis_logits.models import load_chat_model
 from mavis_training.collect import CollectConfig, collect
 from mavis_training.sft import SftConfig, encode_pair, examples, sft
 from mavis_training.train_model import LoraSettings

@@ -1,8 +1,8 @@
 """Theorem 1 of the paper and its lemmas (appendix B), on random small decision processes.
 
-Policy improvement is `mavis_logits.tilting.tilt` with beta = 1 / eta, so that these tests tie the theory to the code
+Policy improvement is `mavis_logits.core.tilting.tilt` with beta = 1 / eta, so that these tests tie the theory to the code
 that steers. The second half is the language model's own case, a tree of tokens without discount, where equation 6's
-targets (`mavis_training.targets`) are held against the theorem.
+targets (`mavis_training.trees.targets`) are held against the theorem.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mavis_logits.tilting import kl_divergence, tilt
-from mavis_training.targets import log_ratios, node_targets
-from mavis_training.tree import Tree
+from mavis_logits.core.tilting import kl_divergence, tilt
+from mavis_training.trees.targets import log_ratios, node_targets
+from mavis_training.trees.tree import Tree
 
 seeds = st.integers(0, 100_000)
 

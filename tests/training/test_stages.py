@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from mavis_training.ranks import Ranks
-from mavis_training.stages import StageLog as Log
+from mavis_training.base.ranks import Ranks
+from mavis_training.iteration.stages import StageLog as Log
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mavis_training.targets import is_validation, kept_nodes, log_ratios, node_targets, root_target
+from mavis_training.trees.targets import is_validation, kept_nodes, log_ratios, node_targets, root_target
 from random_trees import random_tree
 
 seeds = st.integers(0, 10_000)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from mavis_logits.value_head import ValueHead
-from mavis_logits.value_model import ValueModel
-from mavis_training.teachers import VALUES_FOLDER, Teacher, check_tokenizer, load_teachers, teacher_values
+from mavis_logits.values.value_head import ValueHead
+from mavis_logits.values.value_model import ValueModel
+from mavis_training.fitting.teachers import VALUES_FOLDER, Teacher, check_tokenizer, load_teachers, teacher_values
 from random_trees import add_shard, make_store, random_tree
 from tiny_models import TOKENIZER, tiny_llama, tiny_mamba
 

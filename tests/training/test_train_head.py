@@ -10,12 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mavis_logits.value_head import ValueHead
-from mavis_training import states as states_module
-from mavis_training.data import set_reward_units
-from mavis_training.packing import pack
-from mavis_training.states import compute_states, read_states, states_path, tree_states
+from mavis_logits.values.value_head import ValueHead
+from mavis_training.fitting import states as states_module
+from mavis_training.fitting.states import compute_states, read_states, states_path, tree_states
 from mavis_training.train_head import TrainHeadConfig, starting_head, train_head
+from mavis_training.trees.data import set_reward_units
+from mavis_training.trees.packing import pack
 from random_trees import add_shard, make_store, random_tree, share_of_low
 from tiny_models import TOKENIZER, tiny_llama
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mavis_logits.value_model import ValueModel
-from mavis_training.data import load_trees, reward_units, split_by_prompt
+from mavis_logits.values.value_model import ValueModel
 from mavis_training.train_model import LoraSettings, TrainModelConfig, train_model
+from mavis_training.trees.data import load_trees, reward_units, split_by_prompt
 from random_trees import make_store, random_tree, share_of_low
 from tiny_models import TOKENIZER, tiny_llama, tiny_mamba
 from trainings import assert_same_values, killed_after, watched

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mavis_training.tree_store import FORMAT_VERSION, StoreMetadata, Tree, TreeStore
+from mavis_training.trees.tree_store import FORMAT_VERSION, StoreMetadata, Tree, TreeStore
 from random_trees import random_tree
 
 

@@ -14,10 +14,10 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForSequenceClassification
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from mavis_logits.rewards import compute_rewards
-from mavis_training.classifier import ClassifierReward, ClassifierSettings
+from mavis_logits.core.rewards import compute_rewards
 from mavis_training.label import label_trees
-from mavis_training.rewards import load_reward
+from mavis_training.rewards.classifier import ClassifierReward, ClassifierSettings
+from mavis_training.rewards.load import load_reward
 from random_trees import random_tree
 from tiny_models import WORDS, tiny_llama, tiny_tokenizer
 

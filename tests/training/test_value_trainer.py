@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import save_file
 
 from mavis_logits.backbone import Backbone
-from mavis_logits.value_model import ValueModel
-from mavis_training.batches import TrainingSet
-from mavis_training.packing import packed_inputs, term_inputs
-from mavis_training.targets import kept_nodes
+from mavis_logits.values.value_model import ValueModel
+from mavis_training.fitting.batches import TrainingSet
+from mavis_training.fitting.trainer_arguments import training_arguments
+from mavis_training.fitting.value_trainer import TRAINABLE_WEIGHTS, Validation, ValueTrainer, value_loss
 from mavis_training.train_model import LoraSettings, TrainModelConfig, lora_config, train_model
-from mavis_training.value_trainer import TRAINABLE_WEIGHTS, Validation, ValueTrainer, training_arguments, value_loss
+from mavis_training.trees.packing import packed_inputs, term_inputs
+from mavis_training.trees.targets import kept_nodes
 from random_trees import make_store, random_tree
 from test_batches import labelled
 from tiny_models import tiny_llama

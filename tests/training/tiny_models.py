@@ -8,7 +8,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
-from mavis_logits.fingerprint import tokenizer_fingerprint
+from mavis_logits.backbone.fingerprint import tokenizer_fingerprint
 
 WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(47))]
 

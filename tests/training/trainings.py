@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from mavis_logits.value_model import ValueModel
-from mavis_training.value_trainer import ValueTrainer
+from mavis_logits.values.value_model import ValueModel
+from mavis_training.fitting.value_trainer import ValueTrainer
 
 
 class Killed(BaseException):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mavis_logits.hub.cards import CARD, CARD_DETAILS, KINDS, METRICS, CardDetails, evaluation_of, render_folder
 
-from .files import read_json, replace_when_whole
+from .base.files import read_json, replace_when_whole
 
 
 @dataclass(frozen=True)

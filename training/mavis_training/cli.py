@@ -18,7 +18,7 @@ from typing import TypeVar, get_origin, get_type_hints
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from .settings import check_keys, nested
+from .base.settings import check_keys, nested
 
 Config = TypeVar("Config")
 Result = TypeVar("Result")
@@ -150,7 +150,7 @@ def run_or_estimate(
         result = run(config)
         tell(lambda: closing(config, result))
         return
-    from .estimate_iterate import dry_run
+    from .estimates.iteration import dry_run
 
     dry_run(config)
 

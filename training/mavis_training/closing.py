@@ -12,15 +12,17 @@ import numpy as np
 
 from mavis_logits.hub.cards import METRICS
 from mavis_logits.hub.quality import foresight, weaknesses
+from mavis_logits.models import load_tokenizer
 
+from .base.files import read_json
 from .evaluate import COMBINED, EvaluateConfig, markdown
-from .files import read_json
-from .iterate_config import IterateConfig
-from .label import LabelConfig, leaf_texts, load_tokenizer
+from .fitting.head_config import TrainHeadConfig
+from .fitting.model_config import TrainModelConfig
+from .iteration.config import IterateConfig
+from .label import LabelConfig
 from .make_prompts import PromptsConfig
-from .train_head_config import TrainHeadConfig
-from .train_model_config import TrainModelConfig
-from .tree_store import TreeStore
+from .trees.tree import leaf_texts
+from .trees.tree_store import TreeStore
 
 _SHOWN = 160  # characters of an example
 

@@ -17,22 +17,21 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrain
 
 from mavis_logits import MavisConfig
 from mavis_logits.backbone.anatomy import longest_sequence
-from mavis_logits.demo.smollm2 import MODEL_ID, converted_folder, load_chat_model
-from mavis_logits.fingerprint import Identity, parameters_fingerprint, tokenizer_fingerprint
-from mavis_logits.steering import Steering
+from mavis_logits.backbone.fingerprint import Identity, parameters_fingerprint, tokenizer_fingerprint
+from mavis_logits.models import folder_of, full_name, load_chat_model, load_tokenizer
+from mavis_logits.steering.steering import Steering
 
-from . import rollout_vllm
-from .collect_config import CollectConfig as CollectConfig
-from .collect_config import PolicyConfig as PolicyConfig
-from .kept import as_json
-from .label import load_tokenizer
-from .prompts import encode_prompts, read_prompts
-from .ranks import Ranks, join
-from .reference import Reference, contexts, eos_token_ids, require_room
-from .rollout import sample_trees
-from .settings import torch_dtype
-from .tree import Tree
-from .tree_store import METADATA_FILE, StoreMetadata, TreeStore
+from .base.kept import as_json
+from .base.prompts import encode_prompts, read_prompts
+from .base.ranks import Ranks, join
+from .base.settings import torch_dtype
+from .sampling import rollout_vllm
+from .sampling.config import CollectConfig as CollectConfig
+from .sampling.config import PolicyConfig as PolicyConfig
+from .sampling.reference import Reference, contexts, eos_token_ids, require_room
+from .sampling.rollout import sample_trees
+from .trees.tree import Tree
+from .trees.tree_store import METADATA_FILE, StoreMetadata, TreeStore
 
 Backend = Literal["transformers", "vllm"]
 
@@ -61,7 +60,7 @@ def collect(
 ) -> TreeStore:
     """Sample one tree for every prompt that has none yet. Killed at any instant, a rerun goes on where it stood.
 
-    Several processes (`mavis_training.ranks`) share the shards that are still to be written. Their numbers and contents
+    Several processes (`mavis_training.base.ranks`) share the shards that are still to be written. Their numbers and contents
     are those that one process would write.
 
     Args:
@@ -186,14 +185,14 @@ def vllm_sampler(
             f"backend 'vllm' runs in one process, which uses several GPUs by itself; got {ranks.count}. Start it "
             "without accelerate launch, with vllm: {tensor_parallel_size: ...}"
         )
-    folder = str(converted_folder()) if config.model in ("smollm2", MODEL_ID) else config.model
+    folder = folder_of(config.model)
     tokenizer = tokenizer or load_tokenizer(folder)
     longest = config.max_prompt_tokens + config.max_new_tokens
     context = longest_sequence(AutoConfig.from_pretrained(folder).get_text_config(decoder=True))
     engine = rollout_vllm.load_engine(folder, config.dtype, min(longest, context or longest), config.vllm)
     eos = eos_token_ids(_generation(folder), tokenizer)
     metadata = StoreMetadata(
-        model=MODEL_ID if config.model == "smollm2" else config.model,
+        model=full_name(config.model),
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         sampling=config.sampling(),
         reference=Reference(frozenset(eos), tokenizer.pad_token_id).record(),

@@ -16,31 +16,26 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, set_seed
 
-from mavis_logits.demo.smollm2 import load_chat_model
-from mavis_logits.fingerprint import tokenizer_fingerprint
-from mavis_logits.value_model import ValueModel
+from mavis_logits.backbone.fingerprint import tokenizer_fingerprint
+from mavis_logits.models import DEFAULT_MODEL, load_chat_model
+from mavis_logits.values.value_model import ValueModel
 
-from .batches import TrainingSet
-from .data import LabelledTree, is_held_out, open_stores, recipe_of, set_reward_units, split_by_prompt
-from .files import write_json
-from .kept import model_origin
-from .metrics import Prediction, correlation, r_squared, sibling_pairs, validation_metrics
-from .packing import Example, pack, require_packable
-from .settings import torch_dtype
-from .targets import node_targets
-from .teachers import Teacher, check_tokenizer, load_teachers, teacher_values
-from .train_model import (
-    finished_model,
-    save_trained,
-    starting_model,
-    training_origin,
-)
-from .train_model_config import LoraSettings, TrainModelConfig
-from .trainer_arguments import training_arguments
-from .training_record import Record, clear_checkpoints
-from .tree import Tree
-from .tree_store import TreeStore
-from .value_trainer import Validation, ValueTrainer, resume
+from .base.files import write_json
+from .base.kept import model_origin
+from .base.record import Record, clear_checkpoints
+from .base.settings import torch_dtype
+from .fitting.batches import TrainingSet
+from .fitting.metrics import Prediction, correlation, r_squared, sibling_pairs, validation_metrics
+from .fitting.model_config import LoraSettings, TrainModelConfig
+from .fitting.teachers import Teacher, check_tokenizer, load_teachers, teacher_values
+from .fitting.trainer_arguments import training_arguments
+from .fitting.value_trainer import Validation, ValueTrainer, resume
+from .train_model import finished_model, save_trained, starting_model, training_origin
+from .trees.data import LabelledTree, is_held_out, open_stores, recipe_of, set_reward_units, split_by_prompt
+from .trees.packing import Example, pack, require_packable
+from .trees.targets import node_targets
+from .trees.tree import Tree
+from .trees.tree_store import TreeStore
 
 
 @dataclass(frozen=True)
@@ -79,10 +74,10 @@ class DistilConfig:
     store: str | list[str]
     teachers: dict[str, str]
     output: str
-    model: str | None = "smollm2"
+    model: str | None = DEFAULT_MODEL
     keep_values: bool = True
     initial: str | None = None
-    backbone: str = "smollm2"
+    backbone: str = DEFAULT_MODEL
     num_layers: int | None = None
     lora: LoraSettings = field(default_factory=LoraSettings)
     epochs: float = 3.0

@@ -14,14 +14,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mavis_logits.demo.chat import ChatTemplate
-from mavis_logits.demo.smollm2 import load_chat_model
+from mavis_logits.core.chat import ChatTemplate
+from mavis_logits.models import DEFAULT_MODEL, load_chat_model
 
-from .completions import (
+from .base.files import write_json
+from .base.kept import model_origin
+from .base.prompts import encode_prompts, read_prompts
+from .base.settings import torch_dtype
+from .measure.completions import (
     Completions,
     check_setting,
     complete_all,
@@ -32,16 +35,12 @@ from .completions import (
     steerings,
     write_completions,
 )
-from .files import write_json
-from .kept import model_origin
-from .prompts import encode_prompts, read_prompts
-from .reference import Reference, contexts, require_room
-from .rewards import Reward, RewardSpec, describe_spec, load_reward, split_spec
-from .settings import torch_dtype
+from .measure.summary import Rewards, gains, reward_cell, summarise, taken, with_error
+from .rewards.load import Reward, RewardSpec, describe_spec, load_reward, split_spec
+from .sampling.reference import Reference, contexts, require_room
 
 COMBINED = "combined"
 _BY_REWARD = ", best by reward"
-Rewards = dict[str, NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class EvaluateConfig:
     limit: int | None = 100
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     max_new_tokens: int = 48
-    model: str = "smollm2"
+    model: str = DEFAULT_MODEL
     chat_template: ChatTemplate = "auto"
     dtype: str = "float32"
     batch_size: int = 50
@@ -185,7 +184,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             value = perplexity(path, done, prompts, base, config.batch_size, origins[name])
             results["settings"][name]["perplexity"] = value
     results["contrasts"] = [
-        {"setting": a, "against": b} | _gains(scored[a][1], scored[b][1], plain, len(rows)) for a, b in config.contrasts
+        {"setting": a, "against": b} | gains(scored[a][1], scored[b][1], plain, len(rows)) for a, b in config.contrasts
     ]
     output = Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -261,56 +260,6 @@ def _kept(config: EvaluateConfig, origins: Mapping[str, dict[str, Any]]) -> dict
     return {name: read_completions(path, origins[name]) for name, path in paths.items() if path.exists()}
 
 
-def taken(done: Completions, rewards: Rewards, which: NDArray[np.int_]) -> tuple[Completions, Rewards]:
-    """Of the n completions of every prompt, number `which` [S * P], with its rewards."""
-    rows = np.arange(len(done.prompt_ids)) * done.returned + which
-    ratios = None if done.log_ratios is None else [done.log_ratios[row] for row in rows]
-    kept = Completions(done.prompt_ids, [done.texts[row] for row in rows], [done.lengths[row] for row in rows], ratios)
-    return kept, {name: values[rows] for name, values in rewards.items()}
-
-
-def _gains(rewards: Rewards, against: Rewards, plain: Rewards, prompts: int) -> dict[str, Any]:
-    """By objective, how much higher the rewards are, in standard deviations of the unsteered ones; None where these do
-    not vary."""
-    gains: dict[str, Any] = {}
-    for name, values in rewards.items():
-        deviation = plain[name].std()
-        gain, error = mean_and_error((values - against[name]) / deviation, prompts) if deviation > 0 else (None, None)
-        gains[name] = {"gain_sd": gain, "gain_sd_error": error}
-    return gains
-
-
-def summarise(done: Completions, rewards: Rewards, plain: Rewards, prompts: int) -> dict[str, Any]:
-    """Means with standard errors over prompts; gains in standard deviations of the unsteered reward."""
-    summary: dict[str, Any] = {"completions": len(done.texts)}
-    gains = _gains(rewards, plain, plain, prompts)
-    for objective, values in rewards.items():
-        mean, error = mean_and_error(values, prompts)
-        summary[objective] = {"reward": mean, "error": error} | gains[objective]
-    kl, kl_error = (None, None) if done.log_ratios is None else mean_and_error(np.asarray(done.log_ratios), prompts)
-    return summary | {
-        "kl": kl,
-        "kl_error": kl_error,
-        "tokens": float(np.mean(done.lengths)),
-        **{f"distinct_{n}": distinct(done.texts, n) for n in (1, 2, 3)},
-    }
-
-
-def distinct(texts: Sequence[str], n: int) -> float:
-    """Share of different ones among all runs of n words within a text."""
-    words = [text.split() for text in texts]
-    runs = [tuple(text[i : i + n]) for text in words for i in range(len(text) - n + 1)]
-    return len(set(runs)) / max(1, len(runs))
-
-
-def mean_and_error(values: NDArray[np.float64], prompts: int) -> tuple[float, float | None]:
-    """Mean of [seeds * prompts] values, and its standard error with the prompt as the unit of sampling; of one prompt
-    none is known."""
-    by_prompt = np.asarray(values, dtype=np.float64).reshape(-1, prompts).mean(axis=0)
-    error = float(by_prompt.std(ddof=1) / np.sqrt(prompts)) if prompts > 1 else None
-    return float(by_prompt.mean()), error
-
-
 def markdown(results: Mapping[str, Any]) -> str:
     """The results as Markdown: a table of the settings and, if there are any, one of the contrasts."""
     config = results["config"]
@@ -344,19 +293,6 @@ def markdown(results: Mapping[str, Any]) -> str:
         + f"{results['machine']}; {versions}; {results['date']}."
     )
     return "\n".join([*lines, "", note, ""])
-
-
-def with_error(value: float | None, error: float | None, form: str = ".2f") -> str:
-    """A number with its standard error, as far as the two are known."""
-    if value is None:
-        return "n/a"
-    return f"{value:{form}}" + (f" ± {error:{form.lstrip('+')}}" if error is not None else "")
-
-
-def reward_cell(measured: Mapping[str, Any]) -> str:
-    """A mean reward with its error and, in brackets, the gain; "constant" where rewards that do not vary have none."""
-    gain = "constant" if measured["gain_sd"] is None else f"{measured['gain_sd']:+.2f}"
-    return f"{with_error(measured['reward'], measured['error'])} ({gain})"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:

@@ -17,14 +17,14 @@ from huggingface_hub.utils import validate_repo_id
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from mavis_logits.fingerprint import tokenizer_fingerprint
+from mavis_logits.backbone.fingerprint import tokenizer_fingerprint
 from mavis_logits.hub.publish import push_errors
+from mavis_logits.models import load_tokenizer
 
-from .files import replace_when_whole
-from .label import load_tokenizer
-from .targets import node_targets
-from .tree import Tree
-from .tree_store import TreeStore
+from .base.files import replace_when_whole
+from .trees.targets import node_targets
+from .trees.tree import Tree
+from .trees.tree_store import TreeStore
 
 _TEMPLATE = Path(__file__).parent / "dataset_card_template.md"
 _IDS = List(Value("int32"))

@@ -1,7 +1,7 @@
 """Algorithm 1 whole: collect with the current policy, label, train from the previous value function, validate, repeat.
 
-iterate.json                    what is done, under which settings (`mavis_training.stages`)
-iterations.json, report.md      what was found (`mavis_training.iterate_report`)
+iterate.json                    what is done, under which settings (`mavis_training.iteration.stages`)
+iterations.json, report.md      what was found (`mavis_training.iteration.report`)
 validation.json                 the reference alone on the validation prompts
 iteration-0/trees, states       labelled trees; their hidden states (value heads)
 iteration-0/value               V^0
@@ -21,26 +21,26 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mavis_logits.demo.smollm2 import load_chat_model
-from mavis_logits.fingerprint import Identity, tokenizer_fingerprint
+from mavis_logits.backbone.fingerprint import Identity, tokenizer_fingerprint
+from mavis_logits.models import load_chat_model
 
+from .base.files import replace_when_whole
+from .base.kept import digest, model_origin
+from .base.prompts import read_prompts
+from .base.ranks import join
+from .base.settings import torch_dtype
 from .collect import PolicyConfig, collect, describe, load_policy
-from .files import replace_when_whole
-from .iterate_config import IterateConfig, IterationConfig
-from .iterate_record import Iterated
-from .iterate_report import write_report
-from .kept import digest, model_origin
+from .iteration.config import IterateConfig, IterationConfig
+from .iteration.record import Iterated
+from .iteration.report import write_report
+from .iteration.stages import Stage, StageLog
 from .label import LabelConfig, label
-from .prompts import read_prompts
-from .ranks import join
-from .rewards import reward_digest
-from .schedule import Measurement, TargetKl, find_zeta, gain, improves, raise_beta
-from .settings import torch_dtype
-from .stages import Stage, StageLog
+from .measure.schedule import Measurement, TargetKl, find_zeta, gain, improves, raise_beta
+from .measure.validation import RESULT_FILE, Base, ValidationConfig, Validator
+from .rewards.load import reward_digest
 from .train_head import TrainHeadConfig, train_head
 from .train_model import TrainModelConfig, train_model
-from .tree_store import TreeStore
-from .validation import RESULT_FILE, Base, ValidationConfig, Validator
+from .trees.tree_store import TreeStore
 
 __all__ = ["Iterated", "IterateConfig", "IterationConfig", "TargetKl", "ValidationConfig", "iterate"]
 
@@ -55,7 +55,7 @@ def iterate(
     """Run Algorithm 1, write the report and return what `iterations.json` holds.
 
     Killed at any instant, a rerun goes on where it stood. More iterations may be added to a finished run. Several
-    processes (`mavis_training.ranks`) share the collecting, labelling and training of each iteration.
+    processes (`mavis_training.base.ranks`) share the collecting, labelling and training of each iteration.
 
     Args:
         config: all settings.

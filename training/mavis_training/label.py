@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from mavis_logits.demo.smollm2 import MODEL_ID, converted_folder
-from mavis_logits.fingerprint import tokenizer_fingerprint
+from mavis_logits.backbone.fingerprint import tokenizer_fingerprint
+from mavis_logits.models import load_tokenizer
 
-from .ranks import join
-from .reward_identity import object_digest
-from .rewards import Reward, RewardSpec, compute_rewards, describe_spec, load_reward, reward_digest, split_spec
-from .tree import Tree
-from .tree_store import Shard, TreeStore
+from .base.ranks import join
+from .rewards.identity import object_digest
+from .rewards.load import Reward, RewardSpec, compute_rewards, describe_spec, load_reward, reward_digest, split_spec
+from .trees.tree import Tree, leaf_texts
+from .trees.tree_store import Shard, TreeStore
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def label(
 ) -> TreeStore:
     """Label every shard that has no rewards yet. Each shard and objective is written when done; a rerun continues.
 
-    Several processes (`mavis_training.ranks`) share the shards.
+    Several processes (`mavis_training.base.ranks`) share the shards.
 
     Args:
         config: what to label.
@@ -162,17 +162,6 @@ def tell_sameness(store: TreeStore, objective: str) -> None:
             f"{store.folder}: it depends on the prompt alone, and nothing that a model writes can change it.",
             stacklevel=2,
         )
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of `"smollm2"` (the model of the demo), or of a Hub id or folder."""
-    return AutoTokenizer.from_pretrained(converted_folder() if name in ("smollm2", MODEL_ID) else name)
-
-
-def leaf_texts(tree: Tree, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The completion of every leaf as text, without special tokens, in the order of `Tree.leaves()`."""
-    completions = [tree.completion(leaf).tolist() for leaf in tree.leaves()]
-    return tokenizer.batch_decode(completions, skip_special_tokens=True)
 
 
 def label_trees(

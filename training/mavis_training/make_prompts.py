@@ -14,10 +14,11 @@ from datasets import Dataset, DatasetDict, ReadInstruction, load_dataset, load_f
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
-from .files import replace_when_whole, write_json
-from .formats import FORMATS, Columns, Dropped, Example, Limits, Row, Style
-from .label import load_tokenizer
-from .prompts import numbered_rows, prompt_id, prompt_key, read_prompts
+from mavis_logits.models import load_tokenizer
+
+from .base.files import replace_when_whole, write_json
+from .base.formats import FORMATS, Columns, Dropped, Example, Limits, Row, Style
+from .base.prompts import numbered_rows, prompt_id, prompt_key, read_prompts
 
 _BUILDERS = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
 

@@ -22,22 +22,22 @@ from transformers import (
 from trl import SFTConfig as TrlConfig
 from trl import SFTTrainer
 
-from mavis_logits.adapters import folded
 from mavis_logits.backbone import Backbone
-from mavis_logits.demo.chat import ChatTemplate, encode_prompt
-from mavis_logits.demo.smollm2 import load_chat_model
-from mavis_logits.fingerprint import parameters_fingerprint
+from mavis_logits.backbone.fingerprint import parameters_fingerprint
+from mavis_logits.core.chat import ChatTemplate, encode_prompt
+from mavis_logits.models import DEFAULT_MODEL, load_chat_model
+from mavis_logits.values.adapters import folded
 
-from .files import write_json
-from .kept import digest
-from .prompts import read_prompts
-from .settings import torch_dtype
-from .soundness import require_finite, require_precision
-from .targets import is_validation
-from .train_model_config import LoraSettings, lora_config
-from .trainer_arguments import common_arguments
-from .training_record import Record, clear_checkpoints
-from .value_trainer import resume
+from .base.files import write_json
+from .base.kept import digest
+from .base.prompts import read_prompts
+from .base.record import Record, clear_checkpoints
+from .base.settings import torch_dtype
+from .fitting.model_config import LoraSettings, lora_config
+from .fitting.soundness import require_finite, require_precision
+from .fitting.trainer_arguments import common_arguments
+from .fitting.value_trainer import resume
+from .trees.targets import is_validation
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class SftConfig:
 
     data: list[str]
     output: str
-    model: str = "smollm2"
+    model: str = DEFAULT_MODEL
     chat_template: ChatTemplate = "auto"
     max_length: int = 1024
     lora: LoraSettings = field(default_factory=lambda: LoraSettings(rank=64, alpha=128, dropout=0.05))

@@ -14,11 +14,22 @@ from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
 from mavis_logits.backbone import Backbone
-from mavis_logits.demo.smollm2 import load_chat_model
-from mavis_logits.fingerprint import Identity, parameters_fingerprint
-from mavis_logits.value_head import ValueHead
+from mavis_logits.backbone.fingerprint import Identity, parameters_fingerprint
+from mavis_logits.models import load_chat_model
+from mavis_logits.values.value_head import ValueHead
 
-from .data import (
+from .base.files import write_json
+from .base.kept import model_origin
+from .base.ranks import join
+from .base.record import Record
+from .base.settings import torch_dtype
+from .fitting.efficiency import sample_actions, steering_efficiency, steering_parts
+from .fitting.head_config import TrainHeadConfig as TrainHeadConfig
+from .fitting.head_fitting import bootstrapped, fit, gather, sample_loss, steps_of
+from .fitting.metrics import Prediction, validation_metrics
+from .fitting.soundness import fitting_warmup, require_finite
+from .fitting.states import compute_states, read_states, tree_states
+from .trees.data import (
     LabelledTree,
     data_origin,
     load_trees,
@@ -28,20 +39,9 @@ from .data import (
     settings_origin,
     split_by_prompt,
 )
-from .efficiency import sample_actions, steering_efficiency, steering_parts
-from .files import write_json
-from .head_fitting import bootstrapped, fit, gather, sample_loss, steps_of
-from .kept import model_origin
-from .metrics import Prediction, validation_metrics
-from .packing import pack
-from .ranks import join
-from .settings import torch_dtype
-from .soundness import fitting_warmup, require_finite
-from .states import compute_states, read_states, tree_states
-from .targets import kept_nodes
-from .train_head_config import TrainHeadConfig as TrainHeadConfig
-from .training_record import Record
-from .tree_store import TreeStore
+from .trees.packing import pack
+from .trees.targets import kept_nodes
+from .trees.tree_store import TreeStore
 
 _STEERING_TREES = 64  # of the validation trees, on which steering is foreseen
 _ACTIONS = 8  # drawn from the reference at each of their states

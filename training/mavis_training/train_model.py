@@ -11,13 +11,23 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
-from mavis_logits.demo.smollm2 import load_chat_model
-from mavis_logits.fingerprint import parameters_fingerprint
-from mavis_logits.loading import ADAPTER_CONFIG, find_file
-from mavis_logits.value_model import ValueModel
+from mavis_logits.backbone.fingerprint import parameters_fingerprint
+from mavis_logits.hub.files import ADAPTER_CONFIG, find_file
+from mavis_logits.models import load_chat_model
+from mavis_logits.values.value_model import ValueModel
 
-from .batches import TrainingSet
-from .data import (
+from .base.files import write_json
+from .base.kept import model_origin
+from .base.record import SHAPELESS, Record, clear_checkpoints
+from .base.settings import torch_dtype
+from .fitting.batches import TrainingSet
+from .fitting.model_config import LoraSettings as LoraSettings
+from .fitting.model_config import TrainModelConfig as TrainModelConfig
+from .fitting.model_config import lora_config
+from .fitting.trainer_arguments import training_arguments
+from .fitting.value_trainer import Validation, ValueTrainer, resume
+from .sampling.reference import require_trees_fit
+from .trees.data import (
     LabelledTree,
     data_origin,
     load_trees,
@@ -27,19 +37,9 @@ from .data import (
     settings_origin,
     split_by_prompt,
 )
-from .files import write_json
-from .kept import model_origin
-from .packing import require_packable
-from .reference import require_trees_fit
-from .settings import torch_dtype
-from .targets import kept_nodes
-from .train_model_config import LoraSettings as LoraSettings
-from .train_model_config import TrainModelConfig as TrainModelConfig
-from .train_model_config import lora_config
-from .trainer_arguments import training_arguments
-from .training_record import SHAPELESS, Record, clear_checkpoints
-from .tree_store import StoreMetadata, TreeStore
-from .value_trainer import Validation, ValueTrainer, resume
+from .trees.packing import require_packable
+from .trees.targets import kept_nodes
+from .trees.tree_store import StoreMetadata, TreeStore
 
 
 def train_model(config: TrainModelConfig, backbone: PreTrainedModel | None = None) -> ValueModel:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..attention import holding, implementation_of
-from ..cache import RaggedCache, Windows
-from ..hooks import after, before
 from . import anatomy, probe, weights
 from .anatomy import UnsupportedModel
+from .attention import holding, implementation_of
+from .cache import RaggedCache, Windows
+from .hooks import after, before
 from .probe import Reading
 
 _INPUTS = ("input_ids", "attention_mask", "position_ids", "cache", "use_cache")

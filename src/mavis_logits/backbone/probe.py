@@ -20,18 +20,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ..attention import holding, implementation_of
-from ..cache import RaggedCache, attention_masks
-from .anatomy import (
-    arguments_of,
-    attention_windows,
-    build,
-    cut_config,
-    field,
-    layer_lists,
-    states_of,
-    text_config,
-)
+from .anatomy import arguments_of, attention_windows, build, cut_config, field, layer_lists, states_of, text_config
+from .attention import holding, implementation_of
+from .cache import RaggedCache, attention_masks
 from .specimen import WINDOW, Specimen, take_specimen
 from .weights import copy_weights
 

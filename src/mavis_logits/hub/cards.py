@@ -15,10 +15,10 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..bundle import Bundle
-from ..config import MavisConfig
-from ..loading import read_json
-from ..needs import Needs
+from ..backbone.needs import Needs
+from ..core.config import MavisConfig
+from .bundle import Bundle
+from .files import read_json
 
 CARD, CARD_DETAILS, METRICS = "README.md", "card.json", "metrics.json"
 PLOTS = ("foresight.png", "steering.png")

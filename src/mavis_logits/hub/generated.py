@@ -1,6 +1,6 @@
 """The code that a bundle's repository holds for `model.generate(custom_generate="org/bundle", trust_remote_code=True)`.
 
-It is thin: the repository's name, and a call of `mavis_logits.hub.remote.steered_generate`.
+It is thin: the repository's name, and a call of `mavis_logits.plugs.custom_generate.steered_generate`.
 """
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from ..bundle import BUNDLE_FILE, Bundle, BundleEntry
-from ..config import MavisConfig
-from ..loading import Source, find_file, hub_errors, read_json
+from ..core.config import MavisConfig
+from .bundle import BUNDLE_FILE, Bundle, BundleEntry
 from .cards import CARD, render_bundle_card
+from .files import Source, find_file, hub_errors, read_json
 from .publish import bundle_details, checked_files
 from .quality import require_foresight
 

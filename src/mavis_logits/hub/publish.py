@@ -24,9 +24,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import get_token, validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from ..bundle import BUNDLE_FILE, Bundle, load_bundle, read_bundle
-from ..loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEAD_WEIGHTS, WEIGHTS, one_line, read_json
+from .bundle import BUNDLE_FILE, Bundle, load_bundle, read_bundle
 from .cards import CARD, CARD_DETAILS, KINDS, METRICS, CardDetails, render_bundle_card, render_folder
+from .files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEAD_WEIGHTS, WEIGHTS, one_line, read_json
 from .generated import GENERATE_FILE, REQUIREMENTS_FILE, generate_source, requirements
 from .quality import require_foresight
 

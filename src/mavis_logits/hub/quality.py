@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from ..loading import read_json
 from .cards import METRICS
+from .files import read_json
 
 
 def foresight(values: Mapping[str, Any]) -> str:
-    """One objective's validation metrics (`mavis_training.metrics.validation_metrics`) as a judgement."""
+    """One objective's validation metrics (`mavis_training.fitting.metrics.validation_metrics`) as a judgement."""
     r2, ranking = values["r2"], values["ranking"]
     if r2 <= 0:
         return f"worse than always saying the mean (R2 {r2:.2f}): not worth using"

@@ -1,0 +1,1 @@
+"""What `mavis` runs: a file for each command that needs no training."""

@@ -1,0 +1,194 @@
+"""``mavis generate``: one's own prompt, answered by a language model under the guidance of value functions."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .. import MavisLogitsProcessor
+
+DEFAULT_VALUES = "model_cards/smollm2-135m-value-head"
+EXAMPLES = """examples:
+  mavis generate --prompt "How do I make good tea?" --weights helpful=1 --unsteered
+  mavis generate --prompt "How do I make good tea?" --weights helpful=0.3,humour=0.7 --beta 8
+  mavis generate --prompt "How do I make good tea?" --weights humour=1 --trace tea.html
+  mavis generate --prompt "..." --model org/chat-model --values kind=org/value-kind short=./my-value-short \\
+      --weights kind=0.5,short=0.5
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Answer a prompt as the arguments say, on standard output; headings and figures go to standard error."""
+    arguments = parser().parse_args(argv)
+    weights = parse_weights(arguments.weights) if arguments.weights else None
+    values = parse_values(arguments.values) if arguments.values else None
+    if arguments.trace is not None and (arguments.trace.is_dir() or not arguments.trace.parent.is_dir()):
+        raise OSError(f"--trace got {arguments.trace}; expected the name of a file in a folder that exists")
+    with quiet_transformers():
+        return _answer(arguments, weights, values)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """While it is open, transformers says nothing but errors; then what it said before."""
+    import transformers
+
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _answer(arguments: argparse.Namespace, weights: dict[str, float] | None, values: Any) -> int:
+    # Imported only here, so that `--help` and a mistyped option answer at once.
+    import torch
+    import transformers
+
+    from .. import MavisLogitsProcessor
+    from ..core.chat import chat_inputs
+    from ..demo.checkout import checkout_path
+    from ..models import load_chat_model
+
+    sources = values[0] if isinstance(values, list) and len(values) == 1 else values  # one may be a bundle
+    settings = {} if arguments.top_k is None else {"top_k": arguments.top_k}
+    model, tokenizer = load_chat_model(arguments.model)
+    inputs = chat_inputs(tokenizer, [arguments.prompt])
+    mavis = MavisLogitsProcessor.from_pretrained(
+        sources or str(checkout_path(DEFAULT_VALUES)),
+        weights=weights,
+        beta=arguments.beta,
+        model=model,
+        tokenizer=tokenizer,
+        trace=arguments.trace is not None,
+        reference_temperature=arguments.temperature,
+        **settings,
+    )
+
+    def answer(processors: list[MavisLogitsProcessor]) -> Tensor:
+        torch.manual_seed(arguments.seed)
+        sequences: Tensor = model.generate(  # type: ignore[operator]
+            **inputs,
+            do_sample=True,
+            temperature=1.0 if processors else arguments.temperature,  # a processor applies it before the tilt
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=arguments.max_new_tokens,
+            logits_processor=processors,
+            pad_token_id=tokenizer.pad_token_id,
+            streamer=transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        )
+        return sequences
+
+    if arguments.unsteered:
+        print("--- unsteered", file=sys.stderr)
+        answer([])
+    shown = ", ".join(
+        f"{name} {weight:g}" for name, weight in zip(mavis.objectives, mavis.weights.tolist(), strict=True)
+    )
+    print(f"--- steered: {shown}, beta {float(mavis.beta):g}", file=sys.stderr)
+    sequences = answer([mavis])
+    print(f"--- {mavis.stats.tokens} tokens, {mavis.stats.kl:.1f} nats from the unsteered model", file=sys.stderr)
+    if mavis.trace is not None:
+        mavis.trace.to_html(tokenizer, arguments.trace, sequences=sequences)
+        print(f"--- what each token was chosen from: {arguments.trace}", file=sys.stderr)
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of ``mavis generate``."""
+    result = argparse.ArgumentParser(
+        prog="mavis generate",
+        description="Answer a prompt with a language model whose next-token choices are tilted towards objectives.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = result.add_argument
+    add("--prompt", required=True, metavar="TEXT", help="what to ask")
+    add(
+        "--weights",
+        metavar="NAME=NUMBER,...",
+        help="weight of each objective, e.g. helpful=0.7,humour=0.3; those left out get 0 (default: equal weights)",
+    )
+    add("--beta", type=float, help="strength: 0 is no steering, 1 to 8 is usual (default: the bundle's, else 5)")
+    add(
+        "--top-k",
+        type=int,
+        help="how many of the likeliest tokens to choose among (default: the bundle's, else 15)",
+    )
+    add(
+        "--values",
+        nargs="+",
+        metavar="[NAME=]FOLDER_OR_ID",
+        help="a bundle, or value functions under their own objectives' names or those given; each a folder or Hub id "
+        f"(default: the value head for SmolLM2 in {DEFAULT_VALUES})",
+    )
+    add(
+        "--model",
+        default="smollm2",
+        metavar="FOLDER_OR_ID",
+        help="the language model to steer: a folder or Hub id; smollm2 needs no network (default: %(default)s)",
+    )
+    add(
+        "--temperature",
+        type=float,
+        default=0.7,
+        help="of the language model, which is sharpened by it before it is steered (default: %(default)s)",
+    )
+    add("--max-new-tokens", type=int, default=48, help="length of the answer (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
+    add("--unsteered", action="store_true", help="first print what the model says by itself, with the same seed")
+    add("--trace", type=Path, metavar="FILE.html", help="write a page that shows how each token was steered")
+    return result
+
+
+def parse_weights(text: str) -> dict[str, float]:
+    """Parse ``"helpful=0.7,humour=0.3"``.
+
+    Raises:
+        ValueError: A part is not ``NAME=NUMBER``, or a name occurs twice.
+    """
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        name, sign, number = (piece.strip() for piece in part.partition("="))
+        try:
+            weight = float(number)
+        except ValueError:
+            sign = ""
+        if not (name and sign):
+            raise ValueError(f"--weights got {part!r}; expected NAME=NUMBER, e.g. --weights helpful=0.7,humour=0.3")
+        if name in weights:
+            raise ValueError(f"--weights names {name!r} twice; give each objective one weight")
+        weights[name] = weight
+    return weights
+
+
+def parse_values(parts: Sequence[str]) -> list[str] | dict[str, str]:
+    """Parse ``["a=org/value-a", "b=folder"]`` into a mapping, and names without ``=`` into a list.
+
+    Raises:
+        ValueError: Some are named and some are not, a name or a source is empty, or a name occurs twice.
+    """
+    if not any("=" in part for part in parts):
+        return list(parts)
+    values: dict[str, str] = {}
+    for part in parts:
+        name, _, source = part.partition("=")
+        if not (name and source):
+            raise ValueError(f"--values got {part!r}; expected NAME=FOLDER_OR_ID for each value function, or for none")
+        if name in values:
+            raise ValueError(f"--values names {name!r} twice; give each value function a name of its own")
+        values[name] = source
+    return values

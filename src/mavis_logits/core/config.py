@@ -1,0 +1,108 @@
+"""The settings of MAVIS decoding as one frozen, validated, JSON-able object."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from .tilting import DEFAULT_GAP_FLOOR, Normalization
+
+Unscored = Literal["drop", "keep"]
+
+
+@dataclass(frozen=True)
+class MavisConfig:
+    """How the values tilt the reference (Algorithm 2, section F.5). The defaults are the paper's.
+
+    Attributes:
+        weights: lambda, by objective; None for equal weights.
+        beta: strength of the tilt, 1 / eta of equation 1 for values normalised to [0, 1].
+        top_k: candidates per step; None for the whole vocabulary (value heads only).
+        candidate_min_p: of these, only those whose reference probability is at least this share of the best one's
+            (0 to 1). Algorithm 2 then runs over fewer candidates: the same distribution as over a smaller k, chosen
+            anew at every step. None keeps all k.
+        normalize: `"minmax"` (equation 14), `"gap"`, `"center"` or `"none"`; see `mavis_logits.core.tilting.normalize`.
+        unscored: what becomes of the other tokens: `"drop"` (the paper: no probability) or `"keep"` (their own score).
+        kl_budget: in place of `beta`: the divergence from the reference per step, in nats.
+        reference_temperature: T that the reference is sampled at; its logits are divided by T before the tilt.
+        gap_floor: smallest divisor of `normalize="gap"`, in reward units.
+    """
+
+    weights: Mapping[str, float] | None = None
+    beta: float = 5.0
+    top_k: int | None = 15
+    candidate_min_p: float | None = None
+    normalize: Normalization = "minmax"
+    unscored: Unscored = "drop"
+    kl_budget: float | None = None
+    reference_temperature: float = 1.0
+    gap_floor: float = DEFAULT_GAP_FLOOR
+
+    def __post_init__(self) -> None:
+        if self.weights is not None:
+            mapping = isinstance(self.weights, Mapping)
+            _require(mapping, "weights", "a mapping from objective to number", self.weights)
+            for name, weight in self.weights.items():
+                _require(_is_number(weight), f"weights[{name!r}]", "a finite number", weight)
+        _require(_is_number(self.beta) and self.beta >= 0, "beta", "a finite number of at least 0", self.beta)
+        whole = isinstance(self.top_k, int) and not isinstance(self.top_k, bool) and self.top_k >= 1
+        _require(
+            self.top_k is None or whole, "top_k", "a whole number of at least 1, or None for all tokens", self.top_k
+        )
+        share = self.candidate_min_p
+        _require(
+            share is None or (_is_number(share) and 0 < share <= 1), "candidate_min_p", "above 0 and at most 1", share
+        )
+        for name, kind in (("normalize", Normalization), ("unscored", Unscored)):
+            choices = get_args(kind)
+            _require(
+                getattr(self, name) in choices, name, f"one of {', '.join(map(repr, choices))}", getattr(self, name)
+            )
+        budget = self.kl_budget
+        _require(budget is None or (_is_number(budget) and budget > 0), "kl_budget", "a number of nats above 0", budget)
+        for name in ("reference_temperature", "gap_floor"):
+            value = getattr(self, name)
+            _require(_is_number(value) and value > 0, name, "a finite number above 0", value)
+
+    def to_json(self) -> str:
+        """The settings as JSON text."""
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> MavisConfig:
+        """Read `to_json`'s text.
+
+        Raises:
+            ValueError: no JSON object, an unknown key (the message names the nearest known one) or a bad value.
+        """
+        try:
+            content = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"MavisConfig expects a JSON object: {error}") from error
+        return cls.from_dict(content)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> MavisConfig:
+        """Settings from a dictionary; errors as in `from_json`."""
+        if not isinstance(content, Mapping):
+            raise ValueError(f"MavisConfig expects a JSON object, got {type(content).__name__}")
+        known = [f.name for f in fields(cls)]
+        for key in content:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+                raise ValueError(f"unknown setting {key!r}{hint}")
+        return cls(**content)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _require(condition: bool, name: str, expected: str, given: Any) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {expected}, got {given!r}")

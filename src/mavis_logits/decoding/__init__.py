@@ -1,0 +1,1 @@
+"""Steering within `generate`: as a logits processor, or as a strategy that decodes in its place."""

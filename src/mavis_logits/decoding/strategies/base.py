@@ -1,0 +1,225 @@
+"""What all decoding strategies have in common: `model.generate(custom_generate=strategy)`."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteria
+
+from ...backbone import Backbone
+from ...backbone.anatomy import given_cache, holds_tokens
+from ...steering.steering import Steering
+from ..given import says_something, unreadable
+from .arguments import arguments_of_call, check_call, check_config
+from .processors import RowProcessors
+from .reader import taken
+from .session import Session
+
+if TYPE_CHECKING:
+    from transformers.generation.streamers import BaseStreamer
+
+# What `generate` prepares for every decoder-only model; a strategy keeps caches and positions of its own.
+_PREPARED = {
+    "attention_mask", "position_ids", "logits_to_keep", "past_key_values", "cache_params", "cache", "use_cache",
+    "cache_position",
+}  # fmt: skip
+
+
+@dataclass
+class MavisOutput(GenerateDecoderOnlyOutput):
+    """What `generate(return_dict_in_generate=True)` returns with a strategy.
+
+    Attributes:
+        sequences: [R, T] prompts and completions, as `generate` returns them.
+        scores: with `output_scores`, one [R, V] a step: log pi (`MavisSampling` only).
+        logits: with `output_logits`, one [R, V] a step: the reference's scores (`MavisSampling` only).
+        values: [R, M] value of every finished sequence by objective, in reward units; NaN where it was not computed
+            (its last token was no candidate).
+        sequences_scores: [R] what the sequences were ranked by; None where nothing was ranked.
+    """
+
+    values: Tensor | None = None
+    sequences_scores: Tensor | None = None
+
+
+class MavisStrategy(Steering):
+    """A way of decoding, passed as `model.generate(..., custom_generate=strategy)`; arguments as for `Steering`, and:
+
+    Args:
+        streamer: receives prompts and tokens as they come, as one given to `generate` does.
+        stop_strings: as for `generate`, which cannot pass them on to a strategy; they need `tokenizer`.
+
+    The reference that is tilted is what `generate` would have sampled from: the base model's distribution after all
+    logits processors, generate's own temperature, top-k and top-p included (its default top-k is 50: pass `top_k=0` for
+    the whole distribution). So temperature T is applied once, to the reference, as in the paper.
+    """
+
+    streams = True  # whether tokens are final as they come
+    keeps_rows = False  # whether every row is written to its end, without others taking its place
+    shows_steps = True  # whether what it returns was written step by step, so that there are scores and a trace of them
+
+    def __init__(
+        self,
+        *args: Any,
+        streamer: BaseStreamer | None = None,
+        stop_strings: str | Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        name = type(self).__name__
+        self._check_streams(streamer)
+        if self.trace is not None and not self.shows_steps:
+            raise ValueError(
+                f"{name} writes many sequences and drops most, which no trace can show: leave trace out, or use "
+                "MavisSampling"
+            )
+        if stop_strings is not None and self.tokenizer is None:
+            raise ValueError(f"stop_strings need the tokenizer: pass tokenizer= to {name}")
+        self.streamer, self.stop_strings = streamer, stop_strings
+
+    @abstractmethod
+    def decode(
+        self, session: Session, stopping_criteria: StoppingCriteriaList, config: GenerationConfig
+    ) -> MavisOutput:
+        """Write all rows of `session` to their ends."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        generation_config: GenerationConfig | None = None,
+        **model_kwargs: Any,
+    ) -> MavisOutput | Tensor:
+        """Called by `generate` with all that it has prepared.
+
+        Returns:
+            ids [R, T], or with `return_dict_in_generate` a `MavisOutput`.
+
+        Raises:
+            ValueError: an argument of `generate` that this strategy cannot honour.
+        """
+        config = generation_config if generation_config is not None else model.generation_config
+        processors = logits_processor if logits_processor is not None else LogitsProcessorList()
+        criteria = StoppingCriteriaList(stopping_criteria or [])
+        call = arguments_of_call(model)
+        check_call(type(self).__name__, model, call)
+        self._check_call(model, input_ids, processors, config, model_kwargs)
+        if self.base is not model:
+            self.attach(model)
+        else:
+            self._follow_base()
+        self._check_devices(input_ids[:, :1])
+        if self.stop_strings is not None:
+            criteria.append(StopStringCriteria(self.tokenizer, self.stop_strings))
+        if self.trace is not None:
+            self.trace = type(self.trace)(self.objectives, self._eos)
+        if self.streamer is not None:
+            self.streamer.put(input_ids.cpu())
+        own = self._streaming_to(call.get("streamer"))  # which generate has given the prompts already
+        output = own._decode(model, input_ids, processors, criteria, config, model_kwargs)
+        self.trace = own.trace
+        return output
+
+    def _streaming_to(self, streamer: BaseStreamer | None) -> Self:
+        """This strategy with the streamer of one call."""
+        if streamer is None or streamer is self.streamer:
+            return self
+        self._check_streams(streamer)
+        if self.streamer is not None:
+            raise ValueError(f"generate was given a streamer and {type(self).__name__} another: leave one of them out")
+        own = copy.copy(self)
+        own.streamer = streamer
+        return own
+
+    def _check_streams(self, streamer: BaseStreamer | None) -> None:
+        if streamer is not None and not self.streams:
+            raise ValueError(
+                f"{type(self).__name__} knows the text only at its end and cannot stream: leave streamer out"
+            )
+
+    def _decode(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+    ) -> MavisOutput | Tensor:
+        backbone = Backbone.of(model)
+        prompts = self.prompts(input_ids, config)
+        rows = self.prompts(torch.arange(len(input_ids), device=input_ids.device), config)
+        inputs = model_kwargs if len(rows) == len(input_ids) else taken(model_kwargs, rows, len(input_ids))
+        mask = inputs.get("decoder_attention_mask" if backbone.is_encoder_decoder else "attention_mask")
+        special = any(says_something(value) for name, value in inputs.items() if name not in _PREPARED)
+        special = special or inputs.get("use_cache") is False
+        every = RowProcessors(
+            processors, len(prompts), len(input_ids) // len(prompts), pad_token(config, self),
+            search=None if self.keeps_rows else type(self).__name__,
+        )  # fmt: skip
+        with Session(self, model, prompts, mask, every, inputs, as_generate=special) as session:
+            output = self.decode(session, criteria, config)
+        if output.values is not None and any(self._idle):
+            output.values[:, self._idle] = torch.nan
+        if self.streamer is not None:
+            self.streamer.end()
+        return output if config.return_dict_in_generate else output.sequences
+
+    def prompts(self, rows: Tensor, config: GenerationConfig) -> Tensor:
+        """The rows that a session begins with, from those that generate has repeated `num_return_sequences` times."""
+        return rows
+
+    def _check_call(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        processors: LogitsProcessorList,
+        config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+    ) -> None:
+        name = type(self).__name__
+        if input_ids.shape[1] == 0:
+            raise ValueError(
+                "the prompt is empty: give generate at least one token to go on from. A prompt in inputs_embeds can be "
+                "steered by value heads in a MavisLogitsProcessor alone"
+            )
+        kind = unreadable(model_kwargs) or ("inputs_embeds" if model_kwargs.get("inputs_embeds") is not None else None)
+        if kind is not None and self._functions.models:
+            names = [value_model.config.objectives for value_model in self._functions.models]
+            raise ValueError(
+                f"{kind} is for the base model, and the value models for {names} cannot read it: use value heads, or "
+                "leave it out"
+            )
+        cache = given_cache(model_kwargs)
+        if cache is not None and holds_tokens(cache):
+            raise ValueError(
+                f"{name} keeps caches of its own and cannot go on from past_key_values: give it the whole text so far"
+            )
+        check_config(name, config, model.generation_config)
+        for flag in () if self.shows_steps else ("output_scores", "output_logits"):
+            if getattr(config, flag, None):
+                raise ValueError(f"{name} returns no scores of single steps: leave {flag} out")
+        if any(isinstance(processor, Steering) for processor in processors):
+            raise ValueError(f"{name} steers by itself: leave the MavisLogitsProcessor out of logits_processor")
+        rows = len(input_ids)
+        for setting, shared, what in ((self.weights, 1, "weights"), (self.beta, 0, "beta")):
+            if setting.ndim > shared and rows % len(setting):
+                raise ValueError(f"{what} are given for {len(setting)} requests, but the batch has {rows} rows")
+
+
+def pad_token(config: GenerationConfig, strategy: MavisStrategy) -> int:
+    """The token that fills up finished rows: generate's own, else the strategy's, else 0."""
+    given = getattr(config, "_pad_token_tensor", None)
+    if given is not None:
+        return int(given)
+    return next((token for token in (config.pad_token_id, strategy.pad_token_id) if token is not None), 0)

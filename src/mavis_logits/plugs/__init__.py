@@ -1,0 +1,1 @@
+"""Where others plug steering in: pipelines, and code on the Hub."""

@@ -1,0 +1,359 @@
+"""A set of value functions as one: which objectives it has, from which value function each comes, and its weights."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..backbone import Backbone
+from ..backbone.needs import Needs
+from ..core.holds import Holds, Undo
+from ..hub.files import Source, find_file, hub_arguments, read_json
+from .checkpoints import Options
+from .fused import FusedValueModel, fusable_groups, why_not_fused
+from .value_head import ValueHead, ValueHeadConfig
+from .value_model import ValueModel
+from .value_model_config import ValueModelConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class ValueFunctions:
+    """M objectives over any number of value models and value heads.
+
+    Args:
+        given: one value function, several, or a mapping from objective to value function.
+        tokenizer: of the base model; value functions made for another are refused.
+        fuse: whether value models with LoRA adapters on one backbone become one (`FusedValueModel`): None where it is
+            possible, True to insist on it, False not.
+
+    Raises:
+        ValueError: none given, an objective twice, one that its value function has not, another tokenizer, or with
+            `fuse=True` value models that cannot be fused.
+    """
+
+    def __init__(self, given: Any, tokenizer: PreTrainedTokenizerBase | None = None, fuse: bool | None = None) -> None:
+        outputs = _outputs(given)
+        for _, function, _ in outputs:
+            if tokenizer is not None:
+                Needs.of(function.config).check_tokenizer(tokenizer)
+        self._outputs = outputs if fuse is False else _fused(outputs, insist=fuse is True)
+        self.objectives = [name for name, _, _ in self._outputs]
+        self.all: list[ValueFunction] = list(dict.fromkeys(function for _, function, _ in self._outputs))
+        self.models = [f for f in self.all if isinstance(f, ValueModel | FusedValueModel)]
+        self.heads = [f for f in self.all if isinstance(f, ValueHead)]
+
+    def replaced(self, others: Mapping[int, Any]) -> ValueFunctions:
+        """The same with other value functions in place of some, by their ids (as in `copy.deepcopy`'s memo)."""
+        twin = copy.copy(self)
+        twin._outputs = [(name, others.get(id(f), f), output) for name, f, output in self._outputs]
+        twin.all, twin.models, twin.heads = (
+            [others.get(id(f), f) for f in functions] for functions in (self.all, self.models, self.heads)
+        )
+        return twin
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """While they are asked for values: without dropout, whatever mode the user has left them in."""
+        with ExitStack() as stack:
+            for function in self.all:
+                training = any(part.training for part in (function, *function.children()))
+                if training or function in _evaluated:
+                    stack.enter_context(_evaluated.hold(function))
+            yield
+
+    def refresh(self, thorough: bool = True) -> None:
+        """Look whether value functions have been changed.
+
+        Args:
+            thorough: look closely, as where a text begins (`Watch`).
+
+        Raises:
+            ValueError: value models have changed since they were fused.
+        """
+        for function in self.all:
+            if isinstance(function, FusedValueModel):
+                function.check_sources(thorough)
+            elif isinstance(function, ValueHead):
+                function.refresh()
+
+    def gather(self, parts: Mapping[Any, Tensor]) -> Tensor:
+        """Values [R, k, M] of all objectives, from those of each value function; 0 for those not there."""
+        missing = torch.zeros_like(next(iter(parts.values()))[..., 0])
+        columns = [parts[f][..., output] if f in parts else missing for _, f, output in self._outputs]
+        return torch.stack(columns, dim=-1)
+
+    def reward_units(self) -> Tensor:
+        """Mean and scale of the rewards that each objective's value function was trained on, [2, M] on the CPU."""
+        units = [
+            f.units[:, output].cpu()
+            if isinstance(f, FusedValueModel)
+            else torch.tensor([f.config.reward_mean[output], f.config.reward_scale[output]], dtype=torch.float32)
+            for _, f, output in self._outputs
+        ]
+        return torch.stack(units, dim=1)
+
+    def idle(self, weights: Tensor) -> list[bool]:
+        """[M] whether the objective is a value model's all of whose objectives have weight 0: it need not be run.
+
+        With all weights 0 no objective is idle.
+        """
+        weighted = weights.reshape(-1, len(self.objectives)).any(dim=0).tolist()
+        busy = {function for (_, function, _), weight in zip(self._outputs, weighted, strict=True) if weight}
+        return [bool(busy) and f not in busy and not isinstance(f, ValueHead) for _, f, _ in self._outputs]
+
+    def busy_models(self, idle: Sequence[bool]) -> list[ValueModel | FusedValueModel]:
+        """The value models to be run."""
+        resting = {function for (_, function, _), rests in zip(self._outputs, idle, strict=True) if rests}
+        return [model for model in self.models if model not in resting]
+
+    def weights(self, given: Mapping[str, float] | Sequence[float] | Tensor | None) -> Tensor:
+        """lambda as float32 [M] or [R, M].
+
+        Raises:
+            ValueError: an unknown objective, another number of weights than objectives, or one that is not finite.
+        """
+        count = len(self.objectives)
+        if given is None:
+            return torch.full((count,), 1 / count, dtype=torch.float32)
+        if isinstance(given, Mapping):
+            for name in given:
+                if name not in self.objectives:
+                    near = difflib.get_close_matches(str(name), self.objectives, n=1)
+                    hint = f" (did you mean {near[0]!r}?)" if near else ""
+                    raise ValueError(
+                        f"weights name the objective {name!r}{hint}; there are values for {self.objectives}"
+                    )
+            given = [given.get(name, 0.0) for name in self.objectives]
+        try:
+            weights = torch.as_tensor(given, dtype=torch.float32)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"weights must be numbers, by objective or in the order {self.objectives}, got {given!r}"
+            ) from error
+        if weights.ndim not in (1, 2) or weights.shape[-1] != count:
+            raise ValueError(
+                f"weights must be [{count}] or [rows, {count}] for {self.objectives}, got {list(weights.shape)}"
+            )
+        if not torch.isfinite(weights).all():
+            raise ValueError(f"weights must be finite, got {weights.tolist()} for {self.objectives}")
+        return weights
+
+    def check_vocabulary(self, size: int) -> None:
+        """Raise `ValueError` if a value model's vocabulary is smaller than the scores' (`size` tokens)."""
+        for model in self.models:
+            Needs.of(model.config).check_scores(size, Backbone.of(model.backbone).vocabulary)
+
+    def known(self, scores: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+        """`scores` [R, V] without the ids that only pad the base model's table and that a value model does not know.
+
+        Args:
+            scores: next-token scores.
+            tokenizer: of the base model; without it the ids must be forbidden already.
+
+        Raises:
+            ValueError: one of them may be a token. Waits for the device if there is no tokenizer to tell.
+        """
+        own = min((Backbone.of(model.backbone).vocabulary for model in self.models), default=scores.shape[1])
+        if own >= scores.shape[1] or (tokenizer is None and torch.isneginf(scores[:, own:]).all()):
+            return scores
+        if tokenizer is None or len(tokenizer) > own:
+            self.check_vocabulary(scores.shape[1])
+        return torch.cat([scores[:, :own], torch.full_like(scores[:, own:], -torch.inf)], dim=1)
+
+
+def _evaluate(function: nn.Module) -> Undo:
+    """Turn dropout and the like off, which `eval` would for good."""
+    training = [module for module in function.modules() if module.training]
+
+    def switch(mode: bool) -> None:
+        for module in training:
+            module.training = mode
+
+    switch(False)
+    return lambda: switch(True)
+
+
+_evaluated: Holds[nn.Module] = Holds(_evaluate)
+
+
+def _outputs(given: Any) -> Outputs:
+    """(objective, value function, which of its outputs) of every objective."""
+    outputs: Outputs = []
+    if isinstance(given, Mapping):
+        for name, function in given.items():
+            _check_kind(function)
+            names = function.config.objectives
+            if len(names) > 1 and name not in names:
+                raise ValueError(f"{name!r} is none of the objectives {names} of its value function: use these names")
+            outputs.append((name, function, names.index(name) if len(names) > 1 else 0))
+    else:
+        for function in given if isinstance(given, Iterable) else [given]:
+            _check_kind(function)
+            outputs += [(name, function, i) for i, name in enumerate(function.config.objectives)]
+    names = [name for name, _, _ in outputs]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise ValueError(
+            f"several value functions predict {sorted(twice)}: pass a mapping that gives each its own name"
+        )
+    if not outputs:
+        raise ValueError("no value function given: pass at least one ValueModel or ValueHead")
+    return outputs
+
+
+ValueFunction = ValueModel | FusedValueModel | ValueHead
+Outputs = list[tuple[str, ValueFunction, int]]
+
+
+def _fused(outputs: Outputs, insist: bool) -> Outputs:
+    """`outputs` with the value models that share a backbone replaced by one that runs them all."""
+    models = list(dict.fromkeys(f for _, f, _ in outputs if isinstance(f, ValueModel)))
+    candidates = [
+        m for m in models if m.lora is not None or any(m.backbone is o.backbone for o in models if o is not m)
+    ]
+    if insist and len(models) < 2:
+        raise ValueError(
+            f"fuse=True runs several value models in one forward, but there is {len(models)}: leave it out"
+        )
+    if insist:
+        if len(candidates) < len(models):
+            names = [m.config.objectives for m in models if m not in candidates]
+            raise ValueError(
+                f"the value models for {names} have no LoRA adapter of their own on a shared backbone (a merged one "
+                "cannot be told apart): load adapter repos with merge=False, or use fuse=False"
+            )
+        reason = next((r for m in models[1:] if (r := why_not_fused(models[0], m)) is not None), None)
+        if reason is not None:
+            raise ValueError(f"fuse=True, but {reason}; use fuse=False to score them one after another")
+    for group in fusable_groups(candidates):
+        fused = FusedValueModel(group)
+        starts = dict(zip(group, accumulate((len(m.config.objectives) for m in group), initial=0), strict=False))
+        outputs = [(name, fused, starts[f] + i) if f in starts else (name, f, i) for name, f, i in outputs]
+    return outputs
+
+
+def _check_kind(function: Any) -> None:
+    if not isinstance(function, ValueModel | ValueHead):
+        raise ValueError(
+            f"expected a ValueModel or a ValueHead, got {type(function).__name__}; from_pretrained loads ids and "
+            "folders"
+        )
+
+
+def load_value_functions(
+    given: str | Path | Sequence[Any] | Mapping[str, Any],
+    model: PreTrainedModel | None,
+    device: torch.device | str | None,
+    loading: Mapping[str, Any],
+    fuse: bool | None = None,
+) -> Any:
+    """`given` with every Hub id or folder replaced by the loaded value function; each id is loaded once.
+
+    LoRA adapters that can be fused with another are left unmerged, unless `fuse` is False; all others are merged.
+
+    Raises:
+        ValueError: a value head without its base model, or something that is no value function.
+        OSError: nothing there.
+    """
+    loaded: dict[Source, ValueModel | ValueHead] = {}
+
+    def get(item: Any) -> Any:
+        if isinstance(item, ValueModel | ValueHead):
+            return item
+        given = Source(str(item), loading.get("revision"), loading.get("subfolder"))
+        source = item if isinstance(item, Source) else given
+        if source not in loaded:
+            function = _load(source, model, loading, merge=fuse is False)
+            loaded[source] = function.to(device) if device is not None else function  # type: ignore[arg-type]
+        return loaded[source]
+
+    found: Any
+    if isinstance(given, Mapping):
+        found = {name: get(item) for name, item in given.items()}
+    elif isinstance(given, Sequence) and not isinstance(given, str):
+        found = [get(item) for item in given]
+    else:
+        found = get(given)
+    everything = found.values() if isinstance(found, Mapping) else found if isinstance(found, list) else [found]
+    adapters = list(dict.fromkeys(f for f in everything if isinstance(f, ValueModel) and f.lora is not None))
+    together = {model for group in fusable_groups(adapters) for model in group} if fuse is not False else set()
+    for adapter in adapters:
+        if adapter not in together and any(adapter is f for f in loaded.values()):
+            adapter.merge_lora_if_exact()
+    return found
+
+
+def _load(
+    source: Source, model: PreTrainedModel | None, loading: Mapping[str, Any], merge: bool
+) -> ValueModel | ValueHead:
+    name, arguments = source.name, source.arguments(loading)
+    path = find_file(name, "config.json", hub_arguments(arguments))
+    config = read_json(path) if path is not None else {}  # ValueModel says what it expects in its place
+    kind = config.get("model_type")
+    if kind == ValueHeadConfig.model_type:
+        if model is None:
+            raise ValueError(f"{name} is a value head, which needs its base model's hidden states: pass model=")
+        of_models = ("dtype", "torch_dtype", "attn_implementation", "quantization_config")
+        return ValueHead.from_pretrained(name, **{k: v for k, v in arguments.items() if k not in of_models})
+    own = kind == ValueModelConfig.model_type
+    return ValueModel.load(name, Options(base=model if own else None, merge=merge or not own), **arguments)
+
+
+class SpecialTokens(NamedTuple):
+    """Attributes:
+    pad: fills up rows; None if there is none.
+    eos: ends texts.
+    borders: begins or ends texts.
+    """
+
+    pad: int | None
+    eos: frozenset[int]
+    borders: frozenset[int]
+
+
+def special_tokens(
+    models: Sequence[ValueModel | FusedValueModel],
+    base: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    pad_token_id: int | None = None,
+    eos_token_id: int | Iterable[int] | None = None,
+) -> SpecialTokens:
+    """The special tokens: as given, else the tokenizer's, else the base model's, else the value models'.
+
+    Texts also end with what `generate` stops at, whatever the tokenizer says. Padding is never made up of EOS.
+    """
+    configs: list[Any] = [] if base is None else [base.generation_config, base.config]
+    configs += [model.config for model in models] + [model.backbone.config for model in models]
+
+    def first(name: str, given: Any = None, places: Sequence[Any] = configs) -> Any:
+        found = (getattr(place, name, None) for place in places)
+        return given if given is not None else next((value for value in found if value is not None), None)
+
+    def ids(given: Any) -> frozenset[int]:
+        return frozenset([given] if isinstance(given, int) else given or ())
+
+    eos = ids(first("eos_token_id", eos_token_id, [tokenizer, *configs]))
+    if eos_token_id is None and base is not None:
+        eos |= ids(getattr(base.generation_config, "eos_token_id", None))
+    pad = first("pad_token_id", pad_token_id, [tokenizer, *configs])
+    return SpecialTokens(pad, eos, eos | ids(first("bos_token_id", None, [tokenizer, *configs])))
+
+
+def check_context(model: ValueModel | FusedValueModel, length: int) -> None:
+    """Raise `ValueError` if the value model cannot read sequences of `length` tokens."""
+    limit = Backbone.of(model.backbone).longest
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"a sequence of {length} tokens is longer than the {limit} that the value model for "
+            f"{model.config.objectives} can read: shorten the prompt or max_new_tokens, or use a longer one"
+        )

@@ -1,0 +1,1 @@
+"""The ground: files that appear whole or not at all, settings, processes, prompts."""

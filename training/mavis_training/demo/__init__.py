@@ -1,0 +1,5 @@
+"""`mavis demo`: a real language model steered between two objectives."""
+
+from .demo import main
+
+__all__ = ["main"]

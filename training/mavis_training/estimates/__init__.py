@@ -1,0 +1,1 @@
+"""What a job would cost, found out by doing a little of it."""

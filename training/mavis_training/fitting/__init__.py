@@ -1,0 +1,1 @@
+"""Value functions fitted to targets: batches, trainers, metrics."""

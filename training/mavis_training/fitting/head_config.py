@@ -1,0 +1,119 @@
+"""How to train a value head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from transformers import PreTrainedModel
+
+from mavis_logits.backbone import Backbone, UnsupportedModel
+from mavis_logits.models import DEFAULT_MODEL
+from mavis_logits.values.value_head import ValueHeadConfig
+
+from ..trees.targets import Penalty
+
+
+@dataclass(frozen=True)
+class TrainHeadConfig:
+    """How to train a value head. Dropout, bootstrap and weight decay are by default what steers best in docs/results.
+
+    Attributes:
+        store: folder of the labelled tree store, or several, which are trained on together.
+        objectives: rewards to predict, one output each.
+        output: folder for the head and its metrics.
+        model: Hub id or folder of the base model, or "smollm2".
+        states: folder of hidden states, computed if missing, or one for each store; None for `<output>/states`.
+        initial: folder or Hub id of a head to go on from (Algorithm 1: that of the iteration before); its base model
+            and objectives must be the same. None for a new head.
+        layer: of the base model, whose states a new head reads: after how many of its layers; "third": after a third of
+            them, by the study in docs/results, and at a third of the prefill pass; "output": what enters the
+            output embedding.
+        width: of a new head.
+        num_layers: residual layers of a new head.
+        dropout: while training.
+        bootstrap: share of a position's target that is the value of the state after its token, said by a small network
+            of states alone which is trained first, in place of the completions' rewards; 0 is equation 6 alone.
+        zeta: KL penalty multiplier of equation 6.
+        penalty: "completion": zeta penalises all of a completion, as in equation 6; "continuation": what follows the
+            sequence only, as in Theorem 1.
+        drop_leaves: share of the leaves left out (balancing).
+        epochs: passes over the training positions, at most.
+        patience: epochs without a smaller validation loss after which training stops; the best epoch is kept.
+        batch_size: positions per step.
+        learning_rate: of AdamW, at its peak; decays to 0 along a cosine.
+        weight_decay: of AdamW.
+        warmup_steps: of the learning rate; a tenth of the run where these are more than half of it.
+        validation_share: of the prompts, held out.
+        seed: of initialisation, order, dropout and balancing.
+        dtype: of the base model in the prefill pass.
+        device: of the prefill pass and the training; None for a GPU if there is one.
+        iteration: of Algorithm 1, recorded with the head.
+        fresh: train anew also what is finished.
+    """
+
+    store: str | list[str]
+    objectives: list[str]
+    output: str
+    model: str = DEFAULT_MODEL
+    states: str | list[str] | None = None
+    initial: str | None = None
+    layer: int | Literal["third", "output"] = "third"
+    width: int = 512
+    num_layers: int = 1
+    dropout: float = 0.5
+    bootstrap: float = 0.5
+    zeta: float = 0.0
+    penalty: Penalty = "completion"
+    drop_leaves: float = 0.5
+    epochs: int = 6
+    patience: int = 2
+    batch_size: int = 512
+    learning_rate: float = 1e-3
+    weight_decay: float = 1.0
+    warmup_steps: int = 100
+    validation_share: float = 0.1
+    seed: int = 0
+    dtype: str = "float32"
+    device: str | None = None
+    iteration: int = 0
+    fresh: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.objectives:
+            raise ValueError("objectives is empty: name at least one that the store has been labelled for.")
+        for name in ("width", "num_layers", "epochs", "patience", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.layer not in ("third", "output") and not (isinstance(self.layer, int) and self.layer >= 1):
+            raise ValueError(f"layer must be a number from 1 on, 'third' or 'output', got {self.layer!r}.")
+        if not 0 <= self.bootstrap <= 1:
+            raise ValueError(f"bootstrap must be from 0 to 1, got {self.bootstrap}.")
+        if self.states is not None and len(_listed(self.states)) != len(_listed(self.store)):
+            raise ValueError(
+                f"states names {len(_listed(self.states))} folders for {len(_listed(self.store))} stores: give one "
+                "for each store, in the same order, or none."
+            )
+
+    def layer_of(self, model: PreTrainedModel) -> int | None:
+        """`ValueHeadConfig.layer` of the head that is trained, for `model`."""
+        if self.initial is not None:
+            return ValueHeadConfig.from_pretrained(self.initial).layer  # type: ignore[no-any-return]
+        if self.layer == "third":
+            try:
+                return max(1, round(len(Backbone.of(model).layers) / 3))
+            except UnsupportedModel:
+                return None  # what enters the output embedding is there in every model
+        return None if self.layer == "output" else self.layer
+
+    def states_folders(self) -> list[Path]:
+        """Where each store's hidden states lie."""
+        if self.states is not None:
+            return [Path(folder) for folder in _listed(self.states)]
+        folder, count = Path(self.output) / "states", len(_listed(self.store))
+        return [folder] if count == 1 else [folder / str(i) for i in range(count)]
+
+
+def _listed(folders: str | list[str]) -> list[str]:
+    return [folders] if isinstance(folders, str) else folders

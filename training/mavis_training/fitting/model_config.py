@@ -1,0 +1,167 @@
+"""How to train a value model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from peft import LoraConfig
+from transformers import TrainingArguments
+
+from mavis_logits.models import DEFAULT_MODEL
+
+from ..trees.targets import Penalty
+
+# Arguments of Trainer that every training has a setting for.
+SHARED_SETTINGS = {
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "per_device_eval_batch_size": "batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation",
+    "learning_rate": "learning_rate",
+    "weight_decay": "weight_decay",
+    "warmup_steps": "warmup_steps",
+    "seed": "seed",
+    "bf16": "bf16",
+}
+# Those that `trainer` must not name: the setting to use instead, or None if they are not to be changed at all.
+_OWN_SETTINGS: dict[str, str | None] = {
+    **SHARED_SETTINGS,
+    "output_dir": "output",
+    "optim": "optimizer",
+    "max_grad_norm": "max_grad_norm",
+    "use_cpu": "device",
+    "label_names": None,
+    "prediction_loss_only": None,
+    "remove_unused_columns": None,
+}
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """LoRA as in section F.4.
+
+    Attributes:
+        rank: of the adapter; 0 trains all weights of the backbone instead.
+        alpha: scale, in multiples of 1 / rank.
+        dropout: on what enters the adapter.
+        target_modules: names of linear layers, or "all-linear".
+    """
+
+    rank: int = 128
+    alpha: int = 256
+    dropout: float = 0.2
+    target_modules: str | list[str] = "all-linear"
+
+
+@dataclass(frozen=True)
+class TrainModelConfig:
+    """How to train a value model. Defaults are section F.4's for iteration 0.
+
+    Attributes:
+        store: folder of the labelled tree store, or several, which are trained on together.
+        objectives: rewards to predict, one output each.
+        output: folder for the value model, its metrics and its checkpoints.
+        initial: folder or Hub id of the value model to go on from, the previous iteration's in Algorithm 1; None for a
+            new one. Its adapter is trained further if it has one; with `lora.rank` 0, all its weights.
+        backbone: Hub id or folder of a decoder, or "smollm2"; its tokens must be those of the trees.
+        num_layers: keep only the first layers of the backbone.
+        lora: adapter settings.
+        zeta: KL penalty multiplier of equation 6.
+        penalty: "completion": zeta penalises all of a completion, as in equation 6; "continuation": what follows the
+            sequence only, as in Theorem 1.
+        drop_leaves: share of the leaves left out (balancing).
+        targets: "nodes": the last token of each node regresses its value, as in the paper; "tokens": every token of a
+            node does.
+        packing: "trees": a tree is one sequence; "nodes": a node is (slower, for backbones with a recurrent state).
+        epochs: passes over the training trees.
+        batch_size: sequences (of `packing`'s kind) per forward.
+        tokens_per_batch: in place of `batch_size`: as many sequences of similar length as fit into so many tokens,
+            padding included; a longer one is alone.
+        gradient_accumulation: forwards per optimizer step, over all of which the loss is one average.
+        learning_rate: at its peak; decays linearly to 0.
+        weight_decay: of the optimizer.
+        warmup_steps: optimizer steps of linear warmup; a tenth of the run where these are more than half of it.
+        optimizer: any of `transformers.TrainingArguments.optim`.
+        max_grad_norm: gradients are clipped to this norm.
+        validation_share: of the prompts, held out.
+        validation_leaves: whether leaves count in the validation loss, as many as in training; section F.5 also leaves
+            them out.
+        seed: of initialisation, order, dropout and balancing.
+        dtype: of the weights; with `lora.rank` 0, float32.
+        bf16: compute in bfloat16 under autocast.
+        device: "cpu", or None for the best there is.
+        iteration: of Algorithm 1, recorded with the model.
+        trainer: further arguments of `transformers.TrainingArguments` by name, such as `gradient_checkpointing`,
+            `deepspeed`, `fsdp`, `report_to`, `eval_steps`; they override what is set here.
+        fresh: begin anew, in place of what `output` holds of another or an interrupted training.
+    """
+
+    store: str | list[str]
+    objectives: list[str]
+    output: str
+    initial: str | None = None
+    backbone: str = DEFAULT_MODEL
+    num_layers: int | None = None
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    zeta: float = 0.0
+    penalty: Penalty = "completion"
+    drop_leaves: float = 0.5
+    targets: Literal["nodes", "tokens"] = "nodes"
+    packing: Literal["trees", "nodes"] = "trees"
+    epochs: float = 1.0
+    batch_size: int = 1
+    tokens_per_batch: int | None = None
+    gradient_accumulation: int = 1
+    learning_rate: float = 2e-5
+    weight_decay: float = 0.002
+    warmup_steps: int = 100
+    optimizer: str = "adafactor"
+    max_grad_norm: float = 1.0
+    validation_share: float = 0.1
+    validation_leaves: bool = True
+    seed: int = 0
+    dtype: str = "float32"
+    bf16: bool = False
+    device: str | None = None
+    iteration: int = 0
+    trainer: dict[str, Any] = field(default_factory=dict)
+    fresh: bool = False
+
+    def __post_init__(self) -> None:
+        for name, choices in (("targets", ("nodes", "tokens")), ("packing", ("trees", "nodes"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
+        if not self.objectives:
+            raise ValueError("objectives is empty: name at least one that the store has been labelled for.")
+        if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
+            raise ValueError(f"tokens_per_batch must be at least 1, or null, got {self.tokens_per_batch}.")
+        check_trainer_arguments(self.trainer)
+
+
+def lora_config(settings: LoraSettings) -> LoraConfig | None:
+    """PEFT's form of the settings; None to train all weights."""
+    if settings.rank == 0:
+        return None
+    return LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=settings.target_modules,
+    )
+
+
+def check_trainer_arguments(given: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for a name that `transformers.TrainingArguments` does not have, or that is set elsewhere."""
+    known = {field.name for field in fields(TrainingArguments) if field.init}
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "see the documentation of transformers for its arguments."
+            raise ValueError(f"trainer has the argument {name!r}, which transformers.TrainingArguments has not: {hint}")
+        if name in _OWN_SETTINGS:
+            own = _OWN_SETTINGS[name]
+            advice = f"use the setting {own!r} beside trainer." if own else "this trainer needs its own: leave it out."
+            raise ValueError(f"trainer has the argument {name!r}, which is not set there: {advice}")

@@ -1,0 +1,179 @@
+"""Hidden states of a frozen base model over whole trees, computed once and kept on disk in bfloat16."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from mavis_logits.backbone import Backbone
+from mavis_logits.backbone.fingerprint import Identity
+
+from ..base.files import open_safetensors, replace_when_whole
+from ..base.ranks import join
+from ..trees.packing import Layout, pack, packed_inputs
+from ..trees.tree import Tree
+from ..trees.tree_store import Shard, TreeStore
+
+
+def compute_states(store: TreeStore, model: PreTrainedModel, folder: str | Path, layer: int | None = None) -> None:
+    """One tree-packed prefill pass over a store: the states at every token of every tree.
+
+    One file per shard, written when done, so that a killed pass goes on where it stood. Several processes
+    (`mavis_training.base.ranks`) share the shards.
+
+    Args:
+        store: the trees; they need no rewards yet.
+        model: the frozen base model, on this process's device.
+        folder: for the files.
+        layer: of the model whose states they are; None for what enters the output embedding.
+
+    Raises:
+        ValueError: the model is not the one they were sampled from, or the folder holds states of another model, of
+            another layer or of other trees.
+    """
+    store.require_base(model)
+    identity = Identity(model)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    ranks = join(str(model.device))
+    todo = ranks.share(ranks.agree(lambda: _without_states(store, folder, identity, layer)))
+    started, tokens = time.monotonic(), 0
+    with tqdm(todo, desc="hidden states", unit="shard", disable=not ranks.is_main) as progress:
+        for shard in progress:
+            trees = shard.trees()
+            states = {str(i): tree_states(model, pack(tree), layer) for i, tree in enumerate(trees)}
+            with replace_when_whole(states_path(folder, shard)) as temporary:
+                save_file(states, temporary, metadata=_origin(identity.fingerprint, trees, layer))
+            tokens += sum(map(len, states.values()))
+            progress.set_postfix_str(f"{tokens / (time.monotonic() - started):.0f} tokens/s")
+    ranks.wait()
+
+
+def _without_states(store: TreeStore, folder: Path, identity: Identity, layer: int | None) -> list[Shard]:
+    """The shards whose states are still to be computed; those that are there are checked."""
+    todo = []
+    for shard in store.shards():
+        path = states_path(folder, shard)
+        if path.exists():
+            _require_same_origin(path, identity, shard.trees(), layer)
+        else:
+            todo.append(shard)
+    return todo
+
+
+def _origin(fingerprint: str, trees: list[Tree], layer: int | None) -> dict[str, str]:
+    """What a file of states records: the weights, the layer and the trees that they are of."""
+    return {"base_fingerprint": fingerprint, "layer": str(layer), "trees": _digest(trees)}
+
+
+def read_states(store: TreeStore, folder: str | Path) -> list[Tensor]:
+    """The states that `compute_states` kept for a store: bfloat16 `[P + N, d]` per tree, in packed order.
+
+    Raises:
+        OSError: they are missing, truncated or corrupt.
+    """
+    states = []
+    for shard in store.shards():
+        with open_safetensors(states_path(Path(folder), shard), "pt") as file:
+            states += [file.get_tensor(str(i)) for i in range(len(file.keys()))]
+    return states
+
+
+def states_path(folder: Path, shard: Shard) -> Path:
+    """Where a shard's states lie."""
+    return folder / f"{shard.path.stem}.states.safetensors"
+
+
+class _Caught(Exception):
+    """Leaves a forward pass once the layer that is wanted has been computed."""
+
+
+@torch.inference_mode()
+def tree_states(model: PreTrainedModel, layout: Layout, layer: int | None = None) -> Tensor:
+    """States of one packed tree after `layer`, bfloat16 `[P + N, d]`; None for what enters the output embedding.
+
+    A model that cannot read a packed tree reads it path by path.
+    """
+    backbone = Backbone.of(model)
+    packed = backbone.trees.kind == "packed"
+    if packed and layer is None:  # then the whole model reads, not its decoder alone
+        packed = backbone.why_not_handed_on(model.device) is None
+    if packed:
+        inputs = packed_inputs([layout], backbone.windows, backbone.decoder.dtype)
+        return _states(backbone, send_to_device(inputs, model.device), layer)
+    states: Tensor | None = None
+    for where in layout.paths():
+        own = _states(backbone, {"input_ids": torch.from_numpy(layout.input_ids[where])[None].to(model.device)}, layer)
+        states = own.new_empty(len(layout), own.shape[1]) if states is None else states
+        states[where] = own
+    assert states is not None
+    return states
+
+
+def _states(backbone: Backbone, inputs: dict[str, Any], layer: int | None) -> Tensor:
+    """States `[T, d]` of the one sequence in `inputs`, in bfloat16 on the CPU."""
+    if layer is None:
+        with output_embedding_input(backbone) as caught:
+            backbone.logits(**inputs, use_cache=False, every=True)
+    else:
+        caught = []
+
+        def catch(states: Tensor) -> None:
+            caught.append(states)
+            raise _Caught
+
+        hook = backbone.catch(layer, catch)
+        try:
+            with suppress(_Caught):
+                backbone.states(**inputs, use_cache=False)
+        finally:
+            hook.remove()
+    return caught[0][0].to(torch.bfloat16).cpu().contiguous()
+
+
+@contextmanager
+def output_embedding_input(backbone: Backbone) -> Iterator[list[Tensor]]:
+    """Catch what enters the output embedding, `[B, T, d]` per forward; logits are computed for one position only."""
+    caught: list[Tensor] = []
+
+    def catch(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        caught.append(args[0])
+        return (args[0][:, -1:], *args[1:])  # nobody reads the logits: spare the product over the vocabulary
+
+    hook = backbone.output_layer.register_forward_pre_hook(catch)
+    try:
+        yield caught
+    finally:
+        hook.remove()
+
+
+def _require_same_origin(path: Path, identity: Identity, trees: list[Tree], layer: int | None) -> None:
+    with open_safetensors(path, "pt") as file:
+        found = file.metadata() or {}
+    found = {"layer": str(None)} | found  # the first files named neither their layer nor their trees
+    origin, base = _origin(identity.fingerprint, trees, layer), found.get("base_fingerprint")
+    if identity.difference(base) is None:
+        origin["base_fingerprint"] = base or origin["base_fingerprint"]  # perhaps of an older version
+    for name, what in (("base_fingerprint", "a model with weights"), ("layer", "layer"), ("trees", "trees")):
+        if found.get(name, origin[name]) != origin[name]:
+            raise ValueError(f"{path} holds states of {what} {found[name]}, not {origin[name]}: use another folder.")
+
+
+def _digest(trees: Sequence[Tree]) -> str:
+    """16 hex digits of the trees' tokens and shapes: stores share prompts and the names of their shards."""
+    digest = hashlib.sha256()
+    for tree in trees:
+        for array in (tree.prompt_tokens, tree.tokens, tree.parent, tree.start, tree.length):
+            digest.update(array.tobytes())
+    return digest.hexdigest()[:16]
