@@ -78,11 +78,12 @@ def test_left_padding_changes_nothing(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_cache_is_returned_and_goes_on(architecture: str) -> None:
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_is_returned_and_goes_on(architecture: str, name: str) -> None:
     model = make_value_model("a", architecture=architecture)
     with torch.no_grad():
         first = model(IDS[:, :5], use_cache=True)
-        second = model(IDS[:, 5:], past_key_values=first.past_key_values, use_cache=True)
+        second = model(IDS[:, 5:], **{name: first.past_key_values}, use_cache=True)
     torch.testing.assert_close(second.values[:, 0], values(model)[:, 5], atol=1e-4, rtol=0)
 
 

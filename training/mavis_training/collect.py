@@ -60,8 +60,8 @@ def collect(
 ) -> TreeStore:
     """Sample one tree for every prompt that has none yet. Killed at any instant, a rerun goes on where it stood.
 
-    Several processes (`mavis_training.base.ranks`) share the shards that are still to be written. Their numbers and contents
-    are those that one process would write.
+    Several processes (`mavis_training.base.ranks`) share the shards that are still to be written. Their numbers and
+    contents are those that one process would write.
 
     Args:
         config: what to sample.

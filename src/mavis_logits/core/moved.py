@@ -1,7 +1,8 @@
 """Modules under the names that they had before: files on the Hub and people's code import them.
 
 A name goes from these tables with the first release in which nothing that was published before imports it;
-`mavis_logits.hub.remote` stays, since every `custom_generate/generate.py` on the Hub imports it.
+`mavis_logits.hub.remote` stays, since every `custom_generate/generate.py` on the Hub imports it, and so does
+`mavis_logits.pipeline`, which users import to register the task.
 """
 
 from __future__ import annotations

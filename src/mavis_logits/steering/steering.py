@@ -49,7 +49,7 @@ class Steering(Copied):
         trace: keep every step in `self.trace`.
         fuse: whether value models that are LoRA adapters on one backbone are run in one forward: None where it is
             possible, True to insist, False for one forward each.
-        compile: compile the value models' steps, on a GPU into CUDA graphs (`mavis_logits.scoring.scorer.RaggedScorer`).
+        compile: compile the value models' steps, on a GPU into CUDA graphs (`scoring.scorer.RaggedScorer`).
         reading: how value models (and by a strategy the base model) read candidates: "auto", the fastest way that is
             right; "packed" to insist on one packed forward, and be told why it cannot be; "repeated" to do without.
         config: all other settings; see `MavisConfig`, whose fields may also be given by name.

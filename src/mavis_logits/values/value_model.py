@@ -39,11 +39,16 @@ class ValueModelOutput(ModelOutput):
 
     Attributes:
         values: float32 [R, T, M], in reward units; `values[:, t]` belongs to the sequence that ends at token t.
-        past_key_values: the backbone's cache, if one was used.
+        cache: the backbone's, if one was used; also under its older name, `past_key_values`.
     """
 
     values: Tensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
+
+    @property
+    def past_key_values(self) -> Cache | None:
+        """`cache`."""
+        return self.cache
 
 
 class ValueModel(PushMixin, PreTrainedModel):
@@ -176,13 +181,14 @@ class ValueModel(PushMixin, PreTrainedModel):
             attention_mask: [R, T] 1 for tokens and 0 for padding, or a ready 4-D mask (a dictionary of them for
                 backbones with several kinds of attention).
             position_ids: [R, T], as the backbone itself counts them; by default from each row's first unmasked token.
-            past_key_values: cache of the tokens before `input_ids`.
+            past_key_values: cache of the tokens before `input_ids`; `cache` is the same.
             use_cache: whether to return the cache; by default if one is given.
 
         Returns:
             `ValueModelOutput` with `values` [R, T, M] in float32.
         """
         backbone, shift = Backbone.of(self.backbone), None
+        past_key_values = kwargs.pop("cache", past_key_values)
         if position_ids is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             assert input_ids is not None
             if past_key_values is not None:

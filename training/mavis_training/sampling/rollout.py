@@ -37,7 +37,7 @@ def sample_trees(
     temperature: float = 1.0,
     steering: Steering | None = None,
 ) -> list[Tree]:
-    """Algorithm 3 for P prompts side by side; rewards come later, and values from them (`mavis_training.trees.targets`).
+    """Algorithm 3 for P prompts side by side; rewards come later, and values from them (`trees.targets`).
 
     Args:
         model: the reference.

@@ -48,12 +48,12 @@ class StoreMetadata:
 
     Attributes:
         model: base model id or a name for it.
-        tokenizer_fingerprint: of the base model's tokenizer (`mavis_logits.backbone.fingerprint.tokenizer_fingerprint`).
+        tokenizer_fingerprint: of the base model's tokenizer (`fingerprint.tokenizer_fingerprint`).
         sampling: max_new_tokens, layers, root_children, children, temperature, seed, dtype: what shapes the samples.
         policy: steering settings of pi_gen; empty when pi_gen is the reference.
         reference: pi_ref, as `Reference.record` says it; None for stores of versions that did not record it.
         revision: base model revision, if it has one.
-        weights_fingerprint, weights_sketch: of the base model (`mavis_logits.backbone.fingerprint.Identity`); None if not known.
+        weights_fingerprint, weights_sketch: of the base model (`fingerprint.Identity`); None if not known.
         versions: library versions of the run that created the store (not compared on reopening).
         created: ISO time of creation (not compared on reopening).
         format_version: of the files.
