@@ -1,8 +1,8 @@
 """Theorem 1 of the paper and its lemmas (appendix B), on random small decision processes.
 
 Policy improvement is `mavis_logits.core.tilting.tilt` with beta = 1 / eta, so that these tests tie the theory to the
-code that steers. The second half is the language model's own case, a tree of tokens without discount, where equation 6's
-targets (`mavis_training.trees.targets`) are held against the theorem.
+code that steers. The second half is the language model's own case, a tree of tokens without discount, where the
+targets of equation 6 (`mavis_training.trees.targets`) are held against the theorem.
 """
 
 from __future__ import annotations

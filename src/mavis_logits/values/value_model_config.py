@@ -16,8 +16,8 @@ class ValueModelConfig(ObjectivesMixin, PreTrainedConfig):
         backbone_config: configuration of the decoder, or the same as a dictionary.
         backbone: Hub id of the model that an adapter repo's backbone is taken from (its first layers).
         backbone_class: name of the decoder's class where `AutoModel` would make another of its configuration.
-        backbone_fingerprint, backbone_sketch: of those weights before training (`backbone.fingerprint.Identity`), so that
-            an adapter on other weights is noticed.
+        backbone_fingerprint, backbone_sketch: of those weights before training (`fingerprint.Identity`), so that an
+            adapter on other weights is noticed.
         pad_token_id: of the tokenizer; tells left padding apart.
         objectives, reward_mean, reward_scale, tokenizer_fingerprint, base_model, base_revision, recipe, iteration:
             see `ObjectivesMixin`.
