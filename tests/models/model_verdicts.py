@@ -59,6 +59,7 @@ expect(
 expect(["xlnet"], _INNER, "-", "it has two streams of hidden states, and writes from the second")
 expect(["hrm_text"], _INNER, "refused", "its layers run in cycles, so that none is the state after so many")
 expect(["hrm_text"], ["truncated"], "refused", "its layers run in cycles, so that none comes first")
+expect(["dory"], (*_INNER, "truncated"), "refused", "some of its layers run several times, one after another")
 expect(["reformer"], (*_INNER, "truncated"), "refused", "its layers are reversible and pass on two states at once")
 expect(
     ["reformer"], ("packed", "nodes"), "crash",

@@ -355,17 +355,17 @@ def layers_of_specimen(specimen: Specimen) -> LayerPlace | str:
     try:
         tokens = specimen.tokens(rows, positions)
         last = specimen.states(tokens).shape[-1]
+        once = {name: list(calls) for name, calls in called.items()}
         shown = specimen.shown(tokens)
     finally:
         for handle in handles:
             handle.remove()
     width = getattr(specimen.config, "hidden_size", last)
     found = []
-    for name, calls in called.items():
-        calls = calls[: len({i for i, _ in calls})]
+    for name, calls in once.items():
         numbers = [i for i, _ in calls]
-        if numbers != sorted(set(numbers)) or len(called[name]) % len(calls):
-            continue  # not one after the other
+        if numbers != sorted(set(numbers)):
+            continue  # not one after the other, or several times
         shapes = {tuple(states.shape) for _, states in calls}
         order, times = _order(next(iter(shapes)), rows, positions, width) if len(shapes) == 1 else (None, 1)
         if order is not None:
