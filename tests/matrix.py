@@ -230,6 +230,7 @@ def write_table(known: Mapping[str, Environment]) -> None:
     for name in ("oldest", "newest"):
         if known[name].result.is_file():
             results[name] = json.loads(known[name].result.read_text())
+    results = {name: results[name] for name in ("oldest", "newest") if name in results}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     RESULTS.with_suffix(".md").write_text(page(results), encoding="utf-8")
 

@@ -88,6 +88,8 @@ def test_every_result_is_kept_until_it_is_measured_again(tmp_path: Any, monkeypa
             name: Recorded(name, one.requirements, one.constraints) for name, one in made(other).items()
         },
     )
+    result = property(lambda environment: tmp_path / f"{environment.name}-result.json")
+    monkeypatch.setattr(matrix.Environment, "result", result)
     monkeypatch.setattr(matrix, "RESULTS", tmp_path / "versions.json")
     monkeypatch.setattr(matrix, "SWEEP", tmp_path / "none")
     assert matrix.main(["newest"]) == 1  # a test failed
