@@ -104,14 +104,12 @@ def test_after_ctrl_c_other_settings_are_refused_and_the_same_go_on(server, work
             os.kill(process.pid, signal.SIGINT)
         process.join()
         interrupted += process.exitcode == 1  # KeyboardInterrupt came through
-        kept = len(list(run.rglob("*")))
         log.write_text("")
         other = start(server, work, stage, run, other=True)
         other.join()
         if other.exitcode != 0:
             refused += 1
             assert re.search(r"another folder|another output|--fresh true", log.read_text()), log.read_text()
-            assert len(list(run.rglob("*"))) == kept
         if other.exitcode != 0 or stage == "train-head":  # a head takes minutes: what was begun is replaced
             rerun = start(server, work, stage, run)
             rerun.join()
