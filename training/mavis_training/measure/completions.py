@@ -189,6 +189,11 @@ def complete_all(
     )
 
 
+def prompts_digest(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Of what prompts' rows ask."""
+    return digest([[row["id"], row["prompt"], row.get("conversation")] for row in rows])
+
+
 def completions_origin(
     setting: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
@@ -205,9 +210,8 @@ def completions_origin(
     """
     functions = setting.get(_OWN_FUNCTIONS, value_functions) if setting else None
     own = {key: value for key, value in setting.items() if key != _OWN_FUNCTIONS}
-    asked = [[row["id"], row["prompt"], row.get("conversation")] for row in rows]
     made_by = None if functions is None else function_origin(functions)
-    return {"format": _FORMAT, "setting": own, "value_functions": made_by, "prompts": digest(asked)} | rest
+    return {"format": _FORMAT, "setting": own, "value_functions": made_by, "prompts": prompts_digest(rows)} | rest
 
 
 def write_completions(path: Path, origin: Mapping[str, Any], done: Completions) -> None:

@@ -16,7 +16,6 @@ from mavis_logits.backbone.fingerprint import Identity
 from mavis_logits.core.chat import ChatTemplate
 
 from ..base.files import read_json, write_json
-from ..base.kept import digest
 from ..base.prompts import encode_prompts, read_prompts
 from ..rewards.load import Reward, RewardSpec, load_reward, reward_digest
 from ..sampling.config import PolicyConfig
@@ -26,6 +25,7 @@ from .completions import (
     complete_all,
     completions_origin,
     judge,
+    prompts_digest,
     read_completions,
     steerings,
     write_completions,
@@ -105,9 +105,9 @@ class Validator:
     def settings(self) -> dict[str, Any]:
         """What shapes a measurement, beside the policy."""
         of = {name: reward_digest(spec) for name, spec in self.rewards.items()}
-        read = digest([[row["id"], row["prompt"], row.get("conversation")] for row in self.rows])
         return asdict(self.config) | {
-            "rewards": self.rewards, "weights": self.weights, "rewards_are": of, "prompts_read": read
+            "rewards": self.rewards, "weights": self.weights, "rewards_are": of,
+            "prompts_read": prompts_digest(self.rows),
         }  # fmt: skip
 
     def measure(self, folder: Path, policy: PolicyConfig | None, plain: Measurement | None = None) -> Measurement:
