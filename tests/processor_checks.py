@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from mavis_logits import MavisLogitsProcessor
-from mavis_logits.testing import algorithm_2, recompute_head_values, recompute_values
-from tiny import EOS, PAD, make_head, make_value_model
+from mavis_logits.testing import algorithm_2, recompute_all
+from tiny import EOS, PAD, functions
 
 K, BETA = 6, 3.0
 WEIGHTS = {"a": 0.7, "b": 0.3}
@@ -29,30 +29,15 @@ class Recorder(LogitsProcessor):
         return out
 
 
-def functions(kind: str, base: Any) -> Any:
-    if kind == "model":
-        return make_value_model("a", "b")
-    if kind == "head":
-        return make_head(base, "a", "b")
-    if kind == "heads":
-        return {"a": make_head(base, "a"), "b": make_head(base, "b", seed=5, layer=1)}
-    return {"a": make_head(base, "a"), "b": make_value_model("b")}
-
-
 def slow_policy(
     mavis: MavisLogitsProcessor, base: Any, sequence: Tensor, scores: Tensor, k: int = K, beta: float = BETA
 ) -> Tensor:
     """pi_MAVIS [V] after `sequence` (no padding), by re-forwarding everything."""
     log_ref = torch.log_softmax(scores.double(), dim=-1)
     candidates = log_ref.argsort(descending=True)[:k]
-    per_objective = []
-    for name, function, output in mavis._functions._outputs:
-        if function in mavis._functions.heads:
-            values = recompute_head_values(function, base, sequence, candidates)
-        else:
-            values = recompute_values(function, sequence, candidates)
-        per_objective.append(WEIGHTS[name] * values[:, output])
-    combined = dict(zip(candidates.tolist(), sum(per_objective).tolist(), strict=True))
+    values = recompute_all(mavis.functions, base, sequence, candidates)
+    weights = values.new_tensor([WEIGHTS[name] for name in mavis.objectives])
+    combined = dict(zip(candidates.tolist(), (values @ weights).tolist(), strict=True))
     return algorithm_2(log_ref, combined.__getitem__, k, beta)
 
 

@@ -14,34 +14,17 @@ from transformers import LogitsProcessor, PreTrainedTokenizerFast, StoppingCrite
 from transformers.generation.streamers import BaseStreamer
 
 from mavis_logits import MavisStrategy
-from mavis_logits.testing import recompute_head_values, recompute_values
-from tiny import EOS, PAD, VOCABULARY, make_head, make_value_model
+from mavis_logits.testing import recompute_all
+from tiny import EOS, PAD, VOCABULARY
 
 WEIGHTS = {"a": 0.7, "b": 0.3}
 ENDS = [EOS, *range(40, 50)]  # as eos_token_id, so that some texts of random models end early
 FULL = {"top_k": 0, "return_dict_in_generate": True, "eos_token_id": ENDS}
 
 
-def functions(kind: str, base: Any) -> Any:
-    if kind == "model":
-        return make_value_model("a", "b")
-    if kind == "head":
-        return make_head(base, "a", "b")
-    if kind == "heads":
-        return {"a": make_head(base, "a"), "b": make_head(base, "b", seed=5, layer=1)}
-    return {"a": make_head(base, "a"), "b": make_value_model("b")}
-
-
 def recompute(mavis: MavisStrategy, base: Any, sequence: list[int]) -> Tensor:
     """[M] values of a sequence, from scratch."""
-    values = []
-    for _, function, output in mavis._functions._outputs:
-        if function in mavis._functions.heads:
-            own = recompute_head_values(function, base, sequence[:-1], torch.tensor(sequence[-1:]))
-        else:
-            own = recompute_values(function, sequence[:-1], torch.tensor(sequence[-1:]))
-        values.append(own[0, output])
-    return torch.stack(values)
+    return recompute_all(mavis.functions, base, sequence[:-1], torch.tensor(sequence[-1:]))[0]
 
 
 def written(sequence: Tensor, start: int) -> list[int]:

@@ -73,7 +73,9 @@ def test_fewer_than_one_candidate(top_k: Any) -> None:
 
 
 def test_a_mistyped_setting() -> None:
-    with pytest.raises(ValueError, match="unknown setting 'normalise'; did you mean 'normalize'"):
+    with pytest.raises(
+        ValueError, match="unknown setting 'normalise' of MavisLogitsProcessor; did you mean 'normalize'"
+    ):
         steer(normalise="none")
 
 
@@ -206,7 +208,7 @@ def test_a_processor_goes_on_after_an_error(monkeypatch: pytest.MonkeyPatch) -> 
     base = make_base()
     mavis, fresh = steer(), steer()
     base.generate(IDS, do_sample=False, max_new_tokens=3, pad_token_id=PAD, logits_processor=[mavis])
-    model = mavis._functions.models[0]
+    model = mavis.functions.models[0]
     right = model.head.bias.detach().clone()
     with torch.no_grad():
         model.head.bias.fill_(math.nan)

@@ -152,7 +152,7 @@ def test_a_resized_table_is_refused_at_the_next_call_with_a_way_back(kind: Any) 
     with pytest.raises(ValueError, match=rf"take the size back with model\.resize_token_embeddings\({VOCABULARY}\)"):
         write(base, steering)
     base.resize_token_embeddings(VOCABULARY)
-    fresh = kind(steering._functions.heads[0], beta=3.0, top_k=5, model=base)
+    fresh = kind(steering.functions.heads[0], beta=3.0, top_k=5, model=base)
     assert torch.equal(write(base, fresh), expected)
 
 
@@ -259,7 +259,7 @@ def test_an_adapter_finds_its_backbone_in_the_base_model_wherever_that_lies(fuse
     moved = AutoModelForCausalLM.from_pretrained(tmp_path / "there").eval()
     for model in (moved, get_peft_model(moved, LoraConfig(target_modules=["q_proj"])), moved.half(), moved):
         mavis = MavisLogitsProcessor.from_pretrained(tmp_path / "values", model=model, fuse=fuse)
-        torch.testing.assert_close(values(mavis._functions.models[0]), expected, atol=0.05, rtol=0.01)
+        torch.testing.assert_close(values(mavis.functions.models[0]), expected, atol=0.05, rtol=0.01)
 
 
 def test_an_adapter_takes_a_base_whose_table_has_grown(tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_an_adapter_takes_a_base_whose_table_has_grown(tmp_path: Path) -> None:
     grown = make_base()
     grown.resize_token_embeddings(VOCABULARY + 3)
     mavis = MavisLogitsProcessor.from_pretrained(tmp_path, top_k=5, model=grown)
-    found = mavis._functions.models[0]
+    found = mavis.functions.models[0]
     torch.testing.assert_close(values(found), expected, atol=1e-5, rtol=1e-5)
     assert found.config.backbone_config.vocab_size == VOCABULARY + 3
     write(grown, mavis)
@@ -278,7 +278,7 @@ def test_a_base_that_is_not_an_adapters_backbone_is_not_used_for_it(tmp_path: Pa
     expected = values(save_adapter(tmp_path / "values", AutoModelForCausalLM.from_pretrained(tmp_path / "base")))
     other = make_base(seed=5)
     other.config.name_or_path = str(tmp_path / "base")  # it bears the name, and is none
-    found = MavisLogitsProcessor.from_pretrained(tmp_path / "values", model=other)._functions.models[0]
+    found = MavisLogitsProcessor.from_pretrained(tmp_path / "values", model=other).functions.models[0]
     torch.testing.assert_close(values(found), expected, atol=1e-5, rtol=1e-5)
     (tmp_path / "base").rename(tmp_path / "gone")
     with pytest.raises(OSError, match=r"could not be loaded: .* The base model given cannot take its place: 15 of 20"):

@@ -164,7 +164,7 @@ def test_a_value_head_with_two_outputs_lies_in_a_bundle_once(folders: Path) -> N
     assert content["value_functions"] == {"c": {"subfolder": "head"}, "d": {"subfolder": "head"}}
     mavis = MavisLogitsProcessor.from_pretrained(str(bundle), model=make_base())
     assert mavis.objectives == ["c", "d"]
-    assert len(mavis._functions.all) == 1
+    assert len(mavis.functions.all) == 1
     with pytest.raises(ValueError, match="is a value head, which needs its base model's hidden states: pass model="):
         MavisLogitsProcessor.from_pretrained(str(bundle))
 
@@ -253,7 +253,7 @@ def test_a_bundle_with_its_value_functions_inside(hub: HubServer, folders: Path,
     )
     assert mavis.objectives == ["a", "c", "d"]
     model = ValueModel.from_pretrained(folders / "value-a")
-    found = next(f for f in mavis._functions.all if isinstance(f, ValueModel))
+    found = next(f for f in mavis.functions.all if isinstance(f, ValueModel))
     assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
     card = hub.files("org/bundle")["value-a/README.md"].decode()
     assert "# org/bundle: value-a" in card

@@ -146,7 +146,7 @@ def test_a_processor_hands_settings_to_models_and_spares_heads_them(tmp_path: Pa
     make_head(base, "b").save_pretrained(tmp_path / "head")
     names = [str(tmp_path / "model"), str(tmp_path / "head")]
     mavis = MavisLogitsProcessor.from_pretrained(names, model=base, attn_implementation="eager", dtype=torch.bfloat16)
-    model, head = mavis._functions.all
+    model, head = mavis.functions.all
     assert model.backbone.config._attn_implementation == "eager"
     assert (model.dtype, head.dtype) == (torch.bfloat16, torch.float32)
 

@@ -6,28 +6,39 @@ import os
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
+from typing import Any
 
 import pytest
 
 from mavis_logits import cli
 from mavis_logits.commands.generate import parse_values, parse_weights
+from mavis_logits.commands.registry import OWN, Command, available
 
 
 def commands_with(monkeypatch: pytest.MonkeyPatch, **functions: object) -> None:
-    """Let the entry-point group consist of the given functions only."""
-    monkeypatch.setattr(cli, "available_commands", lambda: {name: Loaded(f) for name, f in functions.items()})
+    """Let there be commands that run the given functions only."""
+    monkeypatch.setattr(cli, "available", lambda: {name: Loaded(name, f) for name, f in functions.items()})
 
 
-class Loaded:
-    """An entry point that loads a function made in a test."""
+class Loaded(Command):
+    """A command that runs a function made in a test."""
 
-    value = "tests:function"
+    def __init__(self, name: str, function: object) -> None:
+        super().__init__(name, "of a test", "tests:function")
+        object.__setattr__(self, "made", function)
 
-    def __init__(self, function: object) -> None:
-        self.function = function
+    def load(self) -> Any:
+        return self.made  # type: ignore[attr-defined]
 
-    def load(self) -> object:
-        return self.function
+
+def test_every_command_is_there_and_says_what_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    for command in OWN:
+        assert callable(command.load())
+        assert command.summary
+    added = EntryPoint("later", "somewhere:run", "mavis.commands")
+    monkeypatch.setattr("mavis_logits.commands.registry.entry_points", lambda group: [added])
+    assert [*available()] == [*(command.name for command in OWN), "later"]
+    assert available()["later"].function == "somewhere:run"
 
 
 def test_help_lists_every_command_and_imports_none() -> None:
@@ -64,8 +75,8 @@ def test_arguments_after_the_command_reach_it_untouched(monkeypatch: pytest.Monk
 def test_a_missing_extra_is_named_with_the_command_to_install_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    absent = EntryPoint("collect", "no_such_package_at_all:main", "mavis.commands")
-    monkeypatch.setattr(cli, "available_commands", lambda: {"collect": absent})
+    absent = Command("collect", "", "no_such_package_at_all:main")
+    monkeypatch.setattr(cli, "available", lambda: {"collect": absent})
     assert cli.main(["collect"]) == 2
     error = capsys.readouterr().err
     assert "needs the package no_such_package_at_all" in error

@@ -90,7 +90,7 @@ def test_a_copied_processor_is_attached_to_the_same_model_and_independent(kind: 
         steps = mavis.stats.steps
         write(base, twin)
         assert (mavis.stats.steps, len(mavis.trace)) == (steps, 6)
-        assert [id(f) for f in twin._functions.all] == [id(f) for f in mavis._functions.all]  # shared: only read
+        assert [id(f) for f in twin.functions.all] == [id(f) for f in mavis.functions.all]  # shared: only read
 
 
 def test_what_is_copied_together_stays_together() -> None:
@@ -100,7 +100,7 @@ def test_what_is_copied_together_stays_together() -> None:
     expected = write(base, mavis)
     base_2, head_2, mavis_2 = copy.deepcopy([base, head, mavis])
     assert mavis_2.base is base_2
-    assert mavis_2._functions.heads == [head_2]
+    assert mavis_2.functions.heads == [head_2]
     with torch.no_grad():
         head.out.weight.zero_()
     del base, mavis
@@ -152,7 +152,7 @@ def test_strategies_are_copied_after_use(make: Any, way: Any) -> None:
 def test_fused_adapters_are_copied_and_pickled() -> None:
     base = make_base()
     mavis = MavisLogitsProcessor([make_adapter("a", seed=2), make_adapter("b", seed=3)], beta=4.0, **SETTINGS)
-    assert len(mavis._functions.models) == 1
+    assert len(mavis.functions.models) == 1
     expected = write(base, mavis)
     for twin in (copy.deepcopy(mavis), pickle.loads(pickle.dumps(mavis))):
         assert torch.equal(write(base, twin), expected)

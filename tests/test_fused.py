@@ -77,7 +77,7 @@ def test_generate_is_the_same_fused_and_one_after_another(adapters: list[ValueMo
     ids = []
     for fuse in (True, None, False):
         mavis = MavisLogitsProcessor(functions, weights, fuse=fuse, pad_token_id=PAD, top_k=6)
-        assert len(mavis._functions.models) == (3 if fuse is False else 1)
+        assert len(mavis.functions.models) == (3 if fuse is False else 1)
         ids.append(
             base.generate(
                 input_ids=prompts, attention_mask=(prompts != PAD).long(), do_sample=False, max_new_tokens=12,
@@ -107,12 +107,12 @@ def test_adapters_loaded_from_folders_are_fused_or_merged(tmp_path: Path) -> Non
         folders[name] = str(tmp_path / name)
     fused = MavisLogitsProcessor.from_pretrained(folders, model=base, top_k=5)
     apart = MavisLogitsProcessor.from_pretrained(folders, model=base, top_k=5, fuse=False)
-    assert isinstance(fused._functions.models[0], FusedValueModel)
-    assert [model.lora for model in apart._functions.models] == [None, None]
+    assert isinstance(fused.functions.models[0], FusedValueModel)
+    assert [model.lora for model in apart.functions.models] == [None, None]
     scores, ids = torch.randn(2, VOCABULARY), torch.tensor([[5, 6, 7], [8, 9, 10]])
     torch.testing.assert_close(fused(ids, scores), apart(ids, scores), atol=1e-4, rtol=1e-4)
     alone = MavisLogitsProcessor.from_pretrained(folders["a"], model=base, top_k=5)
-    assert alone._functions.models[0].lora is None  # nothing to fuse it with: merged
+    assert alone.functions.models[0].lora is None  # nothing to fuse it with: merged
 
 
 def test_models_that_do_not_fit_are_scored_separately_or_refused() -> None:

@@ -271,7 +271,7 @@ def test_adapters_switched_on_and_off_are_followed() -> None:
 
 
 @pytest.mark.parametrize("make", [MavisLogitsProcessor, MavisSampling])
-@pytest.mark.parametrize("change", [in_place, by_data, lambda model: model.to(torch.bfloat16)])
+@pytest.mark.parametrize("change", [in_place, by_data, nn.Module.double])
 def test_fused_value_models_that_change_are_refused_with_a_way_out(make: Any, change: Callable[[Any], object]) -> None:
     base = make_base()
     adapters = functions("adapters", base)
@@ -292,7 +292,7 @@ def test_fused_value_models_that_change_are_refused_with_a_way_out(make: Any, ch
 def test_fused_value_models_whose_sources_are_gone_go_on() -> None:
     base = make_base()
     mavis = steer(functions("adapters", base), base)
-    assert all(source() is None for source, _ in mavis._functions.models[0]._sources)
+    assert all(source() is None for source, _ in mavis.functions.models[0]._sources)
     assert torch.equal(write(base, mavis), write(base, steer(functions("adapters", base), base)))
 
 
@@ -300,11 +300,11 @@ def test_a_text_that_nothing_happens_to_keeps_its_cache(monkeypatch: pytest.Monk
     base, model = make_base(), make_value_model("a")
     mavis = steer(model, base)
     once = write(base, mavis)
-    scorer = mavis._local.cached[model].scorer
+    scorer = mavis._local.reader[0]._scorers[model]
     monkeypatch.setattr(type(scorer), "begin", lambda *_: pytest.fail("it begins anew"))
     with torch.inference_mode():
         write(base, mavis, ids=torch.cat([once, once[:, :2]], dim=1))
-    assert mavis._local.cached[model].scorer is scorer
+    assert mavis._local.reader[0]._scorers[model] is scorer
 
 
 def test_a_watch_keeps_nothing_alive() -> None:

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import CompileConfig, PreTrainedTokenizerFast, pipeline
 
 from mavis_logits import MavisLogitsProcessor
-from processor_checks import BETA, WEIGHTS, K, Recorder, assert_algorithm_2, functions, steer
-from tiny import ARCHITECTURES, EOS, PAD, VOCABULARY, make_base, make_head, make_value_model
+from processor_checks import BETA, WEIGHTS, K, Recorder, assert_algorithm_2, steer
+from tiny import ARCHITECTURES, EOS, PAD, VOCABULARY, functions, make_base, make_head, make_value_model
 
 MODES = {
     "greedy": {"do_sample": False},
@@ -117,7 +117,7 @@ def test_rows_that_end_at_different_times(kind: str, base: Any, prompts: dict[st
 
 def test_a_second_chat_turn_goes_on_from_the_cache(base: Any) -> None:
     recorder = steer("model", base)
-    model = recorder.inner._functions.models[0]
+    model = recorder.inner.functions.models[0]
     out = base.generate(torch.tensor([[5, 6, 7, 8, 9]]), do_sample=False, max_new_tokens=5, logits_processor=[recorder])
     queries: list[int] = []
     hook = model.backbone.register_forward_pre_hook(

@@ -12,38 +12,17 @@ from transformers import LogitsProcessorList, StoppingCriteria, TextStreamer
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper
 
 from mavis_logits import MavisLogitsProcessor, MavisSampling
-from mavis_logits.testing import algorithm_2, recompute_head_values, recompute_values
+from mavis_logits.testing import algorithm_2, recompute_all
 from strategy_checks import Collector, letter_tokenizer
-from tiny import ARCHITECTURES, EOS, PAD, VOCABULARY, make_base, make_head, make_value_model
+from tiny import ARCHITECTURES, EOS, PAD, VOCABULARY, functions, make_base, make_head, make_value_model
 
 K, BETA = 6, 3.0
 WEIGHTS = {"a": 0.7, "b": 0.3}
 
 
-def functions(kind: str, base: Any) -> Any:
-    if kind == "model":
-        return make_value_model("a", "b")
-    if kind == "head":
-        return make_head(base, "a", "b")
-    if kind == "heads":
-        return {"a": make_head(base, "a"), "b": make_head(base, "b", seed=5, layer=1)}
-    return {"a": make_head(base, "a"), "b": make_value_model("b")}
-
-
 def strategy(kind: str, base: Any, **settings: Any) -> MavisSampling:
     settings = {"top_k": K, "pad_token_id": PAD, "eos_token_id": EOS} | settings
     return MavisSampling(functions(kind, base), WEIGHTS, BETA, **settings)
-
-
-def candidate_values(mavis: MavisSampling, base: Any, sequence: Tensor, candidates: Tensor) -> Tensor:
-    """[k, M] by forward passes from scratch."""
-    columns = []
-    for _, function, output in mavis._functions._outputs:
-        if function in mavis._functions.heads:
-            columns.append(recompute_head_values(function, base, sequence, candidates)[:, output])
-        else:
-            columns.append(recompute_values(function, sequence, candidates)[:, output])
-    return torch.stack(columns, dim=1)
 
 
 def slow_policy(mavis: MavisSampling, base: Any, sequence: Tensor, log_ref: Tensor, weights: Tensor) -> Tensor:
@@ -53,7 +32,7 @@ def slow_policy(mavis: MavisSampling, base: Any, sequence: Tensor, log_ref: Tens
     candidates = log_ref.argsort(descending=True)[:count]
     if config.candidate_min_p is not None:
         candidates = candidates[log_ref[candidates].exp() >= config.candidate_min_p * log_ref.max().exp()]
-    combined = candidate_values(mavis, base, sequence, candidates).double() @ weights
+    combined = recompute_all(mavis.functions, base, sequence, candidates).double() @ weights
     values = dict(zip(candidates.tolist(), combined.tolist(), strict=True))
     return algorithm_2(log_ref, values.__getitem__, len(candidates), float(mavis.beta))
 
@@ -176,7 +155,7 @@ def test_values_are_those_of_the_finished_sequences(kind: str, base: Any, prompt
         new = sequence[length:].tolist()
         end = length + (new.index(EOS) + 1 if EOS in new else len(new))
         text = sequence[int(prompts["attention_mask"][row].argmax()) : end]
-        expected = candidate_values(mavis, base, text[:-1], text[-1:])[0]
+        expected = recompute_all(mavis.functions, base, text[:-1], text[-1:])[0]
         torch.testing.assert_close(output.values[row], expected, atol=1e-4, rtol=1e-4)
 
 

@@ -68,7 +68,7 @@ class Steered(LogitsProcessor):
 
     def hold(self, rows: list[list[int]]) -> None:
         """Against Algorithm 2 on the rows' texts, which `rows` begin, up to their ends."""
-        model = self.inner._functions.models[0]
+        model = self.inner.functions.models[0]
         assert self.calls
         for input_ids, scores, out in self.calls:
             width = self.calls[0][0].shape[1]

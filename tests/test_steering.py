@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mavis_logits.steering.policy import Requests
 from mavis_logits.steering.steering import Steering
 from tiny import VOCABULARY, make_base, make_head, make_value_model
 
@@ -66,11 +67,11 @@ settings = st.fixed_dictionaries(
 def test_a_step_is_what_its_settings_say(given_settings: dict[str, Any], seed: int) -> None:
     mavis = steering(**given_settings)
     scores = scores_of(seed)
-    choice = mavis.choose(scores)
+    choice = mavis.policy.choose(scores)
     everything = torch.randn(len(scores), VOCABULARY)
     values = torch.stack([everything, everything], dim=-1).gather(1, choice.candidates[..., None].expand(-1, -1, 2))
-    scored = mavis.worth_scoring(choice)
-    step = mavis.tilt(choice, values.masked_fill(~scored[..., None], 0.0))
+    scored = mavis.policy.worth_scoring(choice)
+    step = mavis.policy.tilt(choice, values.masked_fill(~scored[..., None], 0.0))
     policy = step.log_probs(VOCABULARY).double().exp()
     for row in range(len(scores)):
         expected = definition(mavis, scores[row], everything[row])
@@ -87,8 +88,8 @@ def test_a_step_is_what_its_settings_say(given_settings: dict[str, Any], seed: i
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_a_budget_is_spent_over_any_number_of_candidates(top_k: int | None, normalize: str) -> None:
     mavis = steering(top_k=top_k, normalize=normalize, kl_budget=2.0)
-    choice = mavis.choose(scores_of(0, rows=5))
-    step = mavis.tilt(choice, torch.randn(*choice.candidates.shape, 2))
+    choice = mavis.policy.choose(scores_of(0, rows=5))
+    step = mavis.policy.tilt(choice, torch.randn(*choice.candidates.shape, 2))
     cut = -choice.reference.logsumexp(dim=1)  # what no beta lowers
     best = step.combined.masked_fill(~choice.mask, -torch.inf).argmax(dim=1, keepdim=True)
     most = -choice.reference.gather(1, best)[:, 0]  # what no beta exceeds
@@ -98,18 +99,18 @@ def test_a_budget_is_spent_over_any_number_of_candidates(top_k: int | None, norm
 @given(st.integers(0, 10**6), st.floats(0.01, 1.0))
 def test_a_lone_candidate_needs_no_value(seed: int, share: float) -> None:
     mavis = steering(top_k=15, candidate_min_p=share)
-    choice = mavis.choose(scores_of(seed))
+    choice = mavis.policy.choose(scores_of(seed))
     counts = choice.mask.sum(dim=1)
     assert (counts >= 1).all()
-    assert torch.equal(mavis.worth_scoring(choice).sum(dim=1), torch.where(counts > 1, counts, 0))
+    assert torch.equal(mavis.policy.worth_scoring(choice).sum(dim=1), torch.where(counts > 1, counts, 0))
 
 
 def test_rows_of_one_request_share_its_weights() -> None:
     mavis = steering(top_k=8)
     mavis.weights = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    choice = mavis.choose(scores_of(1, rows=4))
+    choice = mavis.policy.choose(scores_of(1, rows=4))
     values = torch.randn(4, 8, 2)
-    step = mavis.tilt(choice, values, request=torch.tensor([1, 0, 0, 1]))
+    step = mavis.policy.tilt(choice, values, Requests(torch.tensor([1, 0, 0, 1])))
     mask = choice.mask
     for row, objective in enumerate((1, 0, 0, 1)):
         torch.testing.assert_close(step.combined[row], values[row, :, objective].masked_fill(~mask[row], 0.0))

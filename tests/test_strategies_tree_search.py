@@ -11,8 +11,8 @@ from torch import Tensor
 from mavis_logits import MavisSampling, MavisTreeSearch
 from mavis_logits.decoding.strategies.tree import Tree
 from mavis_logits.testing import recompute_values
-from strategy_checks import ENDS, FULL, WEIGHTS, Collector, Damage, StopAfter, functions, recompute, written
-from tiny import PAD, make_adapter, make_base, make_head, make_value_model
+from strategy_checks import ENDS, FULL, WEIGHTS, Collector, Damage, StopAfter, recompute, written
+from tiny import PAD, functions, make_adapter, make_base, make_head, make_value_model
 
 
 @pytest.mark.parametrize("kind", ["model", "head", "mixed"])

@@ -77,7 +77,7 @@ def test_a_fresh_processor_in_four_threads(kind: str) -> None:
         found = together(lambda i, mavis=mavis: write(base, PROMPTS[i], mavis))
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
         assert (mavis.stats.steps, mavis.stats.passed_through) == (20, 0)
-    for model in [f.backbone for f in mavis._functions.models]:
+    for model in [f.backbone for f in mavis.functions.models]:
         assert model.config._attn_implementation == "sdpa"
 
 
@@ -145,7 +145,7 @@ def test_a_trace_is_of_one_thread() -> None:
     assert len(mavis.trace) == 5
     assert [step.length for step in mavis.trace.steps] == [4, 5, 6, 7, 8]
     taken = torch.stack([step.taken for step in mavis.trace.steps[:-1]])
-    texts = [write(base, ids, MavisLogitsProcessor(mavis._functions.all, beta=4.0, **SETTINGS)) for ids in PROMPTS]
+    texts = [write(base, ids, MavisLogitsProcessor(mavis.functions.all, beta=4.0, **SETTINGS)) for ids in PROMPTS]
     assert any(torch.equal(taken[:, 0], text[0, 4:-1]) for text in texts)
 
 
@@ -154,7 +154,7 @@ def test_one_processor_between_models(kind: str) -> None:
     """Value models steer any model; a head's states are those of the model that it is attached to."""
     one, two = make_base(), make_base(seed=3)
     mavis = MavisLogitsProcessor(functions(kind, one), beta=4.0, model=one, **SETTINGS)
-    fresh = lambda: MavisLogitsProcessor(mavis._functions.all, beta=4.0, model=one, **SETTINGS)  # noqa: E731
+    fresh = lambda: MavisLogitsProcessor(mavis.functions.all, beta=4.0, model=one, **SETTINGS)  # noqa: E731
     expected = [write(one, PROMPTS[0], fresh()), write(two, PROMPTS[1], fresh()), write(one, PROMPTS[2], fresh())]
     if kind == "mixed":
         assert torch.equal(expected[1], write(two, PROMPTS[1]))  # no state of its own model: left alone
@@ -244,7 +244,7 @@ def test_a_processor_made_before_a_fork_steers_in_the_child(used: bool) -> None:
     try:
         base = make_base()
         mavis = MavisLogitsProcessor(functions("mixed", base), beta=4.0, model=base, **SETTINGS)
-        wanted = MavisLogitsProcessor(mavis._functions.all, beta=4.0, model=base, **SETTINGS)
+        wanted = MavisLogitsProcessor(mavis.functions.all, beta=4.0, model=base, **SETTINGS)
         if used:
             write(base, PROMPTS[1], mavis)
         expected = write(base, PROMPTS[0], wanted).tolist()

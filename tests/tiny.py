@@ -106,3 +106,14 @@ def make_adapter(
             if "lora_" in name:
                 parameter.normal_(std=0.3)
     return model.eval()
+
+
+def functions(kind: str, base: PreTrainedModel) -> Any:
+    """Value functions for objectives a and b: one "model", one "head", "heads" on two layers, or "mixed"."""
+    if kind == "model":
+        return make_value_model("a", "b")
+    if kind == "head":
+        return make_head(base, "a", "b")
+    if kind == "heads":
+        return {"a": make_head(base, "a"), "b": make_head(base, "b", seed=5, layer=1)}
+    return {"a": make_head(base, "a"), "b": make_value_model("b")}

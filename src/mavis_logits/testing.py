@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from .backbone import Backbone
 from .scoring.rows import RowTracker, Tokens
 from .scoring.scorer import ValueScorer
+from .values.ensemble import ValueFunctions
 from .values.value_head import ValueHead
 from .values.value_model import ValueModel
 
@@ -51,6 +52,20 @@ def recompute_head_values(
         hook.remove()
     states = caught[0] if caught[0].ndim == 3 else caught[0][:, None]
     return torch.cat([head(states[:, -1], token[None, None])[0] for token in candidates])
+
+
+def recompute_all(
+    functions: ValueFunctions, base: PreTrainedModel, sequence: Sequence[int] | Tokens, candidates: Tensor
+) -> Tensor:
+    """Values of every candidate for all objectives of a processor's or strategy's `functions`; float32 [k, M]."""
+    columns = []
+    for _, function, output in functions.outputs:
+        if isinstance(function, ValueHead):
+            columns.append(recompute_head_values(function, base, sequence, candidates)[:, output])
+        else:
+            assert isinstance(function, ValueModel), "value models run as one have no slow twin: use fuse=False"
+            columns.append(recompute_values(function, sequence, candidates)[:, output])
+    return torch.stack(columns, dim=1)
 
 
 def algorithm_2(log_ref: Tensor, value: Callable[[int], float], k: int, beta: float) -> Tensor:

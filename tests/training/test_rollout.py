@@ -43,7 +43,7 @@ def policy(base, tokens, temperature, steering):
     scores = reference(base, tokens, temperature)
     if steering is None:
         return scores
-    config, values = steering.config, steering._functions.all[0]
+    config, values = steering.config, steering.functions.all[0]
     top = scores.topk(config.top_k if config.top_k is not None else len(scores))
     if hasattr(values, "backbone"):
         tried = torch.stack([values(torch.tensor([[*tokens, int(c)]])).values[0, -1] for c in top.indices])

@@ -18,7 +18,7 @@ from typing import TypeVar, get_origin, get_type_hints
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from .base.settings import check_keys, nested
+from .base.settings import check_keys, names_of, nested
 
 Config = TypeVar("Config")
 Result = TypeVar("Result")
@@ -236,10 +236,18 @@ def _recipes(argv: Sequence[str]) -> list[Path]:
 
 
 def _describe(parser: ArgumentParser, kind: type) -> None:
-    """Give flags the descriptions in the `Attributes:` section of the dataclass's docstring."""
-    _, _, section = (kind.__doc__ or "").partition("Attributes:")
-    entries = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", section, flags=re.MULTILINE)
-    described = {name: " ".join(text.split()) for name, text in entries}
+    """Give flags the descriptions of their fields, and put those of `kind` itself before those that it shares."""
+    described: dict[str, str] = {}
+    for owner in kind.__mro__:
+        _, _, section = (vars(owner).get("__doc__") or "").partition("Attributes:")
+        for name, text in re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", section, flags=re.MULTILINE):
+            described.setdefault(name, " ".join(text.split()))
     for action in parser._actions:
         if action.dest in described:
             action.help = described[action.dest].replace("%", "%%")
+    order = names_of(kind)
+    for group in parser._action_groups:
+        own = [action for action in group._group_actions if action.dest.split(".")[0] in order]
+        others = [action for action in group._group_actions if action not in own]
+        own.sort(key=lambda action: order.index(action.dest.split(".")[0]))
+        group._group_actions[:] = [*others, *own]

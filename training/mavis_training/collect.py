@@ -236,7 +236,7 @@ def describe(steering: Steering | None) -> dict[str, Any]:
         return {}
     functions = [
         {"objectives": f.config.objectives, "weights": parameters_fingerprint(f)}  # type: ignore[arg-type]
-        for f in steering._functions.all
+        for f in steering.functions.all
     ]
     return {"settings": asdict(steering.config), "value_functions": functions}
 

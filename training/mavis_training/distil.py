@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +25,8 @@ from .base.record import Record, clear_checkpoints
 from .base.settings import torch_dtype
 from .fitting.batches import TrainingSet
 from .fitting.metrics import Prediction, correlation, r_squared, sibling_pairs, validation_metrics
-from .fitting.model_config import LoraSettings, TrainModelConfig
+from .fitting.model_config import TrainModelConfig
+from .fitting.settings import ValueTrainerSettings
 from .fitting.teachers import Teacher, check_tokenizer, load_teachers, teacher_values
 from .fitting.trainer_arguments import training_arguments
 from .fitting.value_trainer import Validation, ValueTrainer, resume
@@ -39,7 +39,7 @@ from .trees.tree_store import TreeStore
 
 
 @dataclass(frozen=True)
-class DistilConfig:
+class DistilConfig(ValueTrainerSettings):
     """How to distil value functions into one.
 
     Attributes:
@@ -50,25 +50,6 @@ class DistilConfig:
         model: base model that value heads read and that adapters sit on; null if no teacher needs one.
         keep_values: keep what the teachers say in the stores' folders, for the next run; False computes it again.
         initial: folder or Hub id of a value model of the same objectives to go on from; null for a new one.
-        backbone: of a new student: Hub id or folder of a decoder, or "smollm2"; its tokens must be those of the trees.
-        num_layers: keep only the first layers of the backbone.
-        lora: adapter settings.
-        epochs: passes over the training trees.
-        batch_size: trees per forward.
-        tokens_per_batch: in place of `batch_size`: as many trees of similar length as fit into so many tokens.
-        gradient_accumulation: forwards per optimizer step.
-        learning_rate: at its peak; decays linearly to 0.
-        weight_decay: of the optimizer.
-        warmup_steps: optimizer steps of linear warmup.
-        optimizer: any of `transformers.TrainingArguments.optim`.
-        max_grad_norm: gradients are clipped to this norm.
-        validation_share: of the prompts, held out.
-        seed: of initialisation, order and dropout.
-        dtype: of all weights.
-        bf16: train in bfloat16 under autocast.
-        device: "cpu", or None for the best there is.
-        trainer: further arguments of `transformers.TrainingArguments` by name, as for `mavis train-model`.
-        fresh: begin anew, in place of what `output` holds of another or an interrupted training.
     """
 
     store: str | list[str]
@@ -77,25 +58,10 @@ class DistilConfig:
     model: str | None = DEFAULT_MODEL
     keep_values: bool = True
     initial: str | None = None
-    backbone: str = DEFAULT_MODEL
-    num_layers: int | None = None
-    lora: LoraSettings = field(default_factory=LoraSettings)
-    epochs: float = 3.0
-    batch_size: int = 4
-    tokens_per_batch: int | None = None
-    gradient_accumulation: int = 1
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.002
-    warmup_steps: int = 10
-    optimizer: str = "adafactor"
-    max_grad_norm: float = 1.0
-    validation_share: float = 0.1
-    seed: int = 0
-    dtype: str = "float32"
-    bf16: bool = False
-    device: str | None = None
-    trainer: dict[str, Any] = field(default_factory=dict)
-    fresh: bool = False
+    epochs: float = field(default=3.0, kw_only=True)
+    batch_size: int = field(default=4, kw_only=True)
+    learning_rate: float = field(default=1e-3, kw_only=True)
+    warmup_steps: int = field(default=10, kw_only=True)
 
     def __post_init__(self) -> None:
         if not self.teachers:

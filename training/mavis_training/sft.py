@@ -33,7 +33,8 @@ from .base.kept import digest
 from .base.prompts import read_prompts
 from .base.record import Record, clear_checkpoints
 from .base.settings import torch_dtype
-from .fitting.model_config import LoraSettings, lora_config
+from .fitting.model_config import lora_config
+from .fitting.settings import LoraSettings, TrainerSettings
 from .fitting.soundness import require_finite, require_precision
 from .fitting.trainer_arguments import common_arguments
 from .fitting.value_trainer import resume
@@ -41,7 +42,7 @@ from .trees.targets import is_validation
 
 
 @dataclass(frozen=True)
-class SftConfig:
+class SftConfig(TrainerSettings):
     """How to fine-tune the reference model. Defaults are table 4's.
 
     Attributes:
@@ -53,24 +54,12 @@ class SftConfig:
         max_length: tokens of prompt and completion together; longer examples are left out.
         lora: adapter settings; rank 0 trains all weights.
         merge: save the model with the adapter merged into it; false saves the adapter alone, which loads, too.
-        epochs: passes over the data.
-        batch_size: examples per forward and device.
-        gradient_accumulation: forwards per optimizer step.
-        learning_rate: at its peak; decays linearly to 0.
-        weight_decay: of the optimizer.
-        warmup_steps: optimizer steps of linear warmup.
         stop_at_step: stop here and keep this step's weights, the learning rate decaying as if for all epochs.
         eval_steps: optimizer steps between validations; None for once an epoch.
         patience: stop after this many validations in a row without a smaller loss; the best weights are kept. None:
             no such stop, and the last weights are kept.
-        validation_share: of the examples, held out by prompt.
         gradient_checkpointing: less memory for more time.
-        bf16: compute in bfloat16 under autocast.
-        dtype: of the weights.
-        device: "cpu", or None for the best there is.
         report_to: loggers, as in `transformers.TrainingArguments`.
-        seed: of adapter, order and dropout.
-        fresh: begin anew, in place of what `output` holds of another or an interrupted training.
     """
 
     data: list[str]
@@ -80,23 +69,15 @@ class SftConfig:
     max_length: int = 1024
     lora: LoraSettings = field(default_factory=lambda: LoraSettings(rank=64, alpha=128, dropout=0.05))
     merge: bool = True
-    epochs: float = 1.0
-    batch_size: int = 1
-    gradient_accumulation: int = 1
-    learning_rate: float = 1.4e-4
-    weight_decay: float = 0.01
-    warmup_steps: int = 0
+    learning_rate: float = field(default=1.4e-4, kw_only=True)
+    weight_decay: float = field(default=0.01, kw_only=True)
+    warmup_steps: int = field(default=0, kw_only=True)
     stop_at_step: int | None = None
     eval_steps: int | None = None
     patience: int | None = None
-    validation_share: float = 0.05
+    validation_share: float = field(default=0.05, kw_only=True)
     gradient_checkpointing: bool = False
-    bf16: bool = False
-    dtype: str = "float32"
-    device: str | None = None
     report_to: str | list[str] = "none"
-    seed: int = 0
-    fresh: bool = False
 
     def __post_init__(self) -> None:
         if not self.data:

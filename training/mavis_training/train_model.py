@@ -21,9 +21,9 @@ from .base.kept import model_origin
 from .base.record import SHAPELESS, Record, clear_checkpoints
 from .base.settings import torch_dtype
 from .fitting.batches import TrainingSet
-from .fitting.model_config import LoraSettings as LoraSettings
 from .fitting.model_config import TrainModelConfig as TrainModelConfig
 from .fitting.model_config import lora_config
+from .fitting.settings import LoraSettings as LoraSettings
 from .fitting.trainer_arguments import training_arguments
 from .fitting.value_trainer import Validation, ValueTrainer, resume
 from .sampling.reference import require_trees_fit

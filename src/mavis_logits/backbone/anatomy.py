@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
-_CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # of transformers 5.24, of those before, of Mamba
+from .compat import CACHE_NAMES
+
 _ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 
 
@@ -73,17 +74,17 @@ def _arguments_of(forward: Callable[..., Any]) -> Arguments:
     parameters = inspect.signature(forward).parameters.values()
     names = frozenset(p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
     others = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    return Arguments(names, others, next((name for name in _CACHE_NAMES if name in names), None))
+    return Arguments(names, others, next((name for name in CACHE_NAMES if name in names), None))
 
 
 def cache_of(output: Mapping[str, Any]) -> Any:
     """The cache in a model's output, whatever its name; None if there is none."""
-    return next((output[name] for name in _CACHE_NAMES if name in output), None)
+    return next((output[name] for name in CACHE_NAMES if name in output), None)
 
 
 def given_cache(inputs: Mapping[str, Any]) -> Any:
     """The cache among keyword arguments meant for a model, whatever its name; None if there is none."""
-    return next((inputs[name] for name in _CACHE_NAMES if inputs.get(name) is not None), None)
+    return next((inputs[name] for name in CACHE_NAMES if inputs.get(name) is not None), None)
 
 
 def tokens_in(cache: Any) -> int | None:

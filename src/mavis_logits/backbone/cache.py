@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -114,6 +114,43 @@ def attention_masks(
             seen = allowed & (query_positions[:, :, None] - key_positions[:, None] < window)
         masks[kind] = torch.where(seen, zero, torch.finfo(dtype).min)[:, None]
     return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+class _Layout(NamedTuple):
+    """Where the columns of a feed go: new tokens, right-aligned, then candidates, in order.
+
+    Attributes:
+        lengths: [R] committed tokens.
+        order: [R, q] which of its row's queries a column is; below 0 it is void: attended by nothing but itself, and
+            read by nobody.
+        slots: [R, q] that its keys and values are written to.
+        positions: [R, q] of its token; the same for all candidates of a row.
+        width: slots that are looked at.
+    """
+
+    lengths: Tensor
+    order: Tensor
+    slots: Tensor
+    positions: Tensor
+    width: int
+
+    def allowed(self, pending: int, counts: Tensor, width: int) -> Tensor:
+        """[R, q, width] bool, what each column may attend to: what is committed, new tokens up to it, and itself."""
+        slot = torch.arange(width, device=self.slots.device)[None, None]
+        start = self.lengths[:, None, None]
+        allowed = (slot < start) | (slot == self.slots[..., None])
+        if pending:
+            # Slots of the row's new tokens up to the query itself (all of them, for a candidate).
+            reach = torch.where(self.order < 0, 0, (self.order + 1).minimum(counts[:, None]))
+            allowed |= (slot >= start) & (slot < start + reach[..., None])
+        return allowed
+
+    def packed(self, pending: int, kept: Tensor | None) -> Tensor:
+        """[Q] the columns that matter, as indices into R * q. Waits for the device."""
+        matters = self.order >= 0
+        if kept is not None:
+            matters[:, pending:] &= kept
+        return torch.nonzero(matters.reshape(-1))[:, 0]
 
 
 class RaggedLayer(CacheLayerMixin):
@@ -271,42 +308,27 @@ class RaggedCache(Cache):
             the feed; its queries are [R, p + k], the last k being the candidates. New tokens become part of the row
             with `advance`, a candidate with `commit`.
         """
-        lengths = self.lengths if rows is None else self.lengths[rows]
-        device = lengths.device
         pending = tokens.shape[1]
-        k = 0 if candidates is None else candidates.shape[1]
         input_ids = tokens if candidates is None else torch.cat([tokens, candidates], dim=1)
-
-        # Query j of row r is its new token number j - skip[r]; earlier columns are void: they write to slots behind
-        # the candidates, are attended by nothing but themselves and read by nobody.
-        order = torch.arange(pending + k, device=device) - (pending - counts)[:, None]
-        offset = torch.where(order < 0, order + pending + k, order)
-        slots = lengths[:, None] + offset
-        positions = lengths[:, None] + order.clamp(min=0).minimum(counts[:, None])
-        width = self.longest + pending + k
-        self._reserve(width)
-        if self.static:
-            width = self.capacity
-
-        slot = torch.arange(width, device=device)[None, None]
-        allowed = (slot < lengths[:, None, None]) | (slot == slots[..., None])
-        if pending:
-            # Slots of the row's new tokens up to the query itself (all of them, for a candidate).
-            reach = lengths[:, None] + torch.where(order < 0, 0, (order + 1).minimum(counts[:, None]))
-            allowed |= (slot >= lengths[:, None, None]) & (slot < reach[..., None])
-
-        packed = None
-        if pack and (kept is not None or pending):
-            matters = order >= 0
-            if kept is not None:
-                matters[:, pending:] &= kept
-            packed = torch.nonzero(matters.reshape(-1))[:, 0]
-        self.feed = Feed(input_ids, positions, slots, allowed, rows, packed, self.copies)
-        row = torch.arange(len(self.lengths), device=device) if rows is None else rows
-        written = (row[:, None] * self.capacity + slots).reshape(-1)
+        layout = self._layout(counts, pending, input_ids.shape[1], rows)
+        self._reserve(layout.width)
+        packed = layout.packed(pending, kept) if pack and (kept is not None or pending) else None
+        allowed = layout.allowed(pending, counts, self.capacity if self.static else layout.width)
+        self.feed = Feed(input_ids, layout.positions, layout.slots, allowed, rows, packed, self.copies)
+        row = torch.arange(len(self.lengths), device=counts.device) if rows is None else rows
+        written = (row[:, None] * self.capacity + layout.slots).reshape(-1)
         self.written = self._every_copy(written if packed is None else written[packed], self.capacity)
         self.read = None if rows is None else self._every_copy(rows)
         return self.feed
+
+    def _layout(self, counts: Tensor, pending: int, columns: int, rows: Tensor | None) -> _Layout:
+        """Where a feed's `columns` go, `pending` of them for new tokens, of which row r brings its last `counts[r]`."""
+        lengths = self.lengths if rows is None else self.lengths[rows]
+        order = torch.arange(columns, device=lengths.device) - (pending - counts)[:, None]
+        # Void columns write to slots behind the candidates.
+        offset = torch.where(order < 0, order + columns, order)
+        positions = lengths[:, None] + order.clamp(min=0).minimum(counts[:, None])
+        return _Layout(lengths, order, lengths[:, None] + offset, positions, self.longest + columns)
 
     def advance(self, counts: Tensor, most: int, rows: Tensor | None = None) -> None:
         """Commit the tokens just fed: lengths grow by `counts` [R], of which `most` is an upper bound."""

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor, nn
 
 _SAMPLES = 32  # elements of a tensor that are compared
-_SPREAD = 6  # tensors of which they are at every look
 
 
 class Watch:
     """Remembers what a model is made of, and tells when that has changed. It keeps none of it alive.
 
-    Noticed at every look are autocast, adapters switched, and tensors changed in place, cast or moved. A
-    sample of a few also shows changes behind autograd's back (through `weight.data`, or of weights that came into being
-    under `inference_mode`); a thorough look takes one of all, and finds replaced modules and parameters.
+    Noticed at every look are autocast, adapters switched, and tensors changed in place, cast or moved. A thorough look
+    compares samples of all tensors, and so finds changes behind autograd's back (through `weight.data`, or of weights
+    that came into being under `inference_mode`), and replaced modules and parameters.
 
     Args:
         model: what to watch.
@@ -31,13 +30,12 @@ class Watch:
         tensors, adapted = _parts(model)
         self._tensors = [weakref.ref(tensor) for tensor in tensors]
         self._counting = [weakref.ref(tensor) for tensor in tensors if not tensor.is_inference()]
-        self._spread = self._tensors[:: max(1, len(tensors) // _SPREAD)]
         self._adapted = [weakref.ref(layer) for layer in adapted]
-        self._state, self._some, self._all = self._quick(), _samples(_present(self._spread)), _samples(tensors)
+        self._state, self._all = self._quick(), _samples(tensors)
 
     def changed(self, thorough: bool = True) -> bool:
-        """Whether the model is another than at first. Waits for the device."""
-        if self._quick() != self._state or not _equal(_samples(_present(self._spread)), self._some):
+        """Whether the model is another than at first; a `thorough` look waits for the device."""
+        if self._quick() != self._state:
             return True
         model = self._model()
         if not thorough or model is None:

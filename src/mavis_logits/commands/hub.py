@@ -74,12 +74,8 @@ def _tell_left_out(folder: str) -> None:
 
 def push_parser() -> argparse.ArgumentParser:
     """Return the parser of ``mavis push``."""
-    parser = argparse.ArgumentParser(
-        prog="mavis push",
-        description="Publish a value function or a bundle on the Hugging Face Hub, with its card, in one commit.",
-        epilog=PUSH_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    about = "Publish a value function or a bundle on the Hugging Face Hub, with its card, in one commit."
+    parser = _parser("push", about, PUSH_EXAMPLES)
     add = parser.add_argument
     add("folder", metavar="FOLDER", help="what training, save_pretrained or mavis bundle wrote")
     add("repo", metavar="REPO", help="org/name; made if it does not exist")
@@ -92,18 +88,13 @@ def push_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="for a bundle: add code for model.generate(custom_generate=REPO, trust_remote_code=True)",
     )
-    add("--allow-weak", action="store_true", help="also where its metrics say that it foresees nothing")
     return parser
 
 
 def bundle_parser() -> argparse.ArgumentParser:
     """Return the parser of ``mavis bundle``."""
-    parser = argparse.ArgumentParser(
-        prog="mavis bundle",
-        description="Make a bundle: several value functions and their default settings under one id.",
-        epilog=BUNDLE_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    about = "Make a bundle: several value functions and their default settings under one id."
+    parser = _parser("bundle", about, BUNDLE_EXAMPLES)
     add = parser.add_argument
     add("folder", metavar="FOLDER", help="where to write it; must not exist")
     add(
@@ -119,5 +110,17 @@ def bundle_parser() -> argparse.ArgumentParser:
     add("--normalize", choices=("minmax", "gap", "center", "none"), help="default normalisation (default: minmax)")
     add("--kl-budget", type=float, metavar="NATS", help="default divergence per step, in place of a strength")
     add("--base-model", metavar="ID", help="the language model it is for (default: what the value functions name)")
-    add("--allow-weak", action="store_true", help="also where its metrics say that it foresees nothing")
+    return parser
+
+
+def _parser(command: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """What both have in common."""
+    parser = argparse.ArgumentParser(
+        prog=f"mavis {command}",
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    weak = "also where the metrics of a value function say that it foresees nothing"
+    parser.add_argument("--allow-weak", action="store_true", help=weak)
     return parser

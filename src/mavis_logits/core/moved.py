@@ -52,7 +52,7 @@ MOVED = {
     "strategies.best_of_n": "decoding.strategies.best_of_n",
     "strategies.blockwise": "decoding.strategies.blockwise",
     "strategies.processors": "decoding.strategies.processors",
-    "strategies.reader": "decoding.strategies.reader",
+    "strategies.reader": "decoding.strategies.base_reader",
     "strategies.sampling": "decoding.strategies.sampling",
     "strategies.search": "decoding.strategies.search",
     "strategies.session": "decoding.strategies.session",

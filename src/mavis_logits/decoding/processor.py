@@ -6,8 +6,10 @@ import threading
 import time
 import warnings
 import weakref
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor
@@ -15,13 +17,13 @@ from transformers import LogitsProcessor
 
 from ..backbone import Backbone
 from ..backbone.hidden import HiddenStates
-from ..backbone.watch import Watch
-from ..scoring.rows import LeftPadding, Plan, RowTracker, Tokens, ended_rows
-from ..scoring.scorer import Scored, ValueScorer, make_scorer
+from ..scoring.reader import States, ValueReader
+from ..scoring.rows import LeftPadding, RowTracker, Tokens, ended_rows, ids_on
+from ..steering.signatures import SteeringOptions
 from ..steering.steering import Steering
 from ..steering.step import Choice, Step, check_scores
 from ..steering.trace import MavisTrace
-from ..values.ensemble import ValueFunction, check_context
+from ..values.function import ValueFunction
 from .given import Given
 
 if TYPE_CHECKING:
@@ -35,12 +37,32 @@ _SUSPICIOUS = 64  # calls in a row without a state: more than an assistant draft
 _FAR, _FARTHER, _SPREAD = 2.0**23, 1e10, 2.0**10
 
 
-class _Cached(NamedTuple):
-    """What a thread has of a value model."""
+@dataclass
+class _Call:
+    """One call of the processor.
 
-    scorer: ValueScorer
-    tracker: RowTracker
-    watch: Watch
+    Attributes:
+        input_ids: [R, T] tokens so far, with padding.
+        states: of the base model, by layer.
+        prompts: what the base model has read since the last call, if more than a token.
+        begins: whether a text may begin here: these are not the rows of the last call with a token more, or the base
+            model has read more than that.
+        live: [R] bool, rows that `generate` has not closed.
+        over: [R] bool, rows after which everything may be forbidden.
+        probe: [] bool, whether the scores are no model's.
+        scored: [R, k] bool, candidates whose values count.
+        seconds: that reading the values has taken.
+    """
+
+    input_ids: Tensor
+    states: States
+    prompts: list[Prompt]
+    begins: bool
+    live: Tensor
+    over: Tensor
+    probe: Tensor
+    scored: Tensor = field(default_factory=lambda: torch.empty(0))
+    seconds: float = 0.0
 
 
 class MavisLogitsProcessor(Steering, LogitsProcessor):
@@ -66,9 +88,15 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
     nothing tells that a prompt was given as embeddings or images, or to an encoder, which value models cannot read.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        value_functions: ValueFunction | Sequence[ValueFunction] | Mapping[str, ValueFunction],
+        weights: Mapping[str, float] | Sequence[float] | Tensor | None = None,
+        beta: float | Tensor | None = None,
+        **kwargs: Unpack[SteeringOptions],
+    ) -> None:
         self._begin()
-        super().__init__(*args, **kwargs)
+        super().__init__(value_functions, weights, beta, **kwargs)
 
     def _begin(self) -> None:
         """What is this object's alone, and no copy's."""
@@ -89,8 +117,8 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
 
     def _listen(self, model: PreTrainedModel) -> None:
         self._base = weakref.ref(model)
-        if self._functions.heads:
-            self._hidden = HiddenStates(model, [head.config.layer for head in self._functions.heads])
+        if self.functions.heads:
+            self._hidden = HiddenStates(model, [head.config.layer for head in self.functions.heads])
         self._given = Given(Backbone.of(model).model)
 
     def detach(self) -> None:
@@ -128,6 +156,8 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Tilted log-probabilities.
 
+        Waits for the device once, with value models twice: for the tokens of the rows, and for NaN to be told.
+
         Args:
             input_ids: [R, T] tokens so far, padded on the left; T is 0 if the prompts are given as embeddings.
             scores: [R, V] the base model's next-token scores.
@@ -136,62 +166,66 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
             [R, V] in the dtype of `scores`.
         """
         self._check(input_ids, scores)
-        if _is_probe(scores):
-            self.stats.pass_through()
+        states = self._states(input_ids)
+        if states is None:
+            self._pass_through()
             return scores
-        hidden = None
-        if self._functions.heads:
-            if self._hidden is None:
-                raise ValueError(
-                    "a value head needs the base model's hidden states: pass model=model, or use mavis.attach(model)"
-                )
-            if self._hidden.moved and (base := self.base) is not None:
-                super().attach(base)
-                self._hidden.moved = False
-            if input_ids.shape[1] < 2 or (self._given is not None and self._given.waiting):  # another text
-                self._follow_base()
-            hidden = self._hidden.take(input_ids)
-            if hidden is None:
-                self._pass_through()
-                return scores
-            self._local.passed = 0
+        self._local.passed = 0
         prompts = self._given.take() if self._given is not None else []
         new = self._is_new(input_ids)
         if new:  # where the prompts end is known of those that the base model has read
             self._local.begun = input_ids.shape[1] if prompts else 0
-        live = ~ended_rows(input_ids, self._eos, self.pad_token_id, self._local.begun)
-        choice = self.choose(scores)
-        known = [token for token in sorted(self._eos) if token < scores.shape[1]]
-        eos = torch.tensor(known, dtype=torch.long, device=scores.device)
+        eos = ids_on(frozenset(token for token in self.special.eos if token < scores.shape[1]), scores.device)
         ended = torch.isin(input_ids[:, -1:], eos).any(dim=1)
-        # Once a text has ended, a grammar may well forbid everything.
-        over = ended if self.pad_token_id is None else ended | (input_ids[:, -1:] == self.pad_token_id).any(dim=1)
-        live = live & ~(over & torch.isneginf(choice.reference).all(dim=1))
-        check_scores(choice.reference, live)
-        started = time.perf_counter()
-        scored = self.worth_scoring(choice) & live[:, None]
-        self._functions.refresh(thorough=new)
-        with self._functions.reading():
-            values = self._values(input_ids, hidden, choice, scored, live, prompts)
-        seconds = time.perf_counter() - started
-        self._check_values(values, scored)
-        step = self.tilt(choice, values.masked_fill(~scored[..., None], 0.0))
-
-        step = replace(step, kl=torch.where(live & ~ended, step.kl, 0.0))
-        self.stats.add(len(scores), step.kl, seconds)
-        if self.trace is not None:
-            idle = torch.tensor(self._idle, device=values.device)
-            self._record(
-                input_ids, replace(step, values=values.masked_fill(idle | ~scored[..., None], torch.nan)), live
-            )
-        if self._leaves_scores_alone(choice.candidates.shape[1], scores.shape[1]):
+        call = _Call(
+            input_ids, states, prompts, begins=new or bool(prompts),
+            live=~ended_rows(input_ids, self.special.eos, self.pad_token_id, self._local.begun),
+            # Once a text has ended, a grammar may well forbid everything.
+            over=ended if self.pad_token_id is None else ended | (input_ids[:, -1:] == self.pad_token_id).any(dim=1),
+            probe=_is_probe(scores),
+        )  # fmt: skip
+        step = self.policy.step(self.known(scores), partial(self._read, call))
+        broken, live, (probe, *_) = torch.stack(
+            [step.broken & call.live, call.live, call.probe.expand_as(call.live)]
+        ).tolist()
+        if probe:
+            self.stats.pass_through()
             return scores
-        log_probs = step.log_probs(scores.shape[1])
-        if step.everything is None:
-            far = torch.log_softmax(scores.float() / self.config.reference_temperature, dim=-1) * _SPREAD - _FAR
-            far[:, eos] -= _FARTHER
-            log_probs = torch.where(torch.isneginf(log_probs), far, log_probs)
-        return torch.where(live[:, None], log_probs.to(scores.dtype), scores)
+        if any(broken):
+            check_scores(step.reference, call.live)
+            self.check_values(step.values, call.scored)
+
+        step = replace(step, kl=torch.where(call.live & ~ended, step.kl, 0.0))
+        self.stats.add(len(scores), step.kl, call.seconds)
+        if self.trace is not None:
+            idle = torch.tensor(self.idle, device=scores.device)
+            values = step.values.masked_fill(idle | ~call.scored[..., None], torch.nan)
+            self._record(input_ids, replace(step, values=values), call.live)
+        if self._leaves_scores_alone(step.candidates.shape[1], scores.shape[1]):
+            return scores
+        log_probs = step.everything
+        if log_probs is None:
+            best = scores.gather(1, step.candidates[:, :1])
+            log_probs = _far(scores, best, eos, self.config.reference_temperature)
+            steered = torch.where(step.tilted.isneginf(), log_probs.gather(1, step.candidates), step.tilted)
+            log_probs.scatter_(1, step.candidates, steered)
+        log_probs = log_probs.to(scores.dtype)
+        return log_probs if all(live) else torch.where(call.live[:, None], log_probs, scores)
+
+    def _states(self, input_ids: Tensor) -> States | None:
+        """The base model's states behind these scores, by layer; None if they are another's."""
+        if not self.functions.heads:
+            return {}
+        if self._hidden is None:
+            raise ValueError(
+                "a value head needs the base model's hidden states: pass model=model, or use mavis.attach(model)"
+            )
+        if self._hidden.moved and (base := self.base) is not None:
+            super().attach(base)
+            self._hidden.moved = False
+        if input_ids.shape[1] < 2 or (self._given is not None and self._given.waiting):  # another text
+            self.follow_base()
+        return self._hidden.take(input_ids)
 
     def _pass_through(self) -> None:
         """Count a call without a state of the base model behind it; so many in a row are no assistant's drafts."""
@@ -209,34 +243,63 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
                 stacklevel=3,
             )
 
-    def _values(
-        self,
-        input_ids: Tensor,
-        hidden: dict[int | None, Tensor] | None,
-        choice: Choice,
-        scored: Tensor,
-        live: Tensor,
-        prompts: list[Prompt],
-    ) -> Tensor:
-        """Values [R, k, M] of the candidates; those not `scored` mean nothing."""
-        candidates = choice.candidates
-        parts: dict[ValueFunction, Tensor] = {}
-        for head in self._functions.heads:
-            assert hidden is not None
-            parts[head] = head(hidden[head.config.layer], None if self.config.top_k is None else candidates)
-        models = self._functions.busy_models(self._idle)
-        if models and scored.any():
-            # Rows that have ended are gone for good. Those that need no value stay: their tokens wait.
-            sequences = self._sequences(input_ids.cpu().numpy(), prompts)
-            going = [sequence for sequence, goes_on in zip(sequences, live.tolist(), strict=True) if goes_on]
-            kept = None if self.config.candidate_min_p is None else scored[live]
-            for model in models:
-                values = self._score(model, going, candidates[live], kept)
-                every = values.new_zeros(len(live), *values.shape[1:])
-                parts[model] = every.index_put((live,), values)
-        if not parts:
+    def _read(self, call: _Call, choice: Choice, kept: Tensor) -> Tensor:
+        """Values [R, k, M] of the candidates; those not `kept`, or in rows that have ended, mean nothing."""
+        call.live = call.live & ~(call.over & (choice.reference == -torch.inf).all(dim=1))
+        call.scored = kept & call.live[:, None]
+        started = time.perf_counter()
+        with self.functions.reading():
+            values = self._values(call, choice)
+        call.seconds = time.perf_counter() - started
+        return values
+
+    def _values(self, call: _Call, choice: Choice) -> Tensor:
+        reader, tracker = self._reader()
+        whole, candidates = self.config.top_k is None, choice.candidates
+        models = self.functions.busy_models(self.idle)
+        if not models:
+            self.functions.refresh(call.begins)
+            return reader.values(None, [], call.states, candidates, idle=self.idle, whole=whole)
+        broken = call.live & ~torch.isfinite(choice.reference.amax(dim=1))
+        asked = candidates.masked_fill(~call.scored, -1)
+        # All that the host must know, in one piece: it waits for the device once.
+        length, flags = call.input_ids.shape[1], torch.stack([call.live, broken, call.probe.expand_as(broken)], dim=1)
+        known = torch.cat([call.input_ids, asked, flags.to(asked.dtype)], dim=1).cpu().numpy()
+        input_ids, tried, (live, unsound, probe) = known[:, :length], known[:, length:-3], known[:, -3:].T.astype(bool)
+        if unsound.any():
+            check_scores(choice.reference, call.live)
+        if probe.any() or not live.any():
             return candidates.new_zeros(*candidates.shape, len(self.objectives), dtype=torch.float32)
-        return self._functions.gather(parts)
+        going = [row for row, goes_on in zip(self._sequences(input_ids, call.prompts), live, strict=True) if goes_on]
+        try:
+            plan = tracker.plan(going)
+            reader.refresh(thorough=call.begins or not plan.is_next_token)
+            reader.follow(plan, candidates.device)
+            rows, kept, states = call.input_ids, call.scored, call.states
+            if not live.all():  # rows that have ended are gone for good
+                rows, kept, candidates = rows[call.live], kept[call.live], candidates[call.live]
+                states = {layer: state[call.live] for layer, state in states.items()}
+            columns = int((tried >= 0).sum(axis=1).max())  # the likeliest come first
+            cut = self.config.candidate_min_p is not None
+            values = reader.values(
+                rows, [len(row) for row in going], states, candidates, kept if cut else None, self.idle,
+                columns=columns if cut else None,
+            )  # fmt: skip
+        except BaseException:  # caches may be half updated
+            self._local.__dict__.pop("reader", None)
+            raise
+        tracker.update(going, tried[live][:, :columns])
+        if live.all():
+            return values
+        return values.new_zeros(len(live), *values.shape[1:]).index_put((call.live,), values)
+
+    def _reader(self) -> tuple[ValueReader, RowTracker]:
+        """This thread's caches of the value models, and which rows they hold. They outlive a call, for chats."""
+        if "reader" not in self._local.__dict__:
+            reader = ValueReader(self.functions, self.compile, self.reading, watch=True)
+            self._local.reader = reader, RowTracker()
+        found: tuple[ValueReader, RowTracker] = self._local.reader
+        return found
 
     def _sequences(self, input_ids: Tokens, prompts: list[Prompt]) -> list[Tokens]:
         """The rows of `input_ids` [R, T] without their padding.
@@ -244,7 +307,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         Raises:
             ValueError: the base model has read more than these; as for `LeftPadding`.
         """
-        names = [model.config.objectives for model in self._functions.busy_models(self._idle)]
+        names = [model.config.objectives for model in self.functions.busy_models(self.idle)]
         if input_ids.shape[1] == 0:
             raise ValueError(
                 f"the prompt is given as inputs_embeds, which the value models for {names} cannot read: give input_ids "
@@ -259,41 +322,12 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
             )
         if "padding" not in self._local.__dict__:
             self._local.padding = LeftPadding()
-        pad, borders = self.pad_token_id, self._borders
+        pad, borders = self.pad_token_id, self.special.borders
         if self._given is not None and len(input_ids) == 1 and (pad is None or pad in borders):
             # An assistant drafts before the base model reads, whose mask will tell. A single prompt is seldom padded.
             pad, borders = None, frozenset()
         stripped: list[Tokens] = self._local.padding.strip(input_ids, masked, pad, borders)
         return stripped
-
-    def _score(self, model: Scored, sequences: list[Any], candidates: Tensor, kept: Tensor | None) -> Tensor:
-        """Values [R, k, M] under one value model, by this thread's cache for it."""
-        check_context(model, max(map(len, sequences)) + 1)
-        cached, plan = self._cached(model, sequences)
-        fed = candidates
-        if kept is not None:
-            columns = int(kept.sum(dim=1).max())  # the likeliest come first
-            fed, kept = candidates[:, :columns], kept[:, :columns]
-        try:
-            values = cached.scorer.score(plan, fed, kept)
-        except BaseException:  # the cache may be half updated
-            self._local.cached.pop(model, None)
-            raise
-        cached.tracker.update(sequences, (fed if kept is None else fed.masked_fill(~kept, -1)).cpu().numpy())
-        missing = candidates.shape[1] - fed.shape[1]
-        return values if not missing else torch.nn.functional.pad(values, (0, 0, 0, missing))
-
-    def _cached(self, model: Scored, sequences: list[Any]) -> tuple[_Cached, Plan]:
-        """This thread's cache for `model`, and how to go on from it. It outlives a `generate` call, for chats."""
-        every = self._local.__dict__.setdefault("cached", {})
-        cached = every.get(model)
-        if cached is not None:
-            plan = cached.tracker.plan(sequences)
-            if not cached.watch.changed(thorough=not plan.is_next_token):
-                return cached, plan
-        # What has been cached is no longer what the model computes.
-        cached = every[model] = _Cached(make_scorer(model, self.compile, self.reading), RowTracker(), Watch(model))
-        return cached, cached.tracker.plan(sequences)
 
     def _is_new(self, input_ids: Tensor) -> bool:
         """Whether these are not the rows of the last call with a token more, as far as their shape tells."""
@@ -304,9 +338,8 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
     def _leaves_scores_alone(self, k: int, vocabulary: int) -> bool:
         """With beta 0 and nothing cut, generate's own scores are handed back: not a bit changes."""
         config = self.config
-        plain = config.kl_budget is None and config.reference_temperature == 1.0 and not self._beta.any()
         whole = k == vocabulary and config.candidate_min_p is None
-        return plain and (whole or config.unscored == "keep")
+        return self.policy.is_reference and (whole or config.unscored == "keep")
 
     def _record(self, input_ids: Tensor, step: Step, live: Tensor) -> None:
         """Add a step to the trace, which begins anew with every `generate` call."""
@@ -316,7 +349,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         if goes_on and _begins(before, input_ids):
             self._local.trace.took(input_ids[:, -1])
         elif not (goes_on and _begins(getattr(self._local, "prompt", None), input_ids)):  # nor reordered or rejected
-            self._local.trace = MavisTrace(self.objectives, self._eos)
+            self._local.trace = MavisTrace(self.objectives, self.special.eos)
             self._local.prompt = input_ids.clone()
         self._local.traced = input_ids.clone()
         self.trace = self._local.trace
@@ -343,7 +376,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
                 "the prompt is empty: give generate at least one token to go on from. A prompt in inputs_embeds can be "
                 "steered by value heads alone"
             )
-        self._check_devices(scores)
+        self.check_devices(scores)
 
 
 def _begins(prefix: Tensor | None, input_ids: Tensor) -> bool:
@@ -353,7 +386,22 @@ def _begins(prefix: Tensor | None, input_ids: Tensor) -> bool:
     return torch.equal(prefix, input_ids[:, : prefix.shape[1]])
 
 
-def _is_probe(scores: Tensor) -> bool:
-    """Whether the scores are all the same: prompt lookup asks in this way which tokens are forbidden. None is."""
+def _is_probe(scores: Tensor) -> Tensor:
+    """[] bool, whether the scores are all the same: prompt lookup asks in this way what is forbidden. Nothing is."""
     first = scores[0, 0]
-    return bool((scores[0, :8] == first).all()) and bool((scores == first).all()) and bool(first > -torch.inf)
+    return (scores[0] == first).all() & (first > -torch.inf)
+
+
+def _far(scores: Tensor, best: Tensor, eos: Tensor, temperature: float) -> Tensor:
+    """[R, V] float32 scores of tokens that are no candidates: no probability, but the order of the reference.
+
+    Args:
+        scores: [R, V] the reference's.
+        best: [R, 1] the highest of them.
+        eos: [n] tokens that come behind all others.
+        temperature: of the reference.
+    """
+    spread = _SPREAD / temperature
+    far = (scores.float() * spread).sub_(best.float() * spread + _FAR)
+    far[:, eos] -= _FARTHER
+    return far

@@ -8,6 +8,7 @@ prefix.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -195,10 +196,17 @@ def ended_rows(input_ids: Tensor, eos_token_ids: frozenset[int], pad_token_id: i
         pad_token_id: the padding token; without one `generate` fills up with EOS.
         begun: length of the prompts, where it is known: they close nothing.
     """
-    fills = eos_token_ids if pad_token_id is None else {pad_token_id}
+    fills = eos_token_ids if pad_token_id is None else frozenset([pad_token_id])
     if not fills or input_ids.shape[1] < max(3, begun + 2):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    closing = torch.tensor(sorted(eos_token_ids | fills), device=input_ids.device)
-    filled = torch.isin(input_ids[:, -1], torch.tensor(sorted(fills), device=input_ids.device))
-    closed = filled & torch.isin(input_ids[:, -2], closing)
+    device = input_ids.device
+    filled = torch.isin(input_ids[:, -1], ids_on(fills, device))
+    closed = filled & torch.isin(input_ids[:, -2], ids_on(eos_token_ids | fills, device))
     return closed & ~closed.all()
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # they outlive the mode that they are first asked for in
+def ids_on(ids: frozenset[int], device: torch.device) -> Tensor:
+    """[n] token ids on `device`, in order; kept, so that no step waits for them to be copied."""
+    return torch.tensor(sorted(ids), dtype=torch.long, device=device)

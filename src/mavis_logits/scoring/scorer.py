@@ -28,7 +28,7 @@ from ..backbone.attention import holding
 from ..backbone.cache import RaggedCache
 from ..values.fused import FusedValueModel
 from ..values.value_model import ValueModel
-from .rows import Plan
+from .rows import Plan, Tokens
 
 WantedReading = Literal["auto", "packed", "repeated"]
 Scored = ValueModel | FusedValueModel
@@ -54,21 +54,31 @@ class ValueScorer(ABC):
             kept: [R, k] bool, the candidates that matter, None for all; the values of others mean nothing.
         """
         device = candidates.device
-        if plan.source is None or not self.lengths:
-            self.begin(len(plan.sequences))
-        else:
-            if not plan.in_place:
-                self.select(torch.from_numpy(plan.source).to(device))
-            grown = plan.chosen >= 0
-            if grown.any():
-                rows = None if grown.all() else torch.from_numpy(np.flatnonzero(grown)).to(device)
-                self.commit(torch.from_numpy(plan.chosen[grown]).to(device), rows)
-            self.crop((plan.kept + grown).tolist())
+        self.follow(plan, device)
         counts = [len(tokens) for tokens in plan.pending]
         new = np.zeros((len(counts), max(counts)), dtype=np.int64)
         for row, tokens in zip(new, plan.pending, strict=True):
             row[new.shape[1] - len(tokens) :] = tokens
         return self.read(torch.from_numpy(new).to(device), counts, candidates, kept)
+
+    def follow(self, plan: Plan, device: torch.device, grow: bool = True) -> None:
+        """Make the rows those of `plan`, as far as they have been read.
+
+        Args:
+            plan: of rows which these are, or have been left behind by.
+            device: of the model.
+            grow: whether the plan's candidates are those of the last `read`.
+        """
+        if plan.source is None or not self.lengths:
+            self.begin(len(plan.sequences))
+            return
+        if not plan.in_place:
+            self.select(_there(plan.source, device))
+        grown = plan.chosen >= 0
+        if grow and grown.any():
+            rows = None if grown.all() else _there(np.flatnonzero(grown), device)
+            self.commit(_there(plan.chosen[grown], device), rows)
+        self.crop([min(have, length) for have, length in zip(self.lengths, plan.kept + grown, strict=True)])
 
     @abstractmethod
     def begin(self, count: int) -> None:
@@ -389,6 +399,11 @@ class LengthLimitedScorer(ValueScorer):
             return self.slow.read(tokens, counts, candidates, kept)
         self.slow.note(tokens, counts, candidates)
         return self.fast.read(tokens, counts, candidates, kept)
+
+
+def _there(numbers: Tokens, device: torch.device) -> Tensor:
+    """A small array of the host's on `device`, without waiting for it."""
+    return torch.from_numpy(numbers).to(device, non_blocking=True)
 
 
 def _out_of_memory(cache: RaggedCache, model: Scored) -> MemoryError:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import weakref
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
-from torch import Tensor
-
 from ..values.ensemble import ValueFunctions
+from .policy import Policy
 from .trace import MavisStats, MavisTrace
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Copied:
     """Something that is attached to a model, and steers it by value functions that may serve others too."""
 
-    _functions: ValueFunctions
+    functions: ValueFunctions
     _base: weakref.ref[PreTrainedModel] | None
 
     @property
@@ -38,13 +38,13 @@ class Copied:
         """
         state = dict(vars(self))
         for name, value in state.items():
-            if isinstance(value, Tensor):
-                state[name] = value.detach().clone()
+            if isinstance(value, Policy):
+                state[name] = replace(value, weights=value.weights.clone(), beta=value.beta.clone())
             elif isinstance(value, MavisStats | MavisTrace):
                 state[name] = copy.deepcopy(value, memo)
             elif isinstance(value, dict | list | set):
                 state[name] = copy.copy(value)
-        state["_functions"] = self._functions.replaced(memo)
+        state["functions"] = self.functions.replaced(memo)
         base = self.base
         if base is not None and id(base) in memo:
             state["_base"] = weakref.ref(memo[id(base)])

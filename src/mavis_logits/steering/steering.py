@@ -1,34 +1,33 @@
-"""Value functions, settings and one step of Algorithm 2: what the logits processor and all strategies share."""
+"""Value functions and the policy that they steer by: what the logits processor and all strategies share."""
 
 from __future__ import annotations
 
-import math
+import inspect
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, get_args
+from typing import TYPE_CHECKING, Any, Self, Unpack, get_args
 
 import torch
 from torch import Tensor
 
 from ..backbone import Backbone
 from ..core.config import MavisConfig
-from ..core.tilting import combine, kl_divergence, normalize, solve_beta, tilt
 from ..hub.bundle import load_bundle
 from ..hub.files import LOADING_ARGUMENTS
 from ..scoring.scorer import WantedReading
 from ..values.ensemble import ValueFunctions, load_value_functions, special_tokens
-from ..values.value_head import ValueHead
-from ..values.value_model import ValueModel
+from ..values.function import ValueFunction
 from .copies import Copied
-from .step import Choice, Step, check_scores
+from .policy import Policy
+from .signatures import OfClass, Settings, require_known, shown, signature
+from .step import Step, check_scores
 from .trace import MavisStats, MavisTrace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    ValueFunction = ValueModel | ValueHead
 
 
 class Steering(Copied):
@@ -56,7 +55,11 @@ class Steering(Copied):
 
     Attributes:
         objectives: names of the M objectives, in the order of `weights` as a tensor.
+        functions: the value functions (`values.ensemble.ValueFunctions`).
+        policy: settings and weights, and the arithmetic of a step (`Policy`).
         config: the settings as a `MavisConfig`.
+        idle: [M] whether no value of the objective is asked for: it is a value model's, all whose weights are 0.
+        special: what pads, begins and ends texts (`values.ensemble.SpecialTokens`).
         stats: totals (`MavisStats`).
         trace: steps of the latest `generate` call (`MavisTrace`), or None.
 
@@ -80,24 +83,40 @@ class Steering(Copied):
         compile: bool = False,
         reading: WantedReading = "auto",
         config: MavisConfig | None = None,
-        **settings: Any,
+        **settings: Unpack[Settings],
     ) -> None:
-        self._base: weakref.ref[PreTrainedModel] | None = None
-        self._functions = ValueFunctions(value_functions, tokenizer, fuse)
-        config = config if config is not None else MavisConfig()
-        self.config = MavisConfig.from_dict({**vars(config), **settings})
-        self.weights = weights if weights is not None else self.config.weights
-        self.beta = beta if beta is not None else self.config.beta
-        self.pad_token_id, self._eos, self._borders = special_tokens(
-            self._functions.models, model, tokenizer, pad_token_id, eos_token_id
-        )
+        require_known(type(self), settings, Settings.__annotations__)
         if reading not in get_args(WantedReading):
             raise ValueError(f"reading must be one of {', '.join(get_args(WantedReading))}, got {reading!r}")
+        self._policy: Policy
+        self._base: weakref.ref[PreTrainedModel] | None = None
+        self.functions = ValueFunctions(value_functions, tokenizer, fuse)
+        config = MavisConfig.from_dict({**vars(config or MavisConfig()), **settings})
+        self._check_config(config)
+        self._steer_by(
+            config, weights if weights is not None else config.weights, beta if beta is not None else config.beta
+        )
+        self.special = special_tokens(self.functions.models, model, tokenizer, pad_token_id, eos_token_id)
         self.tokenizer, self.compile, self.reading = tokenizer, compile, reading
         self.stats = MavisStats()
-        self.trace = MavisTrace(self.objectives, self._eos) if trace else None
+        self.trace = MavisTrace(self.objectives, self.special.eos) if trace else None
         if model is not None:
             self.attach(model)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._show_signatures()
+
+    @classmethod
+    def _show_signatures(cls) -> None:
+        """Let `help`, and editors that ask a running Python, name every keyword argument of this class."""
+        own = signature(cls.__init__)
+        _, *parameters = own.parameters.values()
+        cls.__signature__ = OfClass(own.replace(parameters=parameters))  # type: ignore[attr-defined]
+        if "from_pretrained" not in vars(cls):
+            loader = Steering.from_pretrained.__func__  # type: ignore[attr-defined]
+            shown_here = signature(loader, {parameter.name: parameter for parameter in parameters})
+            cls.from_pretrained = classmethod(shown(loader, shown_here))  # type: ignore[assignment, method-assign]
 
     @classmethod
     def from_pretrained(
@@ -126,6 +145,9 @@ class Steering(Copied):
                 `cache_dir`, `local_files_only`, `subfolder`, `force_download`, `device_map`.
         """
         named = {key: kwargs.pop(key) for key in LOADING_ARGUMENTS if key in kwargs}
+        taken = inspect.signature(cls).parameters
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+            require_known(cls, kwargs, taken)  # before anything is loaded
         loading = {**(load or {}), **named} | ({} if dtype is None else {"dtype": dtype})
         if device is None and model is not None and loading.get("device_map") is None:
             device = model.device
@@ -139,42 +161,56 @@ class Steering(Copied):
     @property
     def objectives(self) -> list[str]:
         """Names of the M objectives."""
-        return self._functions.objectives
+        return self.functions.objectives
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """What fills up rows; None if it is not known."""
+        return self.special.pad
+
+    @property
+    def policy(self) -> Policy:
+        """Settings and weights as they are now. Each of them may be set between steps, by its own name."""
+        return self._policy
 
     @property
     def config(self) -> MavisConfig:
         """The settings. May be set between steps; `weights` and `beta` are not taken from it then."""
-        return self._config
+        return self._policy.config
 
     @config.setter
     def config(self, config: MavisConfig) -> None:
-        if config.top_k is None and self._functions.models:
-            raise ValueError(
-                "top_k=None scores the whole vocabulary, which only value heads can: give top_k for value models"
-            )
-        self._config = config
+        self._check_config(config)
+        self._policy = replace(self._policy, config=config)
 
     @property
     def weights(self) -> Tensor:
         """lambda, float32 [M] or [R, M]. May be set between steps, to anything that the constructor takes."""
-        return self._weights
+        return self._policy.weights
 
     @weights.setter
     def weights(self, weights: Mapping[str, float] | Sequence[float] | Tensor | None) -> None:
-        self._weights = self._functions.weights(weights)
-        self._idle = self._functions.idle(self._weights)
+        self._steer_by(self.config, weights, self.beta)
 
     @property
     def beta(self) -> Tensor:
         """Strength of the tilt, float32 [] or [R]. May be set between steps."""
-        return self._beta
+        return self._policy.beta
 
     @beta.setter
     def beta(self, beta: float | Tensor) -> None:
-        given = torch.as_tensor(beta, dtype=torch.float32)
-        if given.ndim > 1 or not torch.isfinite(given).all() or (given < 0).any():
-            raise ValueError(f"beta must be a finite number of at least 0, or one a row [R], got {beta!r}")
-        self._beta = given
+        self._policy = replace(self._policy, beta=torch.as_tensor(beta, dtype=torch.float32))
+
+    def _steer_by(self, config: MavisConfig, weights: Any, beta: Any) -> None:
+        own = self.functions.weights(weights)
+        self._policy = Policy(config, own, torch.as_tensor(beta, dtype=torch.float32))
+        self.idle = self.functions.idle(own)
+
+    def _check_config(self, config: MavisConfig) -> None:
+        if config.top_k is None and self.functions.models:
+            raise ValueError(
+                "top_k=None scores the whole vocabulary, which only value heads can: give top_k for value models"
+            )
 
     def attach(self, model: PreTrainedModel) -> Self:
         """Make `model` the base model.
@@ -182,13 +218,13 @@ class Steering(Copied):
         Raises:
             ValueError: a value head was trained on another model, or a value model cannot read what `model` is given.
         """
-        if Backbone.of(model).is_encoder_decoder and self._functions.models:
-            names = [value_model.config.objectives for value_model in self._functions.models]
+        if Backbone.of(model).is_encoder_decoder and self.functions.models:
+            names = [value_model.config.objectives for value_model in self.functions.models]
             raise ValueError(
                 f"{type(model).__name__} reads its prompts with an encoder, which the value models for {names} never "
                 "see: use value heads"
             )
-        for head in self._functions.heads:
+        for head in self.functions.heads:
             head.bind(model)
         temperature = getattr(model.generation_config, "temperature", None) or 1.0
         if temperature != 1.0 and self.config.reference_temperature != 1.0:
@@ -201,127 +237,38 @@ class Steering(Copied):
         self._base = weakref.ref(model)
         return self
 
-    def _follow_base(self) -> None:
+    def follow_base(self) -> None:
         """Raise `ValueError` if the base model has become one that the value heads are not for."""
-        for head in self._functions.heads:
+        for head in self.functions.heads:
             head.follow()
 
     def reset(self) -> None:
         """Begin `stats` and `trace` anew."""
         self.stats = MavisStats()
         if self.trace is not None:
-            self.trace = MavisTrace(self.objectives, self._eos)
+            self.trace = MavisTrace(self.objectives, self.special.eos)
 
-    def choose(self, scores: Tensor) -> Choice:
-        """The candidates of a step: the k likeliest tokens, of these only those within `candidate_min_p` of the best.
+    def known(self, scores: Tensor) -> Tensor:
+        """`scores` [R, V] without ids that are no tokens (`ValueFunctions.known`)."""
+        return self.functions.known(scores, self.tokenizer)
 
-        Args:
-            scores: [R, V] next-token scores, logits or log-probabilities; -inf for banned tokens.
-        """
-        config = self.config
-        scores = self._within(scores.float())
-        if config.reference_temperature != 1.0:
-            scores = scores / config.reference_temperature
-        needs_all = config.top_k is None or config.unscored == "keep"
-        everything = torch.log_softmax(scores, dim=-1) if needs_all else None
-        if config.top_k is None:
-            assert everything is not None
-            reference, best = everything, scores.amax(dim=-1, keepdim=True)
-            candidates = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
-        else:
-            top = scores.topk(min(config.top_k, scores.shape[1]), dim=-1)
-            reference, candidates, best = top.values, top.indices, top.values[:, :1]
-            reference = reference - scores.logsumexp(dim=-1, keepdim=True)
-        # Where all tokens are forbidden there is no NaN, which would speak of damage.
-        reference = reference.masked_fill(torch.isneginf(best), -torch.inf)
-        if config.candidate_min_p is not None:
-            least = reference.amax(dim=-1, keepdim=True) + math.log(config.candidate_min_p)
-            # A NaN stays, so that it is noticed.
-            reference = reference.masked_fill(reference < least, -torch.inf)
-        return Choice(candidates, reference, everything if config.unscored == "keep" else None)
-
-    def _within(self, scores: Tensor) -> Tensor:
-        """`scores` [R, V] without ids that are no tokens, as `ValueFunctions.known` tells them."""
-        return self._functions.known(scores, self.tokenizer)
-
-    def worth_scoring(self, choice: Choice) -> Tensor:
-        """[R, k] bool, the candidates whose values can matter: those that take part, unless the row has but one.
-
-        Every normalisation takes a lone candidate's value to 0, so that the step needs no value at all; with
-        `normalize="none"` it still weighs against tokens that keep their score.
-        """
-        mask = choice.mask
-        if self.config.candidate_min_p is None or (choice.everything is not None and self.config.normalize == "none"):
-            return mask
-        return mask & (mask.sum(dim=-1, keepdim=True) > 1)
-
-    def tilt(self, choice: Choice, values: Tensor, request: Tensor | None = None, requests: int | None = None) -> Step:
-        """Algorithm 2 from the values on: combine, normalise, tilt.
-
-        Args:
-            choice: of R rows.
-            values: [R, k, M]; those of candidates that take no part mean nothing.
-            request: [R] which request each row belongs to, where weights or beta are given per request; None if the
-                rows are the requests, each repeated for its beams or samples.
-            requests: how many requests `request` counts, if weights or beta may be given for fewer, each of them then
-                for as many requests in a row; None if they are given for every one.
-        """
-        config, mask = self.config, choice.mask
-        weights = self._per_row(self._weights, 1, values, request, requests)
-        beta = self._per_row(self._beta, 0, values, request, requests)
-        combined = combine(values, weights).masked_fill(~mask, 0.0)
-        policy = normalize(combined, mask, config.normalize, config.gap_floor)
-        reference = choice.reference
-        if choice.everything is not None:
-            policy = torch.zeros_like(choice.everything).scatter(1, choice.candidates, policy)
-            reference = choice.everything
-        if config.kl_budget is not None:
-            beta = solve_beta(reference, policy, config.kl_budget)
-        scores = tilt(reference, policy, beta)
-        tilted = torch.log_softmax(scores, dim=-1)
-        kl = kl_divergence(tilted, reference, normalized=True)
-        everything = tilted if config.top_k is None else None
-        others = torch.full_like(kl, -torch.inf)
-        if choice.everything is not None:
-            everything, tilted = tilted, tilted.gather(1, choice.candidates).masked_fill(~mask, -torch.inf)
-            others = -scores.logsumexp(dim=-1)
-        return Step(choice.candidates, choice.reference, values, combined, tilted, beta, kl, everything, others)
-
-    def _per_row(
-        self,
-        setting: Tensor,
-        shared_dims: int,
-        values: Tensor,
-        request: Tensor | None,
-        requests: int | None = None,
-    ) -> Tensor:
-        """Weights or beta on the values' device, row by row; `shared_dims`: dimensions of one that all rows share."""
-        setting = setting.to(values.device)
-        if setting.ndim == shared_dims:
-            return setting
-        count = requests or (len(values) if request is None else len(setting))
-        if count % len(setting):
-            name = "weights" if shared_dims else "beta"
-            raise ValueError(f"{name} are given for {len(setting)} requests, but the batch has {count} rows")
-        repeats = count // len(setting)
-        every = setting if repeats == 1 else setting.repeat_interleave(repeats, dim=0)
-        return every if request is None else every[request]
-
-    def _check_devices(self, scores: Tensor) -> None:
-        for function in self._functions.all:
+    def check_devices(self, scores: Tensor) -> None:
+        """Raise `ValueError` if a value function is on another device than `scores`."""
+        for function in self.functions.all:
             if function.device != scores.device:
                 raise ValueError(
                     f"the scores are on {scores.device}, the value function for {function.config.objectives} on "
                     f"{function.device}: pass device={str(scores.device)!r} or move it with .to()"
                 )
 
-    def _check_step(self, step: Step) -> None:
+    def check_step(self, step: Step) -> None:
         """Raise `ValueError` if the base model or a value function gave a NaN. Waits for the device."""
         if step.broken.any():
             check_scores(step.reference)
-            self._check_values(step.values, torch.isfinite(step.reference))
+            self.check_values(step.values, torch.isfinite(step.reference))
 
-    def _check_values(self, values: Tensor, mask: Tensor) -> None:
+    def check_values(self, values: Tensor, mask: Tensor) -> None:
+        """Raise `ValueError` if one of `values` [R, k, M] is not finite where `mask` [R, k]. Waits for the device."""
         bad = ~torch.isfinite(values) & mask[..., None]
         if bad.any():
             row, candidate, m = torch.nonzero(bad)[0].tolist()
@@ -329,3 +276,6 @@ class Steering(Copied):
                 f"the value function for {self.objectives[m]!r} gave {float(values[row, candidate, m])} (row {row}, "
                 f"candidate {candidate}): its weights are damaged or it overflows in its dtype; load it in float32"
             )
+
+
+Steering._show_signatures()

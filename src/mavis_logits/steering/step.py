@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,10 +23,10 @@ class Choice:
     reference: Tensor
     everything: Tensor | None
 
-    @property
+    @cached_property
     def mask(self) -> Tensor:
         """[R, k] bool, candidates that take part."""
-        return torch.isfinite(self.reference)
+        return self.reference > -torch.inf
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,9 @@ class Step:
     @property
     def broken(self) -> Tensor:
         """[R] bool, rows in which the base model or a value function gave a NaN or infinity, or nothing is allowed."""
-        nothing = torch.isneginf(self.reference).all(dim=1)
-        return nothing | torch.isnan(self.kl) | ~torch.isfinite(self.combined).all(dim=1)
+        # Of anything that is not finite this sum is NaN.
+        unsound = self.kl + (self.combined - self.combined).sum(dim=1)
+        return (self.reference == -torch.inf).all(dim=1) | torch.isnan(unsound)
 
     def log_probs(self, vocabulary: int) -> Tensor:
         """[R, V] log pi of all tokens, -inf for those without probability."""

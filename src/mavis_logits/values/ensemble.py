@@ -18,6 +18,7 @@ from ..backbone.needs import Needs
 from ..core.holds import Holds, Undo
 from ..hub.files import Source, find_file, hub_arguments, read_json
 from .checkpoints import Options
+from .function import ValueFunction
 from .fused import FusedValueModel, fusable_groups, why_not_fused
 from .value_head import ValueHead, ValueHeadConfig
 from .value_model import ValueModel
@@ -25,6 +26,9 @@ from .value_model_config import ValueModelConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+Outputs = list[tuple[str, ValueFunction, int]]
 
 
 class ValueFunctions:
@@ -36,6 +40,11 @@ class ValueFunctions:
         fuse: whether value models with LoRA adapters on one backbone become one (`FusedValueModel`): None where it is
             possible, True to insist on it, False not.
 
+    Attributes:
+        outputs: (objective, value function, which of its outputs) of every objective.
+        objectives: their names.
+        all, models, heads: the value functions; those that read tokens; those that read the base model's states.
+
     Raises:
         ValueError: none given, an objective twice, one that its value function has not, another tokenizer, or with
             `fuse=True` value models that cannot be fused.
@@ -46,19 +55,20 @@ class ValueFunctions:
         for _, function, _ in outputs:
             if tokenizer is not None:
                 Needs.of(function.config).check_tokenizer(tokenizer)
-        self._outputs = outputs if fuse is False else _fused(outputs, insist=fuse is True)
-        self.objectives = [name for name, _, _ in self._outputs]
-        self.all: list[ValueFunction] = list(dict.fromkeys(function for _, function, _ in self._outputs))
-        self.models = [f for f in self.all if isinstance(f, ValueModel | FusedValueModel)]
-        self.heads = [f for f in self.all if isinstance(f, ValueHead)]
+        self._set(outputs if fuse is False else _fused(outputs, insist=fuse is True))
+
+    def _set(self, outputs: Outputs) -> None:
+        self.outputs = outputs
+        self.objectives = [name for name, _, _ in outputs]
+        self.all: list[ValueFunction] = list(dict.fromkeys(function for _, function, _ in outputs))
+        self.models: list[Any] = [f for f in self.all if f.reads == "tokens"]
+        self.heads: list[Any] = [f for f in self.all if f.reads == "states"]
+        self._vocabulary: int | None = None  # the smallest of the models'
 
     def replaced(self, others: Mapping[int, Any]) -> ValueFunctions:
         """The same with other value functions in place of some, by their ids (as in `copy.deepcopy`'s memo)."""
         twin = copy.copy(self)
-        twin._outputs = [(name, others.get(id(f), f), output) for name, f, output in self._outputs]
-        twin.all, twin.models, twin.heads = (
-            [others.get(id(f), f) for f in functions] for functions in (self.all, self.models, self.heads)
-        )
+        twin._set([(name, others.get(id(f), f), output) for name, f, output in self.outputs])
         return twin
 
     @contextmanager
@@ -66,41 +76,29 @@ class ValueFunctions:
         """While they are asked for values: without dropout, whatever mode the user has left them in."""
         with ExitStack() as stack:
             for function in self.all:
+                if not isinstance(function, nn.Module):
+                    continue
                 training = any(part.training for part in (function, *function.children()))
                 if training or function in _evaluated:
                     stack.enter_context(_evaluated.hold(function))
             yield
 
     def refresh(self, thorough: bool = True) -> None:
-        """Look whether value functions have been changed.
-
-        Args:
-            thorough: look closely, as where a text begins (`Watch`).
-
-        Raises:
-            ValueError: value models have changed since they were fused.
-        """
+        """Have all of them notice changes (`ValueFunction.refresh`)."""
         for function in self.all:
-            if isinstance(function, FusedValueModel):
-                function.check_sources(thorough)
-            elif isinstance(function, ValueHead):
-                function.refresh()
+            function.refresh(thorough)
+        if thorough:
+            self._vocabulary = None
 
     def gather(self, parts: Mapping[Any, Tensor]) -> Tensor:
         """Values [R, k, M] of all objectives, from those of each value function; 0 for those not there."""
         missing = torch.zeros_like(next(iter(parts.values()))[..., 0])
-        columns = [parts[f][..., output] if f in parts else missing for _, f, output in self._outputs]
+        columns = [parts[f][..., output] if f in parts else missing for _, f, output in self.outputs]
         return torch.stack(columns, dim=-1)
 
-    def reward_units(self) -> Tensor:
+    def units(self) -> Tensor:
         """Mean and scale of the rewards that each objective's value function was trained on, [2, M] on the CPU."""
-        units = [
-            f.units[:, output].cpu()
-            if isinstance(f, FusedValueModel)
-            else torch.tensor([f.config.reward_mean[output], f.config.reward_scale[output]], dtype=torch.float32)
-            for _, f, output in self._outputs
-        ]
-        return torch.stack(units, dim=1)
+        return torch.stack([f.units[:, output] for _, f, output in self.outputs], dim=1)
 
     def idle(self, weights: Tensor) -> list[bool]:
         """[M] whether the objective is a value model's all of whose objectives have weight 0: it need not be run.
@@ -108,12 +106,14 @@ class ValueFunctions:
         With all weights 0 no objective is idle.
         """
         weighted = weights.reshape(-1, len(self.objectives)).any(dim=0).tolist()
-        busy = {function for (_, function, _), weight in zip(self._outputs, weighted, strict=True) if weight}
-        return [bool(busy) and f not in busy and not isinstance(f, ValueHead) for _, f, _ in self._outputs]
+        busy = {function for (_, function, _), weight in zip(self.outputs, weighted, strict=True) if weight}
+        return [bool(busy) and f not in busy and f.reads == "tokens" for _, f, _ in self.outputs]
 
-    def busy_models(self, idle: Sequence[bool]) -> list[ValueModel | FusedValueModel]:
-        """The value models to be run."""
-        resting = {function for (_, function, _), rests in zip(self._outputs, idle, strict=True) if rests}
+    def busy_models(self, idle: Sequence[bool] | None = None) -> list[Any]:
+        """The value models to be run; all of them where it is not said which objectives are `idle`."""
+        if idle is None:
+            return self.models
+        resting = {function for (_, function, _), rests in zip(self.outputs, idle, strict=True) if rests}
         return [model for model in self.models if model not in resting]
 
     def weights(self, given: Mapping[str, float] | Sequence[float] | Tensor | None) -> Tensor:
@@ -163,7 +163,9 @@ class ValueFunctions:
         Raises:
             ValueError: one of them may be a token. Waits for the device if there is no tokenizer to tell.
         """
-        own = min((Backbone.of(model.backbone).vocabulary for model in self.models), default=scores.shape[1])
+        if self._vocabulary is None:
+            self._vocabulary = min((Backbone.of(m.backbone).vocabulary for m in self.models), default=scores.shape[1])
+        own = self._vocabulary
         if own >= scores.shape[1] or (tokenizer is None and torch.isneginf(scores[:, own:]).all()):
             return scores
         if tokenizer is None or len(tokenizer) > own:
@@ -211,10 +213,6 @@ def _outputs(given: Any) -> Outputs:
     return outputs
 
 
-ValueFunction = ValueModel | FusedValueModel | ValueHead
-Outputs = list[tuple[str, ValueFunction, int]]
-
-
 def _fused(outputs: Outputs, insist: bool) -> Outputs:
     """`outputs` with the value models that share a backbone replaced by one that runs them all."""
     models = list(dict.fromkeys(f for _, f, _ in outputs if isinstance(f, ValueModel)))
@@ -238,12 +236,12 @@ def _fused(outputs: Outputs, insist: bool) -> Outputs:
     for group in fusable_groups(candidates):
         fused = FusedValueModel(group)
         starts = dict(zip(group, accumulate((len(m.config.objectives) for m in group), initial=0), strict=False))
-        outputs = [(name, fused, starts[f] + i) if f in starts else (name, f, i) for name, f, i in outputs]
+        outputs = [(name, *((fused, starts[f] + i) if f in starts else (f, i))) for name, f, i in outputs]
     return outputs
 
 
 def _check_kind(function: Any) -> None:
-    if not isinstance(function, ValueModel | ValueHead):
+    if not isinstance(function, ValueFunction):
         raise ValueError(
             f"expected a ValueModel or a ValueHead, got {type(function).__name__}; from_pretrained loads ids and "
             "folders"
@@ -268,7 +266,7 @@ def load_value_functions(
     loaded: dict[Source, ValueModel | ValueHead] = {}
 
     def get(item: Any) -> Any:
-        if isinstance(item, ValueModel | ValueHead):
+        if isinstance(item, ValueFunction):
             return item
         given = Source(str(item), loading.get("revision"), loading.get("subfolder"))
         source = item if isinstance(item, Source) else given
@@ -322,7 +320,7 @@ class SpecialTokens(NamedTuple):
 
 
 def special_tokens(
-    models: Sequence[ValueModel | FusedValueModel],
+    models: Sequence[Any],
     base: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     pad_token_id: int | None = None,
@@ -347,13 +345,3 @@ def special_tokens(
         eos |= ids(getattr(base.generation_config, "eos_token_id", None))
     pad = first("pad_token_id", pad_token_id, [tokenizer, *configs])
     return SpecialTokens(pad, eos, eos | ids(first("bos_token_id", None, [tokenizer, *configs])))
-
-
-def check_context(model: ValueModel | FusedValueModel, length: int) -> None:
-    """Raise `ValueError` if the value model cannot read sequences of `length` tokens."""
-    limit = Backbone.of(model.backbone).longest
-    if limit is not None and length > limit:
-        raise ValueError(
-            f"a sequence of {length} tokens is longer than the {limit} that the value model for "
-            f"{model.config.objectives} can read: shorten the prompt or max_new_tokens, or use a longer one"
-        )

@@ -11,7 +11,7 @@ import copy
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -83,11 +83,12 @@ class FusedValueModel(nn.Module):
         ValueError: the models cannot be fused (`why_not_fused` says why).
     """
 
+    reads: Literal["tokens"] = "tokens"
     weight: Tensor  # [C, m, d]
     bias: Tensor  # [C, m]
     version: Tensor  # [M] which version every objective is an output of
     output: Tensor  # [M] and which of its outputs
-    units: Tensor  # [2, M] mean and scale of the rewards
+    scaling: Tensor  # [2, M] mean and scale of the rewards
 
     def __init__(self, models: Sequence[ValueModel]) -> None:
         super().__init__()
@@ -128,7 +129,7 @@ class FusedValueModel(nn.Module):
         self.register_buffer("version", torch.tensor([c for c, _ in columns]), persistent=False)
         self.register_buffer("output", torch.tensor([i for _, i in columns]), persistent=False)
         units = [[x for m in models for x in getattr(m.config, name)] for name in ("reward_mean", "reward_scale")]
-        self.register_buffer("units", torch.tensor(units, dtype=torch.float32), persistent=False)
+        self.register_buffer("scaling", torch.tensor(units, dtype=torch.float32), persistent=False)
         self.to(models[0].device)
         self.eval().requires_grad_(False)
 
@@ -137,7 +138,12 @@ class FusedValueModel(nn.Module):
         """Where the backbone is."""
         return self.backbone.device
 
-    def check_sources(self, thorough: bool = False) -> None:
+    @property
+    def units(self) -> Tensor:
+        """Mean and scale of the rewards of all objectives, [2, M] on the CPU."""
+        return self.scaling.cpu()
+
+    def refresh(self, thorough: bool = True) -> None:
         """Raise `ValueError` if one of the models fused here is another by now, whose values this one would not give.
 
         Args:
@@ -168,7 +174,7 @@ class FusedValueModel(nn.Module):
 
     def join(self, values: Tensor) -> Tensor:
         """[C, R, k, m] standardised -> [R, k, M] in reward units."""
-        mean, scale = self.units
+        mean, scale = self.scaling
         return mean + scale * values[self.version, :, :, self.output].permute(1, 2, 0)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,7 @@ class ValueHead(PushMixin, PreTrainedModel):
     """
 
     config: ValueHeadConfig
+    reads: Literal["states"] = "states"
     config_class = ValueHeadConfig
     base_model_prefix = "head"
     main_input_name = "hidden"
@@ -198,6 +199,11 @@ class ValueHead(PushMixin, PreTrainedModel):
             self.bind(model)
 
     @property
+    def units(self) -> Tensor:
+        """`reward_mean` and `reward_scale` of the config, [2, M] on the CPU."""
+        return torch.stack(self.config.reward_units(torch.device("cpu")))
+
+    @property
     def is_bound(self) -> bool:
         """Whether `bind` has been called."""
         return bool(self._embedding)
@@ -256,9 +262,12 @@ class ValueHead(PushMixin, PreTrainedModel):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Notice weights changed in ways that `forward` does not see: through `weight.data`. Waits for the device."""
-        if self._table is not None and self.is_bound:
+    def refresh(self, thorough: bool = True) -> None:
+        """Notice weights changed in ways that `forward` does not see (through `weight.data`), if `thorough`.
+
+        Waits for the device.
+        """
+        if thorough and self._table is not None and self.is_bound:
             now = [_sample(x) for x in (self.action.weight, self._embedding[0])]
             if any(a.device != b.device or not torch.equal(a, b) for a, b in zip(now, self._table[2], strict=True)):
                 self._table = None

@@ -11,7 +11,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
@@ -68,6 +68,7 @@ class ValueModel(PushMixin, PreTrainedModel):
     _supports_attention_backend = True
     supports_gradient_checkpointing = True
     _keep_in_fp32_modules: ClassVar = ["head"]  # in float16; and not quantised, for `values_of` reads its weights
+    reads: Literal["tokens"] = "tokens"
     copies = 1  # of every row in the cache; `FusedValueModel` has one for each adapter
 
     def __init__(self, config: ValueModelConfig) -> None:
@@ -209,6 +210,14 @@ class ValueModel(PushMixin, PreTrainedModel):
         )
         values = self.values_of(hidden)
         return ValueModelOutput(values if shift is None else _rolled(values, shift), cache)
+
+    @property
+    def units(self) -> Tensor:
+        """`reward_mean` and `reward_scale` of the config, [2, M] on the CPU."""
+        return torch.stack(self.config.reward_units(torch.device("cpu")))
+
+    def refresh(self, thorough: bool = True) -> None:
+        """Do nothing: it keeps nothing of its weights, and who keeps what it computed watches it (`backbone.watch`)."""
 
     def join(self, values: Tensor) -> Tensor:
         """[1, R, k, M] -> [R, k, M]: what a scorer makes of `forward`'s values."""

@@ -58,12 +58,18 @@ def check_keys(content: Mapping[str, Any], kind: type, where: str) -> None:
     for key, value in content.items():
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(hints)}."
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names_of(kind))}."
             raise ValueError(f"{where} has the unknown key {key!r}: {hint}")
         inner = _dataclass_in(hints[key])
         if inner is not None:
             for place, part in _mappings(value, f"{where}, {key}"):
                 check_keys(part, inner, place)
+
+
+def names_of(kind: type) -> list[str]:
+    """Fields of a dataclass, its own before those of groups that it shares with others."""
+    own = [name for owner in kind.__mro__ for name in vars(owner).get("__annotations__", {})]
+    return list(dict.fromkeys(own))
 
 
 def nested(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:

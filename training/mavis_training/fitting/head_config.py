@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -13,10 +13,11 @@ from mavis_logits.models import DEFAULT_MODEL
 from mavis_logits.values.value_head import ValueHeadConfig
 
 from ..trees.targets import Penalty
+from .settings import FittingSettings
 
 
 @dataclass(frozen=True)
-class TrainHeadConfig:
+class TrainHeadConfig(FittingSettings):
     """How to train a value head. Dropout, bootstrap and weight decay are by default what steers best in docs/results.
 
     Attributes:
@@ -43,14 +44,8 @@ class TrainHeadConfig:
         patience: epochs without a smaller validation loss after which training stops; the best epoch is kept.
         batch_size: positions per step.
         learning_rate: of AdamW, at its peak; decays to 0 along a cosine.
-        weight_decay: of AdamW.
-        warmup_steps: of the learning rate; a tenth of the run where these are more than half of it.
-        validation_share: of the prompts, held out.
-        seed: of initialisation, order, dropout and balancing.
         dtype: of the base model in the prefill pass.
-        device: of the prefill pass and the training; None for a GPU if there is one.
         iteration: of Algorithm 1, recorded with the head.
-        fresh: train anew also what is finished.
     """
 
     store: str | list[str]
@@ -71,14 +66,8 @@ class TrainHeadConfig:
     patience: int = 2
     batch_size: int = 512
     learning_rate: float = 1e-3
-    weight_decay: float = 1.0
-    warmup_steps: int = 100
-    validation_share: float = 0.1
-    seed: int = 0
-    dtype: str = "float32"
-    device: str | None = None
+    weight_decay: float = field(default=1.0, kw_only=True)
     iteration: int = 0
-    fresh: bool = False
 
     def __post_init__(self) -> None:
         if not self.objectives:

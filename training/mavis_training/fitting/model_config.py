@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from peft import LoraConfig
 from transformers import TrainingArguments
 
-from mavis_logits.models import DEFAULT_MODEL
-
 from ..trees.targets import Penalty
+from .settings import LoraSettings, ValueTrainerSettings
 
 # Arguments of Trainer that every training has a setting for.
 SHARED_SETTINGS = {
@@ -40,24 +39,7 @@ _OWN_SETTINGS: dict[str, str | None] = {
 
 
 @dataclass(frozen=True)
-class LoraSettings:
-    """LoRA as in section F.4.
-
-    Attributes:
-        rank: of the adapter; 0 trains all weights of the backbone instead.
-        alpha: scale, in multiples of 1 / rank.
-        dropout: on what enters the adapter.
-        target_modules: names of linear layers, or "all-linear".
-    """
-
-    rank: int = 128
-    alpha: int = 256
-    dropout: float = 0.2
-    target_modules: str | list[str] = "all-linear"
-
-
-@dataclass(frozen=True)
-class TrainModelConfig:
+class TrainModelConfig(ValueTrainerSettings):
     """How to train a value model. Defaults are section F.4's for iteration 0.
 
     Attributes:
@@ -66,9 +48,6 @@ class TrainModelConfig:
         output: folder for the value model, its metrics and its checkpoints.
         initial: folder or Hub id of the value model to go on from, the previous iteration's in Algorithm 1; None for a
             new one. Its adapter is trained further if it has one; with `lora.rank` 0, all its weights.
-        backbone: Hub id or folder of a decoder, or "smollm2"; its tokens must be those of the trees.
-        num_layers: keep only the first layers of the backbone.
-        lora: adapter settings.
         zeta: KL penalty multiplier of equation 6.
         penalty: "completion": zeta penalises all of a completion, as in equation 6; "continuation": what follows the
             sequence only, as in Theorem 1.
@@ -76,59 +55,22 @@ class TrainModelConfig:
         targets: "nodes": the last token of each node regresses its value, as in the paper; "tokens": every token of a
             node does.
         packing: "trees": a tree is one sequence; "nodes": a node is (slower, for backbones with a recurrent state).
-        epochs: passes over the training trees.
-        batch_size: sequences (of `packing`'s kind) per forward.
-        tokens_per_batch: in place of `batch_size`: as many sequences of similar length as fit into so many tokens,
-            padding included; a longer one is alone.
-        gradient_accumulation: forwards per optimizer step, over all of which the loss is one average.
-        learning_rate: at its peak; decays linearly to 0.
-        weight_decay: of the optimizer.
-        warmup_steps: optimizer steps of linear warmup; a tenth of the run where these are more than half of it.
-        optimizer: any of `transformers.TrainingArguments.optim`.
-        max_grad_norm: gradients are clipped to this norm.
-        validation_share: of the prompts, held out.
         validation_leaves: whether leaves count in the validation loss, as many as in training; section F.5 also leaves
             them out.
-        seed: of initialisation, order, dropout and balancing.
-        dtype: of the weights; with `lora.rank` 0, float32.
-        bf16: compute in bfloat16 under autocast.
-        device: "cpu", or None for the best there is.
         iteration: of Algorithm 1, recorded with the model.
-        trainer: further arguments of `transformers.TrainingArguments` by name, such as `gradient_checkpointing`,
-            `deepspeed`, `fsdp`, `report_to`, `eval_steps`; they override what is set here.
-        fresh: begin anew, in place of what `output` holds of another or an interrupted training.
     """
 
     store: str | list[str]
     objectives: list[str]
     output: str
     initial: str | None = None
-    backbone: str = DEFAULT_MODEL
-    num_layers: int | None = None
-    lora: LoraSettings = field(default_factory=LoraSettings)
     zeta: float = 0.0
     penalty: Penalty = "completion"
     drop_leaves: float = 0.5
     targets: Literal["nodes", "tokens"] = "nodes"
     packing: Literal["trees", "nodes"] = "trees"
-    epochs: float = 1.0
-    batch_size: int = 1
-    tokens_per_batch: int | None = None
-    gradient_accumulation: int = 1
-    learning_rate: float = 2e-5
-    weight_decay: float = 0.002
-    warmup_steps: int = 100
-    optimizer: str = "adafactor"
-    max_grad_norm: float = 1.0
-    validation_share: float = 0.1
     validation_leaves: bool = True
-    seed: int = 0
-    dtype: str = "float32"
-    bf16: bool = False
-    device: str | None = None
     iteration: int = 0
-    trainer: dict[str, Any] = field(default_factory=dict)
-    fresh: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in (("targets", ("nodes", "tokens")), ("packing", ("trees", "nodes"))):

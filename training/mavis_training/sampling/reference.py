@@ -93,7 +93,7 @@ def eos_token_ids(generation: GenerationConfig | None, tokenizer: PreTrainedToke
 def contexts(model: PreTrainedModel, steering: Steering | None = None) -> dict[str, int | None]:
     """How many tokens the base model and the value models of a policy can read, each; None where none is known."""
     found = {"the base model": Backbone.of(model).longest}
-    for value in steering._functions.models if steering is not None else ():
+    for value in steering.functions.models if steering is not None else ():
         found[f"the value model for {', '.join(value.config.objectives)}"] = Backbone.of(value.backbone).longest
     return found
 

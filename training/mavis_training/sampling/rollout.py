@@ -91,7 +91,7 @@ def _sample(
         tokens = drawn = sample_index(policy, generator, policy.dtype)
     else:
         step = session.score()
-        steering._check_step(step)
+        steering.check_step(step)
         policy = step.tilted if step.everything is None else step.everything
         tokens = drawn = sample_index(policy, generator)
         if step.everything is None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import torch
 from torch import Tensor
@@ -15,11 +15,14 @@ from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteri
 
 from ...backbone import Backbone
 from ...backbone.anatomy import given_cache, holds_tokens
+from ...backbone.compat import CACHE_NAMES
+from ...steering.signatures import SteeringOptions
 from ...steering.steering import Steering
+from ...values.function import ValueFunction
 from ..given import says_something, unreadable
 from .arguments import arguments_of_call, check_call, check_config
+from .base_reader import taken
 from .processors import RowProcessors
-from .reader import taken
 from .session import Session
 
 if TYPE_CHECKING:
@@ -27,8 +30,7 @@ if TYPE_CHECKING:
 
 # What `generate` prepares for every decoder-only model; a strategy keeps caches and positions of its own.
 _PREPARED = {
-    "attention_mask", "position_ids", "logits_to_keep", "past_key_values", "cache_params", "cache", "use_cache",
-    "cache_position",
+    "attention_mask", "position_ids", "logits_to_keep", *CACHE_NAMES, "use_cache", "cache_position",
 }  # fmt: skip
 
 
@@ -49,6 +51,25 @@ class MavisOutput(GenerateDecoderOnlyOutput):
     sequences_scores: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Call:
+    """What `generate` hands to a strategy.
+
+    Attributes:
+        model: the base model.
+        input_ids: [R, T] prompts, padded on the left, each as often as it has `num_return_sequences`.
+        processors: what `generate` would apply to the scores, its temperature, top-k and top-p included.
+        config: of this call.
+        inputs: all other keyword arguments for the model.
+    """
+
+    model: PreTrainedModel
+    input_ids: Tensor
+    processors: LogitsProcessorList
+    config: GenerationConfig
+    inputs: dict[str, Any]
+
+
 class MavisStrategy(Steering):
     """A way of decoding, passed as `model.generate(..., custom_generate=strategy)`; arguments as for `Steering`, and:
 
@@ -67,12 +88,15 @@ class MavisStrategy(Steering):
 
     def __init__(
         self,
-        *args: Any,
+        value_functions: ValueFunction | Sequence[ValueFunction] | Mapping[str, ValueFunction],
+        weights: Mapping[str, float] | Sequence[float] | Tensor | None = None,
+        beta: float | Tensor | None = None,
+        *,
         streamer: BaseStreamer | None = None,
         stop_strings: str | Sequence[str] | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[SteeringOptions],
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(value_functions, weights, beta, **kwargs)
         name = type(self).__name__
         self._check_streams(streamer)
         if self.trace is not None and not self.shows_steps:
@@ -111,22 +135,23 @@ class MavisStrategy(Steering):
         config = generation_config if generation_config is not None else model.generation_config
         processors = logits_processor if logits_processor is not None else LogitsProcessorList()
         criteria = StoppingCriteriaList(stopping_criteria or [])
-        call = arguments_of_call(model)
-        check_call(type(self).__name__, model, call)
-        self._check_call(model, input_ids, processors, config, model_kwargs)
+        given = arguments_of_call(model)
+        check_call(type(self).__name__, model, given)
+        call = Call(model, input_ids, processors, config, model_kwargs)
+        self.check(call)
         if self.base is not model:
             self.attach(model)
         else:
-            self._follow_base()
-        self._check_devices(input_ids[:, :1])
+            self.follow_base()
+        self.check_devices(input_ids[:, :1])
         if self.stop_strings is not None:
             criteria.append(StopStringCriteria(self.tokenizer, self.stop_strings))
         if self.trace is not None:
-            self.trace = type(self.trace)(self.objectives, self._eos)
+            self.trace = type(self.trace)(self.objectives, self.special.eos)
         if self.streamer is not None:
             self.streamer.put(input_ids.cpu())
-        own = self._streaming_to(call.get("streamer"))  # which generate has given the prompts already
-        output = own._decode(model, input_ids, processors, criteria, config, model_kwargs)
+        own = self._streaming_to(given.get("streamer"))  # which generate has given the prompts already
+        output = own._decode(call, criteria)
         self.trace = own.trace
         return output
 
@@ -147,30 +172,23 @@ class MavisStrategy(Steering):
                 f"{type(self).__name__} knows the text only at its end and cannot stream: leave streamer out"
             )
 
-    def _decode(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        processors: LogitsProcessorList,
-        criteria: StoppingCriteriaList,
-        config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-    ) -> MavisOutput | Tensor:
+    def _decode(self, call: Call, criteria: StoppingCriteriaList) -> MavisOutput | Tensor:
+        model, input_ids, config = call.model, call.input_ids, call.config
         backbone = Backbone.of(model)
         prompts = self.prompts(input_ids, config)
         rows = self.prompts(torch.arange(len(input_ids), device=input_ids.device), config)
-        inputs = model_kwargs if len(rows) == len(input_ids) else taken(model_kwargs, rows, len(input_ids))
+        inputs = call.inputs if len(rows) == len(input_ids) else taken(call.inputs, rows, len(input_ids))
         mask = inputs.get("decoder_attention_mask" if backbone.is_encoder_decoder else "attention_mask")
         special = any(says_something(value) for name, value in inputs.items() if name not in _PREPARED)
         special = special or inputs.get("use_cache") is False
         every = RowProcessors(
-            processors, len(prompts), len(input_ids) // len(prompts), pad_token(config, self),
+            call.processors, len(prompts), len(input_ids) // len(prompts), pad_token(config, self),
             search=None if self.keeps_rows else type(self).__name__,
         )  # fmt: skip
         with Session(self, model, prompts, mask, every, inputs, as_generate=special) as session:
             output = self.decode(session, criteria, config)
-        if output.values is not None and any(self._idle):
-            output.values[:, self._idle] = torch.nan
+        if output.values is not None and any(self.idle):
+            output.values[:, self.idle] = torch.nan
         if self.streamer is not None:
             self.streamer.end()
         return output if config.return_dict_in_generate else output.sequences
@@ -179,41 +197,35 @@ class MavisStrategy(Steering):
         """The rows that a session begins with, from those that generate has repeated `num_return_sequences` times."""
         return rows
 
-    def _check_call(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        processors: LogitsProcessorList,
-        config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-    ) -> None:
-        name = type(self).__name__
-        if input_ids.shape[1] == 0:
+    def check(self, call: Call) -> None:
+        """Raise `ValueError` for what this strategy cannot honour."""
+        name, config, inputs = type(self).__name__, call.config, call.inputs
+        if call.input_ids.shape[1] == 0:
             raise ValueError(
                 "the prompt is empty: give generate at least one token to go on from. A prompt in inputs_embeds can be "
                 "steered by value heads in a MavisLogitsProcessor alone"
             )
-        kind = unreadable(model_kwargs) or ("inputs_embeds" if model_kwargs.get("inputs_embeds") is not None else None)
-        if kind is not None and self._functions.models:
-            names = [value_model.config.objectives for value_model in self._functions.models]
+        kind = unreadable(inputs) or ("inputs_embeds" if inputs.get("inputs_embeds") is not None else None)
+        if kind is not None and self.functions.models:
+            names = [value_model.config.objectives for value_model in self.functions.models]
             raise ValueError(
                 f"{kind} is for the base model, and the value models for {names} cannot read it: use value heads, or "
                 "leave it out"
             )
-        cache = given_cache(model_kwargs)
+        cache = given_cache(inputs)
         if cache is not None and holds_tokens(cache):
             raise ValueError(
                 f"{name} keeps caches of its own and cannot go on from past_key_values: give it the whole text so far"
             )
-        check_config(name, config, model.generation_config)
+        check_config(name, config, call.model.generation_config)
         for flag in () if self.shows_steps else ("output_scores", "output_logits"):
             if getattr(config, flag, None):
                 raise ValueError(f"{name} returns no scores of single steps: leave {flag} out")
-        if any(isinstance(processor, Steering) for processor in processors):
+        if any(isinstance(processor, Steering) for processor in call.processors):
             raise ValueError(f"{name} steers by itself: leave the MavisLogitsProcessor out of logits_processor")
-        rows = len(input_ids)
-        for setting, shared, what in ((self.weights, 1, "weights"), (self.beta, 0, "beta")):
-            if setting.ndim > shared and rows % len(setting):
+        rows = len(call.input_ids)
+        for what, setting in self.policy.by_request.items():
+            if rows % len(setting):
                 raise ValueError(f"{what} are given for {len(setting)} requests, but the batch has {rows} rows")
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Unpack
 
+from torch import Tensor
+
+from ...steering.signatures import StrategyOptions
+from ...values.function import ValueFunction
 from .search import MavisSearch, whole_number
 
 
@@ -37,9 +42,17 @@ class MavisBeamSearch(MavisSearch):
     distinct = True
 
     def __init__(
-        self, *args: Any, num_beams: int = 5, interval: int = 8, expand: int | None = None, **kwargs: Any
+        self,
+        value_functions: ValueFunction | Sequence[ValueFunction] | Mapping[str, ValueFunction],
+        weights: Mapping[str, float] | Sequence[float] | Tensor | None = None,
+        beta: float | Tensor | None = None,
+        *,
+        num_beams: int = 5,
+        interval: int = 8,
+        expand: int | None = None,
+        **kwargs: Unpack[StrategyOptions],
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(value_functions, weights, beta, **kwargs)
         self.num_beams, self.interval = whole_number("num_beams", num_beams), whole_number("interval", interval)
         top_k = self.config.top_k
         self.expand = whole_number("expand", min(2, top_k or 2) if expand is None else expand)

@@ -43,7 +43,7 @@ def draw_distinct(session: Session, count: int, sample: bool) -> Drawn:
     """
     steering = session.steering
     step = session.score(need_values=True)
-    steering._check_step(step)
+    steering.check_step(step)
     policy = step.tilted if step.everything is None else step.everything
     if count == 1:  # as `MavisSampling` draws
         places, tokens = (x[:, None] for x in draw(step, sample))
@@ -55,7 +55,7 @@ def draw_distinct(session: Session, count: int, sample: bool) -> Drawn:
         tokens = places if step.everything is not None else step.candidates.gather(1, places)
     if steering.config.unscored == "keep":  # what was drawn need not be a candidate, and then has no value yet
         values = session.values(tokens)
-        scores = combine(values, steering._per_row(steering.weights, 1, values, session.requests))
+        scores = combine(values, steering.policy.weights_of(values, session.of_requests))
         places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     else:
         values = step.values.gather(1, places[..., None].expand(-1, -1, step.values.shape[2]))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from ...core.rewards import Reward, compute_rewards
+from ...steering.signatures import StrategyOptions
+from ...values.function import ValueFunction
+from .base import Call
 from .beams import Beams
 from .search import MavisSearch, whole_number
 
@@ -47,15 +49,18 @@ class MavisBestOfN(MavisSearch):
 
     def __init__(
         self,
-        *args: Any,
+        value_functions: ValueFunction | Sequence[ValueFunction] | Mapping[str, ValueFunction],
+        weights: Mapping[str, float] | Sequence[float] | Tensor | None = None,
+        beta: float | Tensor | None = None,
+        *,
         num_samples: int = 5,
         reward_functions: Reward | Mapping[str, Reward] | None = None,
         reward_weights: Mapping[str, float] | None = None,
         reward_columns: Mapping[str, Sequence[Any]] | None = None,
         prune: Mapping[int, int] | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[StrategyOptions],
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(value_functions, weights, beta, **kwargs)
         self.num_samples = whole_number("num_samples", num_samples)
         self.prune = _checked_prune(prune or {}, num_samples)
         if callable(reward_functions):
@@ -106,20 +111,13 @@ class MavisBestOfN(MavisSearch):
         place = self.objectives.index(name)
         return self.weights[..., place : place + 1]
 
-    def _check_call(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        processors: LogitsProcessorList,
-        config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-    ) -> None:
-        super()._check_call(model, input_ids, processors, config, model_kwargs)
-        if self.num_samples > 1 and not config.do_sample:
+    def check(self, call: Call) -> None:
+        super().check(call)
+        if self.num_samples > 1 and not call.config.do_sample:
             raise ValueError(
                 f"num_samples={self.num_samples} with do_sample=False are all the same text: use do_sample=True"
             )
-        count = len(input_ids) // (config.num_return_sequences or 1)
+        count = len(call.input_ids) // (call.config.num_return_sequences or 1)
         for name, column in self.reward_columns.items():
             if len(column) != count:
                 raise ValueError(

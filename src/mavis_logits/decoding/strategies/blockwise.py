@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, Unpack, get_args
 
 import torch
 from torch import Tensor
@@ -12,7 +13,10 @@ from transformers import GenerationConfig, StoppingCriteriaList
 
 from ...backbone import Backbone
 from ...core.tilting import combine
+from ...steering.policy import Requests
+from ...steering.signatures import StrategyOptions
 from ...steering.step import Choice, check_scores
+from ...values.function import ValueFunction
 from .base import MavisOutput, MavisStrategy, pad_token
 from .sampling import sample_index
 from .search import whole_number
@@ -68,15 +72,18 @@ class MavisBlockwise(MavisStrategy):
 
     def __init__(
         self,
-        *args: Any,
+        value_functions: ValueFunction | Sequence[ValueFunction] | Mapping[str, ValueFunction],
+        weights: Mapping[str, float] | Sequence[float] | Tensor | None = None,
+        beta: float | Tensor | None = None,
+        *,
         num_blocks: int = 4,
         block_length: int = 8,
         combination: Combination = "weighted",
         sample_from: Source = "reference",
         keep: Keeping = "sample",
-        **kwargs: Any,
+        **kwargs: Unpack[StrategyOptions],
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(value_functions, weights, beta, **kwargs)
         self.num_blocks = whole_number("num_blocks", num_blocks)
         self.block_length = whole_number("block_length", block_length)
         for name, given, known in (
@@ -99,9 +106,9 @@ class MavisBlockwise(MavisStrategy):
         values = torch.zeros(count, len(self.objectives), device=device, dtype=torch.float32)
         scores = torch.zeros(count, device=device, dtype=torch.float32)
         while len(live):
-            requests = session.requests
+            requests = session.of_requests
             blocks = self._write(session, stopping_criteria, sample, pad)
-            places, best = self._choose(blocks.values.unflatten(0, (-1, self.num_blocks)), requests, session, sample)
+            places, best = self._choose(blocks.values.unflatten(0, (-1, self.num_blocks)), requests, sample)
             kept = places + torch.arange(len(live), device=device) * self.num_blocks
             values[live], scores[live] = blocks.values[kept], best
 
@@ -148,7 +155,7 @@ class MavisBlockwise(MavisStrategy):
                 if len(going) < len(done):
                     session.select(going)
         rows = torch.full_like(lengths, -1).index_copy(0, running, torch.arange(len(running), device=device))
-        self._check_values(values[:, None], torch.ones_like(lengths[:, None], dtype=torch.bool))
+        self.check_values(values[:, None], torch.ones_like(lengths[:, None], dtype=torch.bool))
         return _Blocks(tokens, lengths, values, rows)
 
     def _draw(self, session: Session, copies: int, sample: bool) -> Tensor:
@@ -158,9 +165,9 @@ class MavisBlockwise(MavisStrategy):
             step = session.score()
             log_probs = step.tilted if step.everything is None else step.everything
             candidates = step.candidates if step.everything is None else None
-            self._check_step(step)
+            self.check_step(step)
         else:
-            scores = self._within(session.reference())
+            scores = self.known(session.reference())
             forbidden = torch.isneginf(scores.amax(dim=1, keepdim=True))
             log_probs = torch.log_softmax(scores, dim=-1).masked_fill(forbidden, -torch.inf)
             check_scores(log_probs)
@@ -173,26 +180,25 @@ class MavisBlockwise(MavisStrategy):
             drawn = torch.where(torch.isneginf(top.values), top.indices[:, :1], top.indices)
         return (drawn if candidates is None else candidates.gather(1, drawn)).flatten()
 
-    def _choose(self, values: Tensor, requests: Tensor, session: Session, sample: bool) -> tuple[Tensor, Tensor]:
+    def _choose(self, values: Tensor, requests: Requests, sample: bool) -> tuple[Tensor, Tensor]:
         """Which of its blocks every row keeps, and the score of that block; [R] each.
 
         Args:
             values: [R, K, M] at the blocks' ends.
-            requests: [R] as in `Session`.
-            session: where these rows come from.
+            requests: of the rows.
             sample: whether the call samples.
         """
         count, k, _ = values.shape
         if self.combination == "weighted":
             every = torch.arange(k, device=values.device).expand(count, k)
             uniform = values.new_full((count, k), -math.log(k))
-            step = self.tilt(Choice(every, uniform, None), values, requests, session.given)
+            step = self.policy.tilt(Choice(every, uniform, None), values, requests)
             combined, log_probs, scores = step.combined, step.tilted, step.combined
         else:
-            mean, scale = self._functions.reward_units().to(values.device)
+            mean, scale = self.functions.units().to(values.device)
             standard = (values - mean) / scale
-            active = (self._per_row(self.weights, 1, values, requests, session.given) != 0).expand(count, -1)
-            beta = self._per_row(self.beta, 0, values, requests, session.given)
+            active = (self.policy.weights_of(values, requests) != 0).expand(count, -1)
+            beta = self.policy.beta_of(values, requests)
             weights = worst_case_weights(
                 standard.double().cpu().numpy(), beta.double().cpu().numpy(), active.cpu().numpy()
             )
@@ -200,7 +206,7 @@ class MavisBlockwise(MavisStrategy):
             log_probs = torch.log_softmax(beta.reshape(-1, 1) * combined, dim=1)
             scores = standard.masked_fill(~active[:, None], torch.inf).amin(dim=2)
         if k == 1:
-            places = torch.zeros_like(requests)
+            places = torch.zeros(count, dtype=torch.long, device=values.device)
         else:
             places = sample_index(log_probs) if sample and self.keep == "sample" else combined.argmax(dim=1)
         return places, scores.gather(1, places[:, None])[:, 0]

@@ -60,7 +60,7 @@ class MavisSampling(MavisStrategy):
             session.append(tokens, chosen if self.config.unscored == "drop" else None)
             ended, broken = torch.stack([done[live], step.broken]).tolist()  # the one wait for the device
             if any(broken):
-                self._check_step(step)
+                self.check_step(step)
             if any(ended):
                 going = torch.nonzero(~done[live])[:, 0]
                 if len(going):

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteriaList
 
-from .base import MavisOutput, MavisStrategy, pad_token
+from .base import Call, MavisOutput, MavisStrategy, pad_token
 from .beams import Beams, draw_distinct, ranking
 from .session import Session
 
@@ -78,21 +78,14 @@ class MavisSearch(MavisStrategy):
         """Every prompt once."""
         return rows[:: config.num_return_sequences or 1]
 
-    def _check_call(
-        self,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        processors: LogitsProcessorList,
-        config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-    ) -> None:
-        super()._check_call(model, input_ids, processors, config, model_kwargs)
-        name, returned = type(self).__name__, config.num_return_sequences or 1
+    def check(self, call: Call) -> None:
+        super().check(call)
+        name, returned = type(self).__name__, call.config.num_return_sequences or 1
         if returned > self.kept:
             raise ValueError(f"num_return_sequences={returned}, but {name} ends with {self.kept} sequences a prompt")
-        count = len(input_ids) // returned
-        for setting, shared, what in ((self.weights, 1, "weights"), (self.beta, 0, "beta")):
-            if setting.ndim > shared and len(setting) != count:
+        count = len(call.input_ids) // returned
+        for what, setting in self.policy.by_request.items():
+            if len(setting) != count:
                 raise ValueError(f"{what} are given for {len(setting)} requests, but there are {count} prompts")
 
 

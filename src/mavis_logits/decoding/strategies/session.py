@@ -14,19 +14,17 @@ from functools import partial
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from ...backbone import Backbone
 from ...backbone.hooks import let_compiled_code_see
-from ...scoring.scorer import ValueScorer, make_scorer
+from ...scoring.reader import ValueReader
+from ...steering.policy import Requests
 from ...steering.steering import Steering
-from ...steering.step import Step
-from ...values.ensemble import ValueFunction, check_context
-from ...values.fused import FusedValueModel
-from ...values.value_model import ValueModel
+from ...steering.step import Choice, Step
+from .base_reader import BaseReader, GenerateReader, RaggedReader, prepared_inputs
 from .processors import RowProcessors
-from .reader import BaseReader, GenerateReader, RaggedReader, prepared_inputs
 
 
 class Session:
@@ -93,8 +91,10 @@ class Session:
             self._packed = reading.kind == "packed"
         self._scores: Tensor | None = None
         self._hidden: dict[int | None, Tensor] = {}  # [R, d] by layer
-        self._scorers: dict[ValueFunction, ValueScorer] = {}
-        self._tried: tuple[Tensor, Tensor | None, list[ValueScorer]] | None = None
+        self._values: ValueReader | None = None
+        if steering is not None:
+            self._values = ValueReader(steering.functions, steering.compile, steering.reading)
+            self._values.begin(len(input_ids))
         self._listening = False  # whether a forward pass is the session's own
 
     def __enter__(self) -> Self:
@@ -102,12 +102,13 @@ class Session:
             if self._packed:
                 stack.enter_context(self._backbone.packed_attention())
             if self._steering is not None:
-                stack.enter_context(self._steering._functions.reading())
-                self._steering._functions.refresh()
-                for layer in {head.config.layer for head in self._steering._functions.heads}:
+                functions = self._steering.functions
+                stack.enter_context(functions.reading())
+                functions.refresh()
+                for layer in {head.config.layer for head in functions.heads}:
                     handle = self._backbone.catch(layer, partial(self._keep, threading.get_ident(), layer))
                     stack.callback(handle.remove)
-                if self._steering._functions.heads:
+                if functions.heads:
                     stack.enter_context(let_compiled_code_see(self.model) or nullcontext())
             self._stack = stack.pop_all()
         return self
@@ -133,6 +134,11 @@ class Session:
             raise ValueError("this session has no value functions: it gives the reference only")
         return self._steering
 
+    @property
+    def of_requests(self) -> Requests:
+        """Which of the rows given at first each one comes from, as a policy asks for it."""
+        return Requests(self.requests, self.given)
+
     def reference(self) -> Tensor:
         """[R, V] next-token scores of the reference: the base model's logits after all processors, not normalised."""
         if self._scores is None:
@@ -146,14 +152,18 @@ class Session:
         Args:
             need_values: score the lone candidate of a row too, whose value cannot change the distribution.
         """
-        steering = self.steering
-        choice = steering.choose(self.reference())
-        kept = choice.mask if need_values else steering.worth_scoring(choice)
-        whole = steering.config.top_k is None
-        started = time.perf_counter()
-        values = self.values(choice.candidates, kept if steering.config.candidate_min_p is not None else None, whole)
-        seconds = time.perf_counter() - started
-        step = steering.tilt(choice, values.masked_fill(~kept[..., None], 0.0), self.requests, self.given)
+        steering, seconds = self.steering, 0.0
+
+        def read(choice: Choice, kept: Tensor) -> Tensor:
+            nonlocal seconds
+            started = time.perf_counter()
+            whole, cut = steering.config.top_k is None, steering.config.candidate_min_p is not None
+            values = self.values(choice.candidates, kept if cut else None, whole)
+            seconds = time.perf_counter() - started
+            return values
+
+        scores = steering.known(self.reference())
+        step = steering.policy.step(scores, read, self.of_requests, all_values=need_values)
         steering.stats.add(len(self), step.kl, seconds)
         return step
 
@@ -169,29 +179,13 @@ class Session:
             ValueError: a sequence longer than a value model can read, or a value that is not finite.
             MemoryError: no room for a value model's cache.
         """
-        functions = self.steering._functions
-        parts: dict[ValueFunction, Tensor] = {}
-        if functions.heads:
+        reader, steering = self._values, self.steering
+        assert reader is not None
+        if steering.functions.heads:
             self.reference()
-            for head in functions.heads:
-                parts[head] = head(self._hidden[head.config.layer], None if whole_vocabulary else candidates)
-        models = functions.busy_models(self.steering._idle)
-        if models:
-            fed, columns = candidates, candidates.shape[1]
-            if kept is not None:
-                columns = int(kept.sum(dim=1).max())
-                fed, kept = candidates[:, :columns], kept[:, :columns]
-            scorers = [self._scorer(model) for model in models]
-            if columns:
-                for model, scorer in zip(models, scorers, strict=True):
-                    check_context(model, max(self.lengths) + 1)
-                    values = self._read_along(scorer, fed, kept)
-                    missing = candidates.shape[1] - columns
-                    parts[model] = nn.functional.pad(values, (0, 0, 0, missing)) if missing else values
-                self._tried = (fed, kept, scorers)
-        if not parts:
-            return candidates.new_zeros(*candidates.shape, len(self.steering.objectives), dtype=torch.float32)
-        return functions.gather(parts)
+        return reader.values(
+            self.input_ids, self.lengths, self._hidden, candidates, kept, steering.idle, whole=whole_vocabulary
+        )
 
     def append(self, tokens: Tensor, chosen: Tensor | None = None) -> None:
         """Add one token to every row.
@@ -201,27 +195,12 @@ class Session:
             chosen: [R] which of the candidates of the last `score` or `values` they are, if that is known of all: it
                 spares the search for them.
         """
-        if self._tried is not None:
-            candidates, kept, scorers = self._tried
-            rows = None
-            if chosen is None:
-                match = candidates == tokens[:, None]
-                chosen = match.int().argmax(dim=1)
-                hit = match.any(dim=1)
-                if kept is not None:
-                    hit &= kept.gather(1, chosen[:, None])[:, 0]
-                rows = torch.nonzero(hit)[:, 0]
-            elif kept is not None:
-                rows = torch.nonzero(kept.gather(1, chosen[:, None])[:, 0])[:, 0]
-            if rows is not None and len(rows) == len(self):
-                rows = None
-            if rows is None or len(rows):
-                for scorer in scorers:
-                    scorer.commit(chosen if rows is None else chosen[rows], rows)
+        if self._values is not None:
+            self._values.grow(tokens, chosen)
         self.input_ids = torch.cat([self.input_ids, tokens[:, None]], dim=1)
         self._processors.append(tokens, self.requests)
         self.lengths = [length + 1 for length in self.lengths]
-        self._scores = self._tried = None
+        self._scores = None
 
     def select(self, rows: Tensor) -> None:
         """Keep `rows` [R'], in that order; a row named twice is copied."""
@@ -230,14 +209,11 @@ class Session:
         self.lengths = [self.lengths[row] for row in numbers]
         self._padding = [self._padding[row] for row in numbers]
         self._reader.select(rows)
-        for scorer in self._scorers.values():
-            scorer.select(rows)
+        if self._values is not None:
+            self._values.select(rows)
         if self._scores is not None:
             self._scores = self._scores[rows]
         self._hidden = {layer: states[rows] for layer, states in self._hidden.items()}
-        if self._tried is not None:
-            candidates, kept, scorers = self._tried
-            self._tried = (candidates[rows], None if kept is None else kept[rows], scorers)
 
     def replace(self, sequences: Sequence[Sequence[int]], pad_token_id: int = 0) -> None:
         """Make every row another sequence of its own, prompt included; what it shares with the old one stays cached.
@@ -248,13 +224,13 @@ class Session:
         shared = [_shared(a, b) for a, b in zip(old, sequences, strict=True)]
         # The last token is always read anew: the distribution after it is wanted.
         self._reader.crop([min(same, len(s) - 1) for same, s in zip(shared, sequences, strict=True)])
-        for scorer in self._scorers.values():
-            scorer.crop([min(have, same) for have, same in zip(scorer.lengths, shared, strict=True)])
+        if self._values is not None:
+            self._values.crop(shared)
         self.lengths = [len(sequence) for sequence in sequences]
         width = max(padding + length for padding, length in zip(self._padding, self.lengths, strict=True))
         padded = [[pad_token_id] * (width - len(s)) + list(s) for s in sequences]
         self.input_ids = torch.tensor(padded, device=self.input_ids.device)
-        self._scores = self._tried = None
+        self._scores = None
         self._hidden = {}
 
     def by_width(self) -> list[tuple[list[int], Tensor]]:
@@ -300,18 +276,6 @@ class Session:
         if inputs is None:
             inputs = prepared_inputs(self.model, input_ids, mask)
         return GenerateReader(self._backbone.model, inputs, input_ids.shape[1], len(input_ids))
-
-    def _scorer(self, model: ValueModel | FusedValueModel) -> ValueScorer:
-        if model not in self._scorers:
-            self._scorers[model] = scorer = make_scorer(model, self.steering.compile, self.steering.reading)
-            scorer.begin(len(self))
-        return self._scorers[model]
-
-    def _read_along(self, scorer: ValueScorer, candidates: Tensor, kept: Tensor | None) -> Tensor:
-        """Values [R, k, M] from one value model, which first reads the tokens that it has not seen."""
-        counts = [length - read for length, read in zip(self.lengths, scorer.lengths, strict=True)]
-        unread = self.input_ids[:, self.input_ids.shape[1] - max(counts) :]
-        return scorer.read(unread, counts, candidates, kept)
 
 
 def _lengths(input_ids: Tensor, attention_mask: Tensor | None) -> list[int]:

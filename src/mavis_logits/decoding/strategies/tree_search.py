@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList
 
+from ...steering.signatures import StrategyOptions
+from ...values.function import ValueFunction
 from .base import MavisOutput, MavisStrategy, pad_token
 from .sampling import draw, sample_index
 from .search import whole_number
@@ -57,9 +59,17 @@ class MavisTreeSearch(MavisStrategy):
     shows_steps = False
 
     def __init__(
-        self, *args: Any, num_simulations: int = 16, block_length: int = 1, c_puct: float = 1.25, **kwargs: Any
+        self,
+        value_functions: ValueFunction | Sequence[ValueFunction] | Mapping[str, ValueFunction],
+        weights: Mapping[str, float] | Sequence[float] | Tensor | None = None,
+        beta: float | Tensor | None = None,
+        *,
+        num_simulations: int = 16,
+        block_length: int = 1,
+        c_puct: float = 1.25,
+        **kwargs: Unpack[StrategyOptions],
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(value_functions, weights, beta, **kwargs)
         self.num_simulations = whole_number("num_simulations", num_simulations)
         self.block_length = whole_number("block_length", block_length)
         if not isinstance(c_puct, int | float) or not 0 <= c_puct < math.inf:
@@ -129,7 +139,7 @@ class MavisTreeSearch(MavisStrategy):
     def _read(self, session: Session, rows: list[tuple[Tree, Path]], reading: list[bool], sample: bool) -> None:
         """Have the models read the leaves: blocks still being written get their next token, others are expanded."""
         step = session.score(need_values=True)
-        self._check_step(step)
+        self.check_step(step)
         writing = [
             reads and bool(path.steps) and len(path.leaf.tokens) < self.block_length
             for reads, (_, path) in zip(reading, rows, strict=True)

@@ -1,0 +1,183 @@
+"""Algorithm 2: which tokens a step chooses among, and how their values tilt the reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..core.config import MavisConfig
+from ..core.tilting import combine, kl_divergence, normalize, solve_beta, tilt
+from .step import Choice, Step
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Which request each of R rows belongs to, for weights and beta that are given per request.
+
+    Attributes:
+        of: [R] number of each row's request; None if the rows are the requests, each repeated for its beams or samples.
+        count: how many requests there are, where settings may be given for fewer: each of them then is for as many
+            requests in a row. None if they are given for every one.
+    """
+
+    of: Tensor | None = None
+    count: int | None = None
+
+    def spread(self, setting: Tensor, shared_dims: int, rows: int, name: str) -> Tensor:
+        """`setting` row by row; as it is if all rows share it.
+
+        Args:
+            setting: [...] shared by all, or [N, ...] for N requests.
+            shared_dims: dimensions of one that all rows share.
+            rows: R.
+            name: of the setting, for the message.
+
+        Raises:
+            ValueError: N settings do not go into the requests.
+        """
+        if setting.ndim == shared_dims:
+            return setting
+        count = self.count or (rows if self.of is None else len(setting))
+        if count % len(setting):
+            raise ValueError(f"{name} are given for {len(setting)} requests, but the batch has {count} rows")
+        repeats = count // len(setting)
+        every = setting if repeats == 1 else setting.repeat_interleave(repeats, dim=0)
+        return every if self.of is None else every[self.of]
+
+
+ROWS = Requests()  # the rows are the requests
+
+
+@dataclass(frozen=True)
+class Policy:
+    """pi_MAVIS, given the values: settings and weights, and the arithmetic of a step. It holds no model and no state.
+
+    Attributes:
+        config: the settings; `weights` and `beta` below count in place of its own.
+        weights: lambda, float32 [M] or [R, M].
+        beta: strength of the tilt, float32 [] or [R].
+
+    Raises:
+        ValueError: beta is negative, not finite, or no number or vector.
+    """
+
+    config: MavisConfig
+    weights: Tensor
+    beta: Tensor
+
+    def __post_init__(self) -> None:
+        if self.beta.ndim > 1 or not torch.isfinite(self.beta).all() or (self.beta < 0).any():
+            given = self.beta.tolist()
+            raise ValueError(f"beta must be a finite number of at least 0, or one a row [R], got {given!r}")
+
+    def step(
+        self,
+        scores: Tensor,
+        read: Callable[[Choice, Tensor], Tensor],
+        requests: Requests = ROWS,
+        all_values: bool = False,
+    ) -> Step:
+        """One step of Algorithm 2.
+
+        Args:
+            scores: [R, V] next-token scores of the reference, logits or log-probabilities; -inf for banned tokens.
+            read: the values V_m(s + a_i) [R, k, M] of a choice's candidates; of those that its second argument
+                [R, k] does not name, they mean nothing.
+            requests: of the R rows.
+            all_values: ask for the value of a row's lone candidate too, which cannot change the distribution.
+        """
+        choice = self.choose(scores)  # y <- top-k tokens under pi_ref(. | s)
+        kept = choice.mask if all_values else self.worth_scoring(choice)
+        values = read(choice, kept)  # V_m(s + a_i)
+        return self.tilt(choice, values.masked_fill(~kept[..., None], 0.0), requests)
+
+    def choose(self, scores: Tensor) -> Choice:
+        """The candidates of a step: the k likeliest tokens, of these only those within `candidate_min_p` of the best.
+
+        Args:
+            scores: [R, V] next-token scores, logits or log-probabilities; -inf for banned tokens.
+        """
+        config, scores = self.config, scores.float()
+        if config.reference_temperature != 1.0:
+            scores = scores / config.reference_temperature
+        needs_all = config.top_k is None or config.unscored == "keep"
+        everything = torch.log_softmax(scores, dim=-1) if needs_all else None
+        if config.top_k is None:
+            assert everything is not None
+            reference, best = everything, scores.amax(dim=-1, keepdim=True)
+            candidates = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
+        else:
+            top = scores.topk(min(config.top_k, scores.shape[1]), dim=-1)
+            reference, candidates, best = top.values, top.indices, top.values[:, :1]
+            reference = reference - scores.logsumexp(dim=-1, keepdim=True)
+        # Where all tokens are forbidden there is no NaN, which would speak of damage.
+        reference = reference.masked_fill(torch.isneginf(best), -torch.inf)
+        if config.candidate_min_p is not None:
+            least = reference.amax(dim=-1, keepdim=True) + math.log(config.candidate_min_p)
+            # A NaN stays, so that it is noticed.
+            reference = reference.masked_fill(reference < least, -torch.inf)
+        return Choice(candidates, reference, everything if config.unscored == "keep" else None)
+
+    def worth_scoring(self, choice: Choice) -> Tensor:
+        """[R, k] bool, the candidates whose values can matter: those that take part, unless the row has but one.
+
+        Every normalisation takes a lone candidate's value to 0, so that the step needs no value at all; with
+        `normalize="none"` it still weighs against tokens that keep their score.
+        """
+        mask = choice.mask
+        if self.config.candidate_min_p is None or (choice.everything is not None and self.config.normalize == "none"):
+            return mask
+        return mask & (mask.sum(dim=-1, keepdim=True) > 1)
+
+    def tilt(self, choice: Choice, values: Tensor, requests: Requests = ROWS) -> Step:
+        """Algorithm 2 from the values on: combine, normalise, tilt.
+
+        Args:
+            choice: of R rows.
+            values: [R, k, M], finite; those of candidates that take no part mean nothing.
+            requests: of the R rows.
+        """
+        config, mask = self.config, choice.mask
+        beta = self.beta_of(values, requests)
+        combined = combine(values, self.weights_of(values, requests)).masked_fill(~mask, 0.0)
+        policy = normalize(combined, mask, config.normalize, config.gap_floor)
+        reference = choice.reference
+        if choice.everything is not None:
+            policy = torch.zeros_like(choice.everything).scatter(1, choice.candidates, policy)
+            reference = choice.everything
+        if config.kl_budget is not None:
+            beta = solve_beta(reference, policy, config.kl_budget)
+        scores = tilt(reference, policy, beta)
+        tilted = torch.log_softmax(scores, dim=-1)
+        kl = kl_divergence(tilted, reference, normalized=True)
+        everything = tilted if config.top_k is None else None
+        others = torch.full_like(kl, -torch.inf)
+        if choice.everything is not None:
+            everything, tilted = tilted, tilted.gather(1, choice.candidates).masked_fill(~mask, -torch.inf)
+            others = -scores.logsumexp(dim=-1)
+        return Step(choice.candidates, choice.reference, values, combined, tilted, beta, kl, everything, others)
+
+    @cached_property
+    def is_reference(self) -> bool:
+        """Whether nothing is tilted: what is left of the reference has the probabilities that it had."""
+        plain = self.config.kl_budget is None and self.config.reference_temperature == 1.0
+        return plain and not bool(self.beta.any())
+
+    @property
+    def by_request(self) -> dict[str, Tensor]:
+        """Of weights and beta those that are given per request, [N, ...]."""
+        found = {"weights": self.weights} if self.weights.ndim > 1 else {}
+        return found | ({"beta": self.beta} if self.beta.ndim > 0 else {})
+
+    def weights_of(self, rows: Tensor, requests: Requests = ROWS) -> Tensor:
+        """lambda [M] or [R, M], for and on the device of `rows` [R, ...]."""
+        return requests.spread(self.weights.to(rows.device, non_blocking=True), 1, len(rows), "weights")
+
+    def beta_of(self, rows: Tensor, requests: Requests = ROWS) -> Tensor:
+        """beta [] or [R], for and on the device of `rows` [R, ...]."""
+        return requests.spread(self.beta.to(rows.device, non_blocking=True), 0, len(rows), "beta")
