@@ -33,8 +33,9 @@ import transformers
 
 from cases import SUITES, Case, cpu_cases, dry, gpu_cases
 from measuring import PLAIN, measure
-from report import Report, key, make_row
+from report import Report
 from roofline import Ceilings
+from row import key, make_row
 from setups import ROOT, Setup, llama_shapes, smollm2
 from variants import VARIANTS, mean_candidates, roofline
 

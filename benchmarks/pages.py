@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cases import RECOMPUTED, SECTIONS
 from measuring import PLAIN
-
-if TYPE_CHECKING:
-    from report import Row
+from row import Row
 
 EXPLANATION = """\
 Written by `benchmarks/decode.py`. Every variant decodes the same prompts in turns with plain `generate`, which runs

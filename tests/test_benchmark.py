@@ -20,8 +20,9 @@ import pages
 from mavis_logits import MavisLogitsProcessor
 from mavis_logits.testing import recompute_values
 from measuring import PLAIN, Measured, Setting, Timing
-from report import Report, Row, key, make_row
+from report import Report
 from roofline import Ceilings, Cost, adapters_cost, forward_cost, head_cost, logits_cost
+from row import Row, key, make_row
 from schemes import RecomputedQueries, RecomputedRows, RepeatedCache, Scheme, SlowTwin
 from setups import LINEAR_LAYERS, Setup, llama_shapes, names
 from tiny import PAD, VOCABULARY, make_base, make_head, make_value_model

@@ -13,7 +13,12 @@ import pytest
 import fill_readme
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "paper_to_code.md", ROOT / "docs" / "hub.md"]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "docs" / "paper_to_code.md",
+    ROOT / "docs" / "hub.md",
+    ROOT / "docs" / "architecture.md",
+]
 NAME = re.compile(r"`(mavis_(?:logits|training)(?:\.\w+)+)`")
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 
@@ -40,6 +45,15 @@ def test_every_name_in_the_documents_exists(page: Path) -> None:
 def test_every_link_leads_somewhere(page: Path) -> None:
     for target in LINK.findall(page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_file_that_the_house_is_told_of_exists() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    places = ["", "src/mavis_logits", "src/mavis_logits/decoding", "training/mavis_training"]
+    places += [str(folder.relative_to(ROOT)) for folder in (ROOT / "src").rglob("*") if folder.is_dir()]
+    places += [str(folder.relative_to(ROOT)) for folder in (ROOT / "training").rglob("*") if folder.is_dir()]
+    for name in re.findall(r"`([\w/]+\.(?:py|md))`", text):
+        assert any((ROOT / place / name).is_file() for place in places), name
 
 
 def test_every_recipe_in_the_readme_exists() -> None:

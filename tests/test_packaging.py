@@ -60,12 +60,6 @@ def test_the_library_never_imports_the_training_package_or_an_extra() -> None:
         assert not forbidden, f"{file.relative_to(ROOT)} imports {forbidden}"
 
 
-@pytest.mark.parametrize("command", sorted(PROJECT["entry-points"]["mavis.commands"]))
-def test_every_command_exists(command: str) -> None:
-    module, function = PROJECT["entry-points"]["mavis.commands"][command].split(":")
-    assert callable(getattr(importlib.import_module(module), function))
-
-
 def test_nothing_loads_a_pickle() -> None:
     for file in [*(ROOT / "src").rglob("*.py"), *(ROOT / "training").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]:
         source = file.read_text()
