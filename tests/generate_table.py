@@ -250,8 +250,8 @@ PAGE = """# generate's own arguments
 
 What becomes of every argument of `generate` when a `MavisLogitsProcessor` or a strategy decodes. "Works" means: exactly
 as an obvious slow twin says that re-reads every text from scratch. "Refused" means: a `ValueError` that names the
-argument. The table is made and held by `tests/test_generate_arguments.py`, which knows every argument of the supported
-releases of transformers; one that a newer release adds is refused by strategies until it is known.
+argument. The table is made and held by `tests/decoding/test_generate_arguments.py`, which knows every argument of the
+supported releases of transformers; one that a newer release adds is refused by strategies until it is known.
 
 Some things `generate` decides alone, and nothing here can help: with `cache_implementation="paged"` it hands over to
 continuous batching and drops logits processors and strategies without a word. It hands neither `streamer` nor

@@ -2,7 +2,7 @@
 
 python tests/matrix.py                                     # all of it; writes docs/results/versions.{json,md}
 python tests/matrix.py newest                              # one environment; the other's result stays as it was
-python tests/matrix.py --tests tests/test_cache.py         # some tests: nothing is written
+python tests/matrix.py --tests tests/backbone/test_cache.py         # some tests: nothing is written
 python tests/matrix.py trial --with transformers==5.25.0   # a release that is not supported yet: nothing is written
 
 Each environment is a .venv-matrix-NAME of its own, made once and again when what it asks for has changed. "oldest" has

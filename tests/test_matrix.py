@@ -102,7 +102,7 @@ def test_every_result_is_kept_until_it_is_measured_again(tmp_path: Any, monkeypa
     assert "90 passed, 1 failed, 2 skipped in 4 min" in text
     assert "- `tests.test_a::test_b[1]`" in text
     before = (tmp_path / "versions.json").read_bytes()
-    matrix.main(["oldest", "--tests", "tests/test_cache.py"])
+    matrix.main(["oldest", "--tests", "tests/backbone/test_cache.py"])
     matrix.main(["--with", "transformers==5.99.0"])
     assert (tmp_path / "versions.json").read_bytes() == before
 

@@ -1,6 +1,6 @@
 """Arguments of `generate`: those that a strategy honours, those that it refuses, those that it is not handed.
 
-`tests/test_generate_arguments.py` holds every one of them against this, in `docs/generate.md`.
+`tests/decoding/test_generate_arguments.py` holds every one of them against this, in `docs/generate.md`.
 """
 
 from __future__ import annotations

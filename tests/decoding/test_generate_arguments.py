@@ -121,7 +121,7 @@ def strategy(base: PreTrainedModel, kind: type = MavisSampling, **settings: Any)
 
 
 def test_the_page_is_that_of_the_table() -> None:
-    assert (Path(__file__).parents[1] / "docs" / "generate.md").read_text() == page()
+    assert (Path(__file__).parents[2] / "docs" / "generate.md").read_text() == page()
 
 
 def test_no_argument_of_this_release_is_unknown() -> None:

@@ -14,7 +14,7 @@ from hub_server import HubServer
 from mavis_logits import cli
 from mavis_logits.hub.bundle import Bundle
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "docs/hub.md").read_text(), re.MULTILINE | re.DOTALL)
 
 

@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 from hub_server import HubServer, use_hub
 from mavis_logits import MavisLogitsProcessor, ValueHead, ValueModel
 from mavis_logits.hub.files import check_inside, find_file
-from test_hub_push import assert_same, make_adapter
+from test_push import assert_same, make_adapter
 from tiny import make_base, make_head, make_value_model
 
 

@@ -18,7 +18,7 @@ from mavis_logits.core.chat import chat_inputs
 from mavis_logits.hub.make_bundle import make_bundle
 from mavis_logits.hub.publish import push_folder
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CARDS = sorted(path for path in (ROOT / "model_cards").iterdir() if path.is_dir())
 SCRIPT = ROOT / "examples" / "steer_from_hub.py"
 
