@@ -1,4 +1,7 @@
-"""Steer any Hugging Face language model at decode time between conflicting objectives (MAVIS)."""
+"""Steer any Hugging Face language model at decode time between conflicting objectives (MAVIS).
+
+A step of the method, Algorithm 2 of the paper, is `steering/policy.py`; docs/architecture.md shows who calls it.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,11 @@ _MODULES = {
     "ValueModelConfig": "values.value_model",
     "ValueModelOutput": "values.value_model",
 }
-__all__ = sorted(_MODULES)
+# What users need; the others are for whoever writes strategies or reads results, and can be had in the same way.
+__all__ = [
+    "MavisLogitsProcessor", "MavisSampling", "MavisBeamSearch", "MavisBestOfN", "MavisBlockwise", "MavisTreeSearch",
+    "MavisConfig", "ValueModel", "ValueHead",
+]  # fmt: skip
 moved(__name__, MOVED)
 
 
@@ -49,4 +56,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted(_MODULES)

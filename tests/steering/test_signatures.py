@@ -17,7 +17,7 @@ from tiny import make_base, make_value_model
 
 OWN = [
     MavisLogitsProcessor,
-    *(getattr(mavis_logits, name) for name in mavis_logits.__all__ if name.startswith("Mavis")),
+    *(getattr(mavis_logits, name) for name in dir(mavis_logits) if name.startswith("Mavis")),
 ]
 STEERING = sorted({kind for kind in OWN if isinstance(kind, type) and issubclass(kind, Steering)}, key=str)
 

@@ -162,16 +162,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "prompts": len(rows),
         "settings": {},
     }
-    scored: dict[str, tuple[Completions, Rewards]] = {}
-    for name, done in written.items():
-        path = _paths(config)[name].with_suffix(".rewards.json")
-        rewards = judge(path, done, rows * len(config.seeds), config.rewards, load)
-        if config.combined is not None:
-            rewards[COMBINED] = sum(weight * rewards[m] for m, weight in config.combined.items())  # type: ignore[assignment]
-        scored[name] = taken(done, rewards, np.zeros(len(done.prompt_ids), dtype=int))
-        if config.combined is not None and done.returned > 1:
-            best = rewards[COMBINED].reshape(-1, done.returned).argmax(axis=1)
-            scored[name + _BY_REWARD] = taken(done, rewards, best)
+    scored = _scored(config, rows, written, load)
     plain = scored[next(name for name, setting in config.settings.items() if not setting)][1]
     for name, (done, rewards) in scored.items():
         results["settings"][name] = summarise(done, rewards, plain, len(rows)) | {
@@ -191,6 +182,26 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     write_json(output, results)
     output.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
     return results
+
+
+def _scored(
+    config: EvaluateConfig,
+    rows: list[dict[str, Any]],
+    written: dict[str, Completions],
+    load: Callable[[RewardSpec], Reward],
+) -> dict[str, tuple[Completions, Rewards]]:
+    """The completions of every setting with their rewards; of several a prompt the first, and that of most reward."""
+    scored: dict[str, tuple[Completions, Rewards]] = {}
+    for name, done in written.items():
+        path = _paths(config)[name].with_suffix(".rewards.json")
+        rewards = judge(path, done, rows * len(config.seeds), config.rewards, load)
+        if config.combined is not None:
+            rewards[COMBINED] = sum(weight * rewards[m] for m, weight in config.combined.items())  # type: ignore[assignment]
+        scored[name] = taken(done, rewards, np.zeros(len(done.prompt_ids), dtype=int))
+        if config.combined is not None and done.returned > 1:
+            best = rewards[COMBINED].reshape(-1, done.returned).argmax(axis=1)
+            scored[name + _BY_REWARD] = taken(done, rewards, best)
+    return scored
 
 
 def _paths(config: EvaluateConfig) -> dict[str, Path]:

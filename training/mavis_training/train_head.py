@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -84,15 +84,42 @@ def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) ->
     if ranks.agree(lambda: record.is_finished(ranks.is_main, config.fresh, replaces=True)):
         return ValueHead.from_pretrained(config.output).to(model.device).bind(model).float().eval()  # type: ignore[arg-type]
 
-    folders = config.states_folders()
-    for store, folder in zip(stores, folders, strict=True):
+    stored = list(zip(stores, config.states_folders(), strict=True))
+    for store, folder in stored:
         compute_states(store, model, folder, head.config.layer)
     if not ranks.is_main:  # the rest is minutes of work for one process: the others wait for its head
         ranks.wait()
         return ValueHead.from_pretrained(config.output)
-    states = [tensor for store, folder in zip(stores, folders, strict=True) for tensor in read_states(store, folder)]
+    states = [tensor for store, folder in stored for tensor in read_states(store, folder)]
     of_tree = {id(item): tensor for item, tensor in zip(trees, states, strict=True)}  # prompts recur between stores
+    metrics = fit_head(head, training, validation, of_tree, config)
+    if all(_is_reference(store) for store in stores):
+        metrics["steering"] = steering(head, model, [(item, of_tree[id(item)]) for item in validation], config.seed)
+    recipe["warmup_steps"] = metrics.pop("warmup_steps")
+    output = Path(config.output)
+    head.save_pretrained(output)
+    write_json(output / "train_config.json", recipe)
+    write_json(output / "metrics.json", metrics)
+    record.write(finished=True)
+    ranks.wait()
+    return head
 
+
+def fit_head(
+    head: ValueHead,
+    training: Sequence[LabelledTree],
+    validation: Sequence[LabelledTree],
+    of_tree: Mapping[int, Tensor],
+    config: TrainHeadConfig,
+) -> dict[str, Any]:
+    """Fit `head` to the training trees; its metrics on the others, and the warmup steps that were taken.
+
+    Args:
+        head: trained in place.
+        training, validation: trees.
+        of_tree: hidden states `[P + N, d]` of each tree, by its `id`.
+        config: how to train.
+    """
     everything = [np.ones(len(item.tree), dtype=bool) for item in validation]
     kept = [kept_nodes(item.tree, config.drop_leaves, config.seed) for item in training]
     to_train = gather([(item, k, of_tree[id(item)]) for item, k in zip(training, kept, strict=True)])
@@ -102,17 +129,10 @@ def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) ->
     history = fit(head, to_train, held_out, config, sample_loss, "head")
     metrics = validation_metrics([predict(head, item, of_tree[id(item)]) for item in validation], config.objectives)
     require_finite(metrics, "validation")
-    metrics |= {"training_trees": len(training), "validation_loss_by_epoch": history}
-    if all(_is_reference(store) for store in stores):
-        metrics["steering"] = steering(head, model, [(item, of_tree[id(item)]) for item in validation], config.seed)
-    recipe["warmup_steps"] = fitting_warmup(config.warmup_steps, steps_of(config, to_train))
-    output = Path(config.output)
-    head.save_pretrained(output)
-    write_json(output / "train_config.json", recipe)
-    write_json(output / "metrics.json", metrics)
-    record.write(finished=True)
-    ranks.wait()
-    return head
+    warmup = fitting_warmup(config.warmup_steps, steps_of(config, to_train))
+    return metrics | {
+        "training_trees": len(training), "validation_loss_by_epoch": history, "warmup_steps": warmup
+    }  # fmt: skip
 
 
 def training_origin(
