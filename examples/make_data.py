@@ -2,8 +2,9 @@
 
     python examples/make_data.py --data FOLDER --out examples/data
 
-FOLDER holds `helpful_prompts.jsonl`, `helpful_pairs_{train,test}.jsonl`, `hh_harmless_{train,test}.jsonl` and
-`hh_harmful_prompts.jsonl`; `examples/data/README.md` names where each comes from. The result is the same on every run.
+FOLDER holds `helpful_prompts.jsonl`, `helpful_pairs_{train,test}.jsonl`, `hh_harmless_{train,test}.jsonl`,
+`hh_harmful_prompts.jsonl`, `xstest_prompts.jsonl` and `summ_scitldr_train.jsonl`;
+`examples/data/README.md` names where each comes from. The result is the same on every run.
 """
 
 from __future__ import annotations
@@ -110,6 +111,40 @@ def harmful_rows(data: Path, split: str) -> list[Row]:
     return rows
 
 
+def summary_rows(data: Path) -> list[Row]:
+    """Abstracts to be summarised, each put as one request."""
+    return [
+        {
+            "id": r["id"],
+            "prompt": f"Summarize this abstract in one sentence.\n\n{r['text']}",
+            "source": "scitldr",
+            "kind": "helpful",
+            "license": "Apache-2.0",
+        }
+        for r in read_jsonl(data / "summ_scitldr_train.jsonl")
+    ]
+
+
+def xstest_rows(data: Path) -> list[Row]:
+    """Safe requests that look unsafe, and unsafe ones that look like them."""
+    kinds = {"safe": "helpful", "unsafe": "harmful"}
+    return [prompt_row(r, kinds[r["label"]], "xstest", "CC BY 4.0") for r in read_jsonl(data / "xstest_prompts.jsonl")]
+
+
+def tree_rows(data: Path, train: list[Row], held_out: set[str], rng: random.Random) -> list[Row]:
+    """All prompts that trees are sampled for, shuffled, so that any part is like the whole; none that is held out.
+
+    Args:
+        data: folder of the full collections.
+        train: the training prompts of the smaller files, which are among them.
+        held_out: prompts that are not, normalised.
+        rng: shuffles.
+    """
+    benign = [*helpful_rows(data, "train"), *paired_helpful_rows(data), *summary_rows(data)]
+    rows = list(unique([*train, *benign, *xstest_rows(data), *harmful_rows(data, "train")], set(held_out)))
+    return rng.sample(rows, len(rows))
+
+
 def unique(rows: Iterable[Row], taken: set[str]) -> Iterator[Row]:
     """Rows whose normalised prompt is not in `taken`; adds each to `taken`."""
     for row in rows:
@@ -151,11 +186,14 @@ def make_prompts(data: Path) -> dict[str, list[Row]]:
     rest_helpful = [row for row in train_helpful if row["id"] not in used]
     rest_helpful += unique(paired_helpful_rows(data), taken)
     rest_harmful = [row for row in train_harmful if row["id"] not in used]
+    more = balanced(rest_helpful, rest_harmful, 600, rng)
+    held_out = {normalise(row["prompt"]) for row in (*demo, *test_helpful, *test_harmful)}
     return {
         "demo_prompts.jsonl": demo,
         "prompts_test.jsonl": test,
         "prompts_train.jsonl": train,
-        "prompts_more.jsonl": balanced(rest_helpful, rest_harmful, 600, rng),
+        "prompts_more.jsonl": more,
+        "prompts_trees.jsonl": tree_rows(data, [*train, *more], held_out, rng),
     }
 
 
