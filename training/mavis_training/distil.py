@@ -26,7 +26,6 @@ from .base.settings import torch_dtype
 from .fitting.batches import TrainingSet
 from .fitting.metrics import Prediction, correlation, r_squared, sibling_pairs, validation_metrics
 from .fitting.model_config import TrainModelConfig
-from .fitting.settings import LoraSettings as LoraSettings  # older jsonargparse looks inherited types up here
 from .fitting.settings import ValueTrainerSettings
 from .fitting.teachers import Teacher, check_tokenizer, load_teachers, teacher_values
 from .fitting.trainer_arguments import training_arguments

@@ -1,7 +1,7 @@
 """Settings that several trainings share, in groups that their configurations are made of."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: older releases of jsonargparse look the types of inherited fields up in the
+# module of the class that inherits them, where their names need not be.
 from dataclasses import dataclass, field
 from typing import Any
 
