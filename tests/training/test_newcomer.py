@@ -65,12 +65,12 @@ def test_every_step_says_what_it_made_how_good_it_is_and_what_comes_next(folder,
         r"low: \d+ rewards, mean 0\.\d+, standard deviation 0\.\d+ \(among completions of one prompt", shown
     )
     assert len(re.findall(r"^ +[\d.]+  w\d+ w\d+ -> ", shown, re.MULTILINE)) == 2  # the lowest and the highest
-    assert "--objectives '[\"low\"]'" in shown
+    assert "Next: mavis train-head --store trees --objectives low --output runs/head --model model" in shown
 
     shown = said(capsys, "train-head", "--store", "trees", "--objectives", "low", "--output", "head",
                  "--model", "model", "--validation_share", "0.3", "--device", "cpu", *HEAD)  # fmt: skip
     assert re.search(r"head: on \d+ held-out trees,\n  low: R2 0\.\d+; of two next tokens", shown)
-    assert "Next: mavis evaluate" in shown
+    assert re.search(r"Next: mavis evaluate .* --rewards.low file.py:function$", shown, re.MULTILINE)
 
     shown = said(capsys, "train-model", "--store", "trees", "--objectives=low", "--output", "value", "--backbone",
                  "model", "--validation_share", "0.3", "--device", "cpu", *MODEL)  # fmt: skip
@@ -133,5 +133,5 @@ def test_a_reward_lies_beside_the_recipe_that_names_it(folder, tmp_path, monkeyp
 
 
 def test_the_next_command_can_be_pasted():
-    told = closing.next_step("label", store="a b", objectives=["x"])
-    assert told == "Next: mavis label --store 'a b' --objectives '[\"x\"]'"
+    told = closing.next_step("label", store="a b", objectives=["x", "y"])
+    assert told == "Next: mavis label --store 'a b' --objectives x,y"

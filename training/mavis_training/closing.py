@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -96,7 +95,15 @@ def of_label(config: LabelConfig, store: TreeStore) -> str:
         if values.std() > 0 and within < 0.1 * values.std():
             lines.append(f"  Nearly all of {objective} depends on the prompt: steering can change little of it.")
         lines += _ends(store, objective, rewards, tokenizer)
-    lines.append(next_step("train-head", store=store.folder, objectives=list(config.rewards), output="runs/head"))
+    lines.append(
+        next_step(
+            "train-head",
+            store=store.folder,
+            objectives=list(config.rewards),
+            output="runs/head",
+            model=store.metadata.model,
+        )
+    )
     return "\n".join(lines)
 
 
@@ -134,7 +141,8 @@ def of_training(config: TrainModelConfig | TrainHeadConfig) -> str:
     else:
         model = config.model if isinstance(config, TrainHeadConfig) else config.backbone
         settings = {"prompts": "held-out.txt", "value_functions": output, "model": model, "output": "results.json"}
-        lines.append(next_step("evaluate", **settings, completions="runs/completions", **{"rewards.NAME": "..."}))
+        rewards = {f"rewards.{name}": "file.py:function" for name in objectives}
+        lines.append(next_step("evaluate", **settings, completions="runs/completions", **rewards))
     return "\n".join(lines)
 
 
@@ -178,4 +186,4 @@ def _cut(text: str, length: int) -> str:
 
 
 def _word(value: Any) -> str:
-    return shlex.quote(json.dumps(value) if isinstance(value, list) else str(value))
+    return shlex.quote(",".join(map(str, value)) if isinstance(value, list) else str(value))
