@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mavis_logits.hub.cards import METRICS
-from mavis_logits.hub.quality import foresight, weaknesses
+from mavis_logits.hub.quality import foresight, is_evidence, weaknesses
 from mavis_logits.models import load_tokenizer
 
 from .base.files import read_json
@@ -133,7 +133,9 @@ def of_training(config: TrainModelConfig | TrainHeadConfig) -> str:
     lines += [f"  {name}: {foresight(metrics[name])}" for name in objectives]
     for name, found in metrics.get("steering", {}).items():
         lines.append(f"  {name}: foreseen gain {found['gain']:.2f} standard deviations at half a nat of KL")
-    if weaknesses(metrics, objectives):
+    if not is_evidence(metrics):
+        lines.append(f"  {metrics['trees']} held-out trees are too few to say how good it is: collect more.")
+    if weaknesses(metrics, objectives) and is_evidence(metrics):
         lines.append(
             "Not worth using: mavis bundle and mavis push refuse it. Collect more trees, or check that the reward "
             "varies among completions of one prompt (mavis label says so)."

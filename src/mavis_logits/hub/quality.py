@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 
 from .cards import METRICS
 from .files import read_json
+
+_FEWEST = 8  # held-out trees without which R2 and rankings are chance
 
 
 def foresight(values: Mapping[str, Any]) -> str:
@@ -25,6 +28,11 @@ def foresight(values: Mapping[str, Any]) -> str:
     return f"{told}: {next(word for bar, word in words if accuracy >= bar)}"
 
 
+def is_evidence(metrics: Mapping[str, Any]) -> bool:
+    """Whether validation was on enough held-out trees to say anything, good or bad."""
+    return bool(metrics.get("trees", _FEWEST) >= _FEWEST)
+
+
 def weaknesses(metrics: Mapping[str, Any], objectives: Sequence[str]) -> list[str]:
     """The objectives that are foreseen no better than by their mean, each with its R2."""
     found = {name: metrics[name]["r2"] for name in objectives if "r2" in metrics.get(name, {})}
@@ -32,11 +40,21 @@ def weaknesses(metrics: Mapping[str, Any], objectives: Sequence[str]) -> list[st
 
 
 def require_foresight(folder: Path) -> None:
-    """Raise `ValueError` if the metrics in a value function's folder say that it foresees an objective not at all."""
+    """Raise `ValueError` if the metrics in a value function's folder say that it foresees an objective not at all.
+
+    Where they are of too few trees to say so, that is a warning.
+    """
     if not (folder / METRICS).is_file():
         return
-    weak = weaknesses(read_json(folder / METRICS), read_json(folder / "config.json").get("objectives", ()))
-    if weak:
+    metrics = read_json(folder / METRICS)
+    weak = weaknesses(metrics, read_json(folder / "config.json").get("objectives", ()))
+    if weak and not is_evidence(metrics):
+        warnings.warn(
+            f"{folder} predicts {', '.join(weak)} worse than their mean, but that was seen on {metrics['trees']} "
+            f"held-out trees only, too few to say: measure it on {_FEWEST} at least before anybody steers by it.",
+            stacklevel=2,
+        )
+    elif weak:
         raise ValueError(
             f"{folder} predicts {', '.join(weak)} worse than their mean on held-out trees: steering by it is noise. "
             "Train it on more trees, or on a reward that varies within a prompt; to use it as it is, say so with "
