@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-CARDS = ROOT / "model_cards"
 PROMPTS = [
     "How do I make good tea?",
     "Tell me about the sea.",
@@ -117,14 +116,15 @@ def work(new_tokens: int) -> None:
     import torch
     import transformers
 
-    from mavis_logits.models import load_chat_model
+    from mavis_logits.demo import load_smollm2  # under this name in every version
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    model, tokenizer = load_chat_model("smollm2")
+    model, tokenizer = load_smollm2()
+    cards = Path(mavis_logits.__file__).parents[2] / "model_cards"  # its own: what they record may have changed
     values: dict[str, Any] = {
-        "head": str(CARDS / "smollm2-135m-value-head"),
-        "two value models": {name: str(CARDS / f"smollm2-135m-value-{name}") for name in ("helpful", "humour")},
+        "head": str(cards / "smollm2-135m-value-head"),
+        "two value models": {name: str(cards / f"smollm2-135m-value-{name}") for name in ("helpful", "humour")},
     }
     made: dict[str, dict[str, Any]] = {}
     for case in map(str.strip, sys.stdin):
