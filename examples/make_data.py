@@ -20,6 +20,7 @@ Row = dict[str, str]
 MAX_TOKENS = 80  # of the SmolLM2 tokenizer; the sources carry the count
 MAX_CHARACTERS = 300  # where a source carries no count of tokens
 SEED = 0
+TOGETHER = 16  # prompts of similar length
 
 
 def ids(prefix: str, names: str) -> tuple[str, ...]:
@@ -132,7 +133,10 @@ def xstest_rows(data: Path) -> list[Row]:
 
 
 def tree_rows(data: Path, train: list[Row], held_out: set[str], rng: random.Random) -> list[Row]:
-    """All prompts that trees are sampled for, shuffled, so that any part is like the whole; none that is held out.
+    """All prompts that trees are sampled for; none that is held out.
+
+    Those of one length stand together, by sixteens, so that what is sampled side by side needs little padding; the
+    sixteens are shuffled, so that any part is like the whole.
 
     Args:
         data: folder of the full collections.
@@ -142,7 +146,9 @@ def tree_rows(data: Path, train: list[Row], held_out: set[str], rng: random.Rand
     """
     benign = [*helpful_rows(data, "train"), *paired_helpful_rows(data), *summary_rows(data)]
     rows = list(unique([*train, *benign, *xstest_rows(data), *harmful_rows(data, "train")], set(held_out)))
-    return rng.sample(rows, len(rows))
+    rows.sort(key=lambda row: (len(row["prompt"]), row["id"]))
+    together = [rows[start : start + TOGETHER] for start in range(0, len(rows), TOGETHER)]
+    return [row for part in rng.sample(together, len(together)) for row in part]
 
 
 def unique(rows: Iterable[Row], taken: set[str]) -> Iterator[Row]:
