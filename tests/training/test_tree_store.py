@@ -216,3 +216,56 @@ def test_a_killed_writer_loses_only_what_was_in_flight(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
     store.write([random_tree(1)])
     assert list(store) == [random_tree(0), random_tree(1)]
+
+
+def stored(folder, trees, size=2):
+    store = TreeStore.create(folder, metadata())
+    for number in range(0, len(trees), size):
+        store.write(trees[number : number + size])
+    return store
+
+
+def named(count):
+    return [dataclasses.replace(random_tree(seed), prompt_id=f"p{seed}") for seed in range(count)]
+
+
+def test_packing_keeps_every_tree_in_fewer_bytes(tmp_path):
+    trees = named(21)
+    store = stored(tmp_path, trees)
+    before = sum(shard.path.stat().st_size for shard in store.shards())
+    planned = [next(store.free_numbers())]  # by a collection that is running
+    store.pack(8)
+    assert sorted(len(shard.trees()) for shard in store.shards()) == [1, 2, 2, 8, 8]
+    assert planned[0] not in store._numbers()
+    store.pack(8, rest=True)
+    assert sorted(len(shard.trees()) for shard in store.shards()) == [5, 8, 8]
+    found = {tree.prompt_id: tree for tree in store}
+    assert len(store) == len(found) == 21
+    for tree in trees:
+        assert np.array_equal(found[tree.prompt_id].tokens, tree.tokens)
+    assert sum(shard.path.stat().st_size for shard in store.shards()) < before / 2
+    files = {shard.path.name for shard in store.shards()}
+    store.pack(8, rest=True)  # nothing is left to do
+    assert {shard.path.name for shard in store.shards()} == files
+
+
+@pytest.mark.parametrize("rest", [False, True])
+def test_a_packing_that_was_killed_goes_on(tmp_path, monkeypatch, rest):
+    size = 20 if rest else 4
+    store = stored(tmp_path, named(10))
+    monkeypatch.setattr(type(store.shards()[0].path), "unlink", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        store.pack(size, rest)
+    assert len(store) == (20 if rest else 14)  # what was packed is there twice
+    monkeypatch.undo()
+    store.pack(size, rest)
+    assert len(store) == len(store.prompt_ids()) == 10
+
+
+def test_packing_refuses_to_lose_rewards(tmp_path):
+    store = stored(tmp_path, named(4))
+    shard = store.shards()[0]
+    shard.reward_path("a").touch()
+    with pytest.raises(ValueError, match="has rewards, which packing would lose"):
+        store.pack(4)
+    assert len(store) == 4

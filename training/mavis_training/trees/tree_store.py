@@ -35,6 +35,7 @@ __all__ = ["FORMAT_VERSION", "Shard", "StoreMetadata", "Tree", "TreeStore"]
 
 FORMAT_VERSION = 1
 METADATA_FILE = "metadata.json"
+_PACKED = 90_000  # numbers from here on are of packed shards: no collection plans so many
 # Fields that may differ between the runs that fill one store.
 _DESCRIPTIVE_FIELDS = frozenset({"created", "versions", "weights_sketch"})
 _MAY_BE_UNKNOWN = frozenset({"weights_fingerprint", "reference"})
@@ -297,6 +298,43 @@ class TreeStore:
         _write(path, _pack(trees), {"metadata": json.dumps(asdict(self.metadata))})
         return Shard(path)
 
+    def pack(self, size: int, rest: bool = False) -> None:
+        """Put the trees of small shards together in shards of `size`: an eighth of the bytes, and fewer files.
+
+        Killed at any instant, another call goes on; nothing is lost, and nothing is there twice after it. A collection
+        that is running may go on. Rewards are not carried over: label packed trees.
+
+        Args:
+            size: trees of a packed shard; those that have as many stay.
+            rest: pack what is left over, too; else it stays in small shards.
+
+        Raises:
+            ValueError: a small shard has rewards.
+        """
+        ids = {shard: {tree.prompt_id for tree in shard.trees()} for shard in self.shards()}
+        for shard in ids:
+            if len(ids[shard]) < size and list(self.folder.glob(f"{shard.path.stem}.reward-*.h5")):
+                raise ValueError(f"{shard.path} has rewards, which packing would lose: pack before labelling")
+        small: list[Shard] = []
+        seen: set[str] = set()
+        for shard in sorted(ids, key=lambda shard: -len(ids[shard])):
+            if ids[shard] <= seen:  # of a run that was killed after it had packed them
+                shard.path.unlink()
+            elif len(ids[shard]) < size:
+                small.append(shard)
+            seen |= ids[shard]
+        small.sort(key=lambda shard: shard.path)
+        waiting: list[Shard] = []
+        trees: list[Tree] = []
+        for shard in small:
+            waiting, trees = [*waiting, shard], [*trees, *shard.trees()]
+            if len(trees) >= size or (rest and shard is small[-1] and len(waiting) > 1):
+                taken = self._numbers()
+                self.write(trees, next(number for number in itertools.count(_PACKED) if number not in taken))
+                for written in waiting:
+                    written.path.unlink()
+                waiting, trees = [], []
+
     def free_numbers(self) -> Iterator[int]:
         """Numbers that no shard has, from the smallest, without end."""
         taken = self._numbers()
@@ -379,7 +417,7 @@ def _write(path: Path, columns: dict[str, NDArray[Any]], attributes: dict[str, s
     with h5py.File(path, "w", driver="core", backing_store=False) as file:
         file.attrs.update({"format_version": FORMAT_VERSION, "digest": _digest(columns)} | attributes)
         for name, column in columns.items():
-            filters = {"compression": "gzip", "compression_opts": 1, "shuffle": True} if column.size else {}
+            filters = {"compression": "gzip", "compression_opts": 9, "shuffle": True} if column.size else {}
             file.create_dataset(name, data=column, **filters)
         file.flush()
         content = file.id.get_file_image()
