@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -21,17 +20,7 @@ from transformers import PreTrainedModel
 from ..backbone import Backbone
 from ..backbone.watch import Watch
 from .value_model import ValueModel, ValueModelOutput
-
-
-@dataclass
-class FusedConfig:
-    """What the rest of the library asks of a value model's config."""
-
-    objectives: list[str]
-    base_model: str | None
-    tokenizer_fingerprint: str | None
-    pad_token_id: int | None
-    eos_token_id: int | list[int] | None
+from .value_model_config import ValueModelConfig
 
 
 class StackedLoRALinear(nn.Module):
@@ -88,7 +77,6 @@ class FusedValueModel(nn.Module):
     bias: Tensor  # [C, m]
     version: Tensor  # [M] which version every objective is an output of
     output: Tensor  # [M] and which of its outputs
-    scaling: Tensor  # [2, M] mean and scale of the rewards
 
     def __init__(self, models: Sequence[ValueModel]) -> None:
         super().__init__()
@@ -101,12 +89,15 @@ class FusedValueModel(nn.Module):
         adapted = [model for model in models if model.lora is not None]
         versions = [*adapted, *bare[:1]]  # models without an adapter share one
         first = models[0].config
-        self.config = FusedConfig(
-            [name for model in models for name in model.config.objectives],
-            first.base_model,
-            first.tokenizer_fingerprint,
-            first.pad_token_id,
-            getattr(first, "eos_token_id", None),
+        self.config = ValueModelConfig(
+            backbone_config=first.backbone_config,
+            objectives=[name for model in models for name in model.config.objectives],
+            reward_mean=[x for model in models for x in model.config.reward_mean],
+            reward_scale=[x for model in models for x in model.config.reward_scale],
+            base_model=first.base_model,
+            tokenizer_fingerprint=first.tokenizer_fingerprint,
+            pad_token_id=first.pad_token_id,
+            eos_token_id=getattr(first, "eos_token_id", None),
         )
         self.copies = len(versions)
         self.backbone = _stacked_backbone(versions)
@@ -128,8 +119,6 @@ class FusedValueModel(nn.Module):
         columns = [(place[id(m)][0], place[id(m)][1] + i) for m in models for i in range(len(m.config.objectives))]
         self.register_buffer("version", torch.tensor([c for c, _ in columns]), persistent=False)
         self.register_buffer("output", torch.tensor([i for _, i in columns]), persistent=False)
-        units = [[x for m in models for x in getattr(m.config, name)] for name in ("reward_mean", "reward_scale")]
-        self.register_buffer("scaling", torch.tensor(units, dtype=torch.float32), persistent=False)
         self.to(models[0].device)
         self.eval().requires_grad_(False)
 
@@ -141,7 +130,7 @@ class FusedValueModel(nn.Module):
     @property
     def units(self) -> Tensor:
         """Mean and scale of the rewards of all objectives, [2, M] on the CPU."""
-        return self.scaling.cpu()
+        return torch.stack(self.config.reward_units(torch.device("cpu")))
 
     def refresh(self, thorough: bool = True) -> None:
         """Raise `ValueError` if one of the models fused here is another by now, whose values this one would not give.
@@ -174,7 +163,7 @@ class FusedValueModel(nn.Module):
 
     def join(self, values: Tensor) -> Tensor:
         """[C, R, k, m] standardised -> [R, k, M] in reward units."""
-        mean, scale = self.scaling
+        mean, scale = self.config.reward_units(values.device)
         return mean + scale * values[self.version, :, :, self.output].permute(1, 2, 0)
 
 

@@ -41,7 +41,7 @@ STRATEGIES: dict[str, type[MavisStrategy]] = {
 _FORMAT = 2  # of kept completions: other numbers are of versions that would have written other texts
 _RETURNED = "num_return_sequences"
 _OWN_FUNCTIONS = "value_functions"
-_GIVEN_HERE = {"args", "kwargs", "streamer", "stop_strings", "reward_functions", "reward_weights", "reward_columns"}
+_NO_SETTINGS = {"reward_functions", "reward_weights", "reward_columns"}  # functions, and what goes with them
 
 
 @dataclass
@@ -77,7 +77,8 @@ def check_setting(setting: Mapping[str, Any]) -> None:
             raise ValueError(f"{_RETURNED}={returned} needs a strategy that ranks what it writes: add strategy: ...")
         return
     MavisConfig.from_dict(config)
-    known = set(inspect.signature(kind.__init__).parameters) - _GIVEN_HERE - {"self"}
+    own_ones = inspect.signature(kind).parameters.keys() - inspect.signature(MavisStrategy).parameters.keys()
+    known = own_ones - _NO_SETTINGS
     for key in own:
         if key not in known:
             every = sorted(known | {field.name for field in fields(MavisConfig)} | {_RETURNED})
