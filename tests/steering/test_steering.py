@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mavis_logits.steering.policy import Requests
+from mavis_logits.steering.policy import Requests, likeliest
 from mavis_logits.steering.steering import Steering
 from tiny import VOCABULARY, make_base, make_head, make_value_model
 
@@ -125,3 +125,24 @@ def test_uncut_steering_is_for_heads_alone() -> None:
 def test_a_share_out_of_range_is_refused(share: Any) -> None:
     with pytest.raises(ValueError, match="candidate_min_p must be above 0 and at most 1"):
         steering(candidate_min_p=share)
+
+
+@given(
+    st.integers(0, 10_000),
+    st.integers(1, 9),
+    st.sampled_from([97, 128, 1000, 5000, 5121]),
+    st.sampled_from(["spread", "ties", "banned", "nan"]),
+)
+def test_the_likeliest_are_those_of_topk(seed: int, k: int, vocabulary: int, kind: str) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(3, vocabulary, generator=generator)
+    if kind == "ties":
+        scores = scores.round()
+    if kind == "banned":  # all but a few, in some rows fewer than k
+        scores[torch.rand(3, vocabulary, generator=generator) > 0.001] = -torch.inf
+    if kind == "nan":
+        scores[1, int(torch.randint(vocabulary, (), generator=generator))] = torch.nan
+    values, indices = likeliest(scores, k)
+    torch.testing.assert_close(values, scores.topk(k, dim=1).values, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(scores.gather(1, indices), values, rtol=0, atol=0, equal_nan=True)
+    assert all(len(set(row)) == k for row in indices.tolist())

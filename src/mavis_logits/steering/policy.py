@@ -14,6 +14,8 @@ from ..core.config import MavisConfig
 from ..core.tilting import combine, kl_divergence, normalize, solve_beta, tilt
 from .step import Choice, Step
 
+_PART = 128  # tokens of a part of the vocabulary
+
 
 @dataclass(frozen=True)
 class Requests:
@@ -48,6 +50,26 @@ class Requests:
         repeats = count // len(setting)
         every = setting if repeats == 1 else setting.repeat_interleave(repeats, dim=0)
         return every if self.of is None else every[self.of]
+
+
+def likeliest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of every row of `scores` [R, V], the largest first: [R, k] values and [R, k] indices.
+
+    They lie in the k parts of the row that have the largest maxima, so that one pass over the whole vocabulary will do:
+    for few candidates several times as fast as `torch.topk`.
+    """
+    rows, vocabulary = scores.shape
+    if 4 * k * _PART > vocabulary:
+        top = scores.topk(k, dim=1)
+        return top.values, top.indices
+    end = vocabulary // _PART * _PART
+    parts = scores[:, :end].unflatten(1, (-1, _PART)).amax(dim=2).topk(k, dim=1).indices
+    places = (parts[..., None] * _PART + torch.arange(_PART, device=scores.device)).flatten(1)
+    if end < vocabulary:
+        rest = torch.arange(end, vocabulary, device=scores.device).expand(rows, -1)
+        places = torch.cat([places, rest], dim=1)
+    top = scores.gather(1, places).topk(k, dim=1)
+    return top.values, places.gather(1, top.indices)
 
 
 ROWS = Requests()  # the rows are the requests
@@ -112,8 +134,8 @@ class Policy:
             reference, best = everything, scores.amax(dim=-1, keepdim=True)
             candidates = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
         else:
-            top = scores.topk(min(config.top_k, scores.shape[1]), dim=-1)
-            reference, candidates, best = top.values, top.indices, top.values[:, :1]
+            reference, candidates = likeliest(scores, min(config.top_k, scores.shape[1]))
+            best = reference[:, :1]
             reference = reference - scores.logsumexp(dim=-1, keepdim=True)
         # Where all tokens are forbidden there is no NaN, which would speak of damage.
         reference = reference.masked_fill(torch.isneginf(best), -torch.inf)
