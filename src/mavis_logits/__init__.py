@@ -17,13 +17,20 @@ if TYPE_CHECKING:
         MavisBeamSearch,
         MavisBestOfN,
         MavisBlockwise,
-        MavisOutput,
         MavisSampling,
-        MavisStrategy,
         MavisTreeSearch,
     )
-    from .values.value_head import ValueHead, ValueHeadConfig
-    from .values.value_model import ValueModel, ValueModelConfig, ValueModelOutput
+    from .decoding.strategies import (
+        MavisOutput as MavisOutput,
+    )
+    from .decoding.strategies import (
+        MavisStrategy as MavisStrategy,
+    )
+    from .values.value_head import ValueHead
+    from .values.value_head import ValueHeadConfig as ValueHeadConfig
+    from .values.value_model import ValueModel
+    from .values.value_model import ValueModelConfig as ValueModelConfig
+    from .values.value_model import ValueModelOutput as ValueModelOutput
 
 _MODULES = {
     "MavisBeamSearch": "decoding.strategies",
