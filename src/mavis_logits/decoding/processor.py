@@ -118,7 +118,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
     def _listen(self, model: PreTrainedModel) -> None:
         self._base = weakref.ref(model)
         if self.functions.heads:
-            self._hidden = HiddenStates(model, [head.config.layer for head in self.functions.heads])
+            self._hidden = HiddenStates(model, self.functions.layers)
         self._given = Given(Backbone.of(model).model)
 
     def detach(self) -> None:

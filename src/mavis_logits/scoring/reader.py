@@ -60,11 +60,6 @@ class ValueReader:
         self._tried: _Tried | None = None
         self.count = 0
 
-    @property
-    def layers(self) -> set[int | None]:
-        """Those whose states are read."""
-        return {head.config.layer for head in self._functions.heads}
-
     def begin(self, count: int) -> None:
         """Forget all rows and begin `count` empty ones."""
         self.count, self._tried = count, None

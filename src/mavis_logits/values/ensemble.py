@@ -65,6 +65,11 @@ class ValueFunctions:
         self.heads: list[Any] = [f for f in self.all if f.reads == "states"]
         self._vocabulary: int | None = None  # the smallest of the models'
 
+    @property
+    def layers(self) -> set[int | None]:
+        """The base model's layers whose states the heads read, as in `ValueHeadConfig.layer`."""
+        return {head.config.layer for head in self.heads}
+
     def replaced(self, others: Mapping[int, Any]) -> ValueFunctions:
         """The same with other value functions in place of some, by their ids (as in `copy.deepcopy`'s memo)."""
         twin = copy.copy(self)

@@ -105,7 +105,7 @@ class Session:
                 functions = self._steering.functions
                 stack.enter_context(functions.reading())
                 functions.refresh()
-                for layer in {head.config.layer for head in functions.heads}:
+                for layer in functions.layers:
                     handle = self._backbone.catch(layer, partial(self._keep, threading.get_ident(), layer))
                     stack.callback(handle.remove)
                 if functions.heads:
