@@ -11,7 +11,6 @@ Every file appears under its name only when whole, and is never changed afterwar
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import re
@@ -21,19 +20,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
 from mavis_logits.backbone.fingerprint import Identity
 
-from ..base.files import TEMPORARY_SUFFIX, read_json, write_bytes, write_json
+from ..base.files import TEMPORARY_SUFFIX, read_json, write_json
+from .columns import FORMAT_VERSION, attributes_of, read_columns, write_columns
 from .tree import NODE_DTYPES, Tree
 
 __all__ = ["FORMAT_VERSION", "Shard", "StoreMetadata", "Tree", "TreeStore"]
 
-FORMAT_VERSION = 1
 METADATA_FILE = "metadata.json"
 _PACKED = 90_000  # numbers from here on are of packed shards: no collection plans so many
 # Fields that may differ between the runs that fill one store.
@@ -109,7 +107,7 @@ class Shard:
             OSError: the file is truncated or corrupt.
             ValueError: it is of a newer format.
         """
-        return _unpack(_read(self.path))
+        return _unpack(read_columns(self.path))
 
     def reward_path(self, objective: str) -> Path:
         """Where the rewards of `objective` for this shard lie, once they exist."""
@@ -131,13 +129,13 @@ class Shard:
             ValueError: it is of a newer format.
         """
         path = self.reward_path(objective)
-        return _attributes(path).get("source", "") if path.exists() else None
+        return attributes_of(path).get("source", "") if path.exists() else None
 
     def reward_digest(self, objective: str) -> str | None:
         """What `write_rewards` was told of the source's own text or weights; None if nothing. Raises as
         `reward_source`."""
         path = self.reward_path(objective)
-        return _attributes(path).get("source_digest") if path.exists() else None
+        return attributes_of(path).get("source_digest") if path.exists() else None
 
     def write_rewards(
         self, objective: str, rewards: Sequence[NDArray[np.float64]], source: str, source_digest: str | None = None
@@ -167,7 +165,7 @@ class Shard:
         attributes = {"objective": objective, "source": source}
         if source_digest is not None:
             attributes["source_digest"] = source_digest
-        _write(self.reward_path(objective), {"rewards": flat, "offsets": _offsets(expected)}, attributes)
+        write_columns(self.reward_path(objective), {"rewards": flat, "offsets": _offsets(expected)}, attributes)
 
     def rewards(self, objective: str) -> list[NDArray[np.float64]]:
         """Leaf rewards of `objective`, one array per tree in the order of `Tree.leaves()`.
@@ -179,7 +177,7 @@ class Shard:
         path = self.reward_path(objective)
         if not path.exists():
             raise ValueError(f"{self.path.name} has no rewards for {objective!r}: run `mavis label` for it first.")
-        columns = _read(path)
+        columns = read_columns(path)
         return [columns["rewards"][a:b] for a, b in itertools.pairwise(columns["offsets"])]
 
     def labelled(self, objectives: Sequence[str]) -> Iterator[tuple[Tree, NDArray[np.float64]]]:
@@ -295,7 +293,7 @@ class TreeStore:
             return None
         number = max(self._numbers(), default=-1) + 1 if number is None else number
         path = self.folder / f"trees-{number:05d}.h5"
-        _write(path, _pack(trees), {"metadata": json.dumps(asdict(self.metadata))})
+        write_columns(path, _pack(trees), {"metadata": json.dumps(asdict(self.metadata))})
         return Shard(path)
 
     def pack(self, size: int, rest: bool = False) -> None:
@@ -405,67 +403,3 @@ def _unpack(columns: dict[str, NDArray[Any]]) -> list[Tree]:
         nodes = {name: cut(name, "node_offsets", i) for name in NODE_DTYPES}
         trees.append(Tree(prompt_id, prompt, prompt_tokens, tokens, **nodes, columns=others))
     return trees
-
-
-def _write(path: Path, columns: dict[str, NDArray[Any]], attributes: dict[str, str]) -> None:
-    """Write columns as one compressed HDF5 file, whole or not at all."""
-    if path.exists():
-        raise FileExistsError(
-            f"{path} exists already; shards and rewards are never changed. Delete it to make it anew."
-        )
-    # Made in memory (a shard is small): HDF5 itself does not recover from a full disk.
-    with h5py.File(path, "w", driver="core", backing_store=False) as file:
-        file.attrs.update({"format_version": FORMAT_VERSION, "digest": _digest(columns)} | attributes)
-        for name, column in columns.items():
-            filters = {"compression": "gzip", "compression_opts": 9, "shuffle": True} if column.size else {}
-            file.create_dataset(name, data=column, **filters)
-        file.flush()
-        content = file.id.get_file_image()
-    write_bytes(path, content)
-
-
-def _read(path: Path) -> dict[str, NDArray[Any]]:
-    """Read all columns that `_write` wrote.
-
-    Raises:
-        OSError: the file is truncated, or differs from what was written.
-        ValueError: it is of a newer format.
-    """
-    digest = _attributes(path)["digest"]
-    try:
-        with h5py.File(path, "r") as file:
-            columns = {name: dataset[()] for name, dataset in file.items()}
-            found = _digest(columns)
-    except Exception as error:  # on damaged bytes h5py raises anything from OSError to SystemError
-        raise _corrupt(path, repr(error)) from error
-    if found != digest:
-        raise _corrupt(path, "its checksum does not match")
-    return columns
-
-
-def _attributes(path: Path) -> dict[str, str]:
-    """The attributes that `_write` wrote. Raises as `_read`."""
-    try:
-        with h5py.File(path, "r") as file:
-            attributes = {name: str(value) for name, value in file.attrs.items()}
-            version = int(attributes["format_version"])
-            attributes["digest"]
-    except Exception as error:
-        raise _corrupt(path, repr(error)) from error
-    if version > FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format_version {version}, this mavis-logits reads up to {FORMAT_VERSION}: upgrade it."
-        )
-    return attributes
-
-
-def _corrupt(path: Path, why: str) -> OSError:
-    return OSError(f"{path} is truncated or corrupt ({why}): delete this one file and rerun the step that wrote it.")
-
-
-def _digest(columns: dict[str, NDArray[Any]]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(columns):
-        digest.update(f"{name} {columns[name].dtype.str} {columns[name].shape}".encode())
-        digest.update(np.ascontiguousarray(columns[name]).tobytes())
-    return digest.hexdigest()
