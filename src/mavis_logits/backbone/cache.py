@@ -154,7 +154,11 @@ class _Layout(NamedTuple):
 
 
 class RaggedLayer(CacheLayerMixin):
-    """Keys and values of one decoder layer, each [C * R, capacity, kv_heads, head_dim]: slot after slot in memory."""
+    """Keys and values of one decoder layer, each [C * R, capacity, kv_heads, head_dim]: slot after slot in memory.
+
+    They may be the first rows of larger buffers, so that rows that come one by one do not move the others.
+    Rows are copied by `index_select` and `index_copy_`: on a CPU several times as fast as `buffer[rows]`.
+    """
 
     is_sliding = False
     is_compileable = False
@@ -174,10 +178,9 @@ class RaggedLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         rows, capacity = len(self.cache.lengths) * self.cache.copies, self.cache.capacity
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = key_states.new_zeros(rows, capacity, key_states.shape[1], key_states.shape[3])
-        self.values = value_states.new_zeros(rows, capacity, value_states.shape[1], value_states.shape[3])
+        self._rows = [x.new_zeros(rows, capacity, x.shape[1], x.shape[3]) for x in (key_states, value_states)]
         self.is_initialized = True
-        self._settle()
+        self._settle(rows)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the [*, kv_heads, *, head_dim] states into the feed's slots; return the slots the mask speaks of."""
@@ -190,7 +193,7 @@ class RaggedLayer(CacheLayerMixin):
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
             flat = states.transpose(1, 2).reshape(-1, states.shape[1], states.shape[3])
             buffer.view(-1, *buffer.shape[2:]).index_copy_(0, cache.written, flat)
-            visible = buffer if cache.read is None else buffer[cache.read]
+            visible = buffer if cache.read is None else buffer.index_select(0, cache.read)
             found.append(visible[:, :width].transpose(1, 2))
         if not torch.compiler.is_compiling():
             found[0].ragged_feed = feed  # type: ignore[attr-defined]  # for `ragged_attention`, which gets these keys
@@ -199,39 +202,49 @@ class RaggedLayer(CacheLayerMixin):
     def grow(self, capacity: int) -> None:
         """Enlarge the buffers to `capacity` slots."""
         if self.is_initialized:
-            self.keys = _grown(self.keys, capacity)
-            self.values = _grown(self.values, capacity)
-            self._settle()
+            count = len(self.keys)
+            self._rows = [_grown(buffer, count, capacity) for buffer in (self.keys, self.values)]
+            self._settle(count)
 
-    def _settle(self) -> None:
-        """Tell the compiler that the buffers stay where they are, so that a CUDA graph may write to them."""
+    def _settle(self, count: int) -> None:
+        """Use the first `count` rows; tell the compiler that they stay where they are, so that a CUDA graph may write
+        to them."""
+        self.keys, self.values = (buffer[:count] for buffer in self._rows)
         if self.cache.static:
             torch._dynamo.mark_static_address(self.keys)
             torch._dynamo.mark_static_address(self.values)
 
-    def select(self, rows: Tensor, moved: Tensor | None = None) -> None:
+    def select(self, rows: Tensor, moved: Tensor | None, slots: int) -> None:
         """Keep `rows` (repeats allowed), in that order.
 
         Args:
             rows: [n].
-            moved: which of the n come from elsewhere; only these are copied, and no memory is allocated for the others.
-                None: all, which is needed where rows are added.
+            moved: which of the n come from elsewhere; only these are copied, into memory that is there already or has
+                room for half as many more. None: all, into memory for n rows.
+            slots: that hold something, in front of the others.
         """
-        if self.is_initialized:
-            if moved is None:
-                self.keys, self.values = self.keys[rows], self.values[rows]
-            else:
-                for buffer in (self.keys, self.values):
-                    buffer[moved] = buffer[rows[moved]]
-                self.keys, self.values = self.keys[: len(rows)], self.values[: len(rows)]
-            self._settle()
+        if not self.is_initialized:
+            return
+        if moved is None:
+            self._rows = [buffer.index_select(0, rows) for buffer in self._rows]
+        else:
+            if len(rows) > len(self._rows[0]):
+                self._rows = [_grown(buffer, len(rows) * 3 // 2, self.cache.capacity) for buffer in self._rows]
+            for buffer in self._rows:
+                used = buffer[:, :slots]
+                used.index_copy_(0, moved, used.index_select(0, rows[moved]))
+        self._settle(len(rows))
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copy slots `source` over slots `target`, both counted through all rows."""
         if self.is_initialized:
             for buffer in (self.keys, self.values):
                 slots = buffer.view(-1, *buffer.shape[2:])
-                slots.index_copy_(0, target, slots[source])
+                slots.index_copy_(0, target, slots.index_select(0, source))
+
+    def buffers(self) -> list[Tensor]:
+        """Keys and values with the rows that are spare; empty before the first feed."""
+        return self._rows if self.is_initialized else []
 
     def get_seq_length(self) -> int:
         return self.cache.longest
@@ -246,9 +259,12 @@ class RaggedLayer(CacheLayerMixin):
         return self.cache.feed.allowed.shape[-1], 0
 
 
-def _grown(buffer: Tensor, capacity: int) -> Tensor:
-    larger = buffer.new_zeros(len(buffer), capacity, *buffer.shape[2:])
-    larger[:, : buffer.shape[1]] = buffer
+def _grown(buffer: Tensor, rows: int, capacity: int) -> Tensor:
+    count, slots = buffer.shape[:2]
+    larger = buffer.new_empty(rows, capacity, *buffer.shape[2:])
+    larger[:count, :slots] = buffer
+    larger[:count, slots:] = 0  # what is masked takes part in a product with 0, which a NaN would survive
+    larger[count:] = 0
     return larger
 
 
@@ -284,6 +300,7 @@ class RaggedCache(Cache):
         self.capacity, self.copies, self.static = capacity, copies, static
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.longest = 0
+        self._reach = 0  # slots behind which nothing has been written
 
     def prepare(
         self,
@@ -312,6 +329,7 @@ class RaggedCache(Cache):
         input_ids = tokens if candidates is None else torch.cat([tokens, candidates], dim=1)
         layout = self._layout(counts, pending, input_ids.shape[1], rows)
         self._reserve(layout.width)
+        self._reach = max(self._reach, layout.width)
         packed = layout.packed(pending, kept) if pack and (kept is not None or pending) else None
         allowed = layout.allowed(pending, counts, self.capacity if self.static else layout.width)
         self.feed = Feed(input_ids, layout.positions, layout.slots, allowed, rows, packed, self.copies)
@@ -357,17 +375,15 @@ class RaggedCache(Cache):
     def select(self, rows: Tensor) -> None:
         """Keep `rows` [R'], in that order; a row named twice is copied."""
         every = self._every_copy(rows)
-        moved = None
-        if len(rows) <= len(self.lengths):
-            elsewhere = torch.nonzero(every != torch.arange(len(every), device=every.device))[:, 0]
-            moved = elsewhere if 2 * len(elsewhere) <= len(every) else None
+        elsewhere = torch.nonzero(every != torch.arange(len(every), device=every.device))[:, 0]
+        moved = elsewhere if 2 * len(elsewhere) <= len(every) else None
         self.lengths = self.lengths[rows]
         for layer in self.layers:
-            layer.select(every, moved)
+            layer.select(every, moved, self._reach)
 
     def nbytes(self) -> int:
         """Memory of all buffers."""
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers if layer.is_initialized)
+        return sum(buffer.nbytes for layer in self.layers for buffer in layer.buffers())
 
     def _every_copy(self, index: Tensor, per_row: int = 1) -> Tensor:
         """`index` into one copy's rows (or their `per_row` slots each), repeated for every copy."""
