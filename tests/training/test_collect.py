@@ -92,10 +92,12 @@ def test_ids_that_are_numbers_are_sampled_once(folder, tmp_path):
     [
         ({"backend": "sglang"}, "transformers, vllm"),
         ({"vllm": {"seed": 1}}, "no effect under backend 'transformers'"),
-        ({"backend": "vllm", "temperature": 0.7}, "temperature 1 only, got 0.7"),
+        ({"backend": "vllm", "temperature": 0.7}, "temperature 1 from all tokens only, got temperature 0.7"),
+        ({"backend": "vllm", "top_p": 0.9}, "got temperature 1.0, top_p 0.9"),
         ({"backend": "vllm", "policy": collect_module.PolicyConfig("head")}, "leave the policy out"),
         ({"layers": 0}, "layers must be at least 1"),
         ({"temperature": 0.0}, "above 0"),
+        ({"top_p": 0.0}, "above 0 and at most 1"),
         ({"dtype": "real"}, "torch dtype"),
     ],
 )
@@ -105,5 +107,6 @@ def test_settings_that_cannot_be_are_refused(changes, message):
 
 
 def test_a_store_records_how_it_was_sampled_only_where_it_is_not_as_always():
-    assert "backend" not in CollectConfig("prompts", "store").sampling()
+    assert not {"backend", "top_p"} & set(CollectConfig("prompts", "store").sampling())
+    assert CollectConfig("prompts", "store", top_p=0.9).sampling()["top_p"] == 0.9
     assert CollectConfig("prompts", "store", backend="vllm").sampling()["backend"] == "vllm"

@@ -33,18 +33,21 @@ def steered(base, kind, **settings):
 
 
 @torch.no_grad()
-def reference(base, tokens, temperature):
-    return torch.log_softmax(base(torch.tensor([tokens])).logits[0, -1].float() / temperature, dim=-1)
+def reference(base, tokens, temperature, top_p=1.0):
+    scores = torch.log_softmax(base(torch.tensor([tokens])).logits[0, -1].float() / temperature, dim=-1)
+    best = scores.sort(descending=True)
+    kept = best.indices[best.values.exp().cumsum(0) - best.values.exp() < top_p]  # what lies before is less than top_p
+    return torch.log_softmax(torch.full_like(scores, -torch.inf).scatter(0, kept, scores[kept]), dim=-1)
 
 
 @torch.no_grad()
-def policy(base, tokens, temperature, steering):
+def policy(base, tokens, temperature, steering, top_p=1.0):
     """log pi_gen of every next token, by Algorithm 2 with one forward for each candidate."""
-    scores = reference(base, tokens, temperature)
+    scores = reference(base, tokens, temperature, top_p)
     if steering is None:
         return scores
     config, values = steering.config, steering.functions.all[0]
-    top = scores.topk(config.top_k if config.top_k is not None else len(scores))
+    top = scores.topk(min(config.top_k or len(scores), int(scores.isfinite().sum())))
     if hasattr(values, "backbone"):
         tried = torch.stack([values(torch.tensor([[*tokens, int(c)]])).values[0, -1] for c in top.indices])
     else:
@@ -54,13 +57,13 @@ def policy(base, tokens, temperature, steering):
         hook.remove()
         tried = values(caught[0], top.indices[None])[0]
     combined = tried @ torch.tensor([config.weights["a"], config.weights["b"]])
-    if config.normalize == "minmax":
+    if config.normalize == "minmax" and len(combined) > 1:
         combined = (combined - combined.min()) / (combined.max() - combined.min())
     tilted = torch.full_like(scores, -torch.inf)
     return torch.log_softmax(tilted.scatter(0, top.indices, top.values + config.beta * combined), dim=-1)
 
 
-def check(trees, base, temperature, steering):
+def check(trees, base, temperature, steering, top_p=1.0):
     for tree, prompt in zip(trees, PROMPTS, strict=True):
         for node in range(len(tree)):
             end = len(tree.completion(node))
@@ -69,19 +72,19 @@ def check(trees, base, temperature, steering):
             logp_gen = logp_ref = 0.0
             for t in range(start, end):
                 before, token = tokens[: len(prompt) + t], tokens[len(prompt) + t]
-                logp_gen += float(policy(base, before, temperature, steering)[token])
+                logp_gen += float(policy(base, before, temperature, steering, top_p)[token])
                 logp_ref += float(reference(base, before, 1.0)[token])
             assert math.isclose(tree.logp_gen[node], logp_gen, abs_tol=2e-3)
             assert math.isclose(tree.logp_ref[node], logp_ref, abs_tol=2e-3)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (0.7, 0.8)])
 @pytest.mark.parametrize("kind", ["reference", "head", "model"])
-def test_log_probabilities_are_those_of_reading_every_completion_again(kind, temperature):
+def test_log_probabilities_are_those_of_reading_every_completion_again(kind, temperature, top_p):
     base = make_base()
     steering = None if kind == "reference" else steered(base, kind)
-    trees = sample_trees(base, ROWS, PROMPTS, EOS, shape(), 1, temperature, steering)
-    check(trees, base, temperature, steering)
+    trees = sample_trees(base, ROWS, PROMPTS, EOS, shape(), 1, temperature, steering, top_p)
+    check(trees, base, temperature, steering, top_p)
 
 
 def test_a_head_may_score_the_whole_vocabulary():

@@ -165,6 +165,7 @@ def transformers_sampler(
         eos=set(reference.eos),
         shape=config,
         temperature=config.temperature,
+        top_p=config.top_p,
         steering=steering,
     )
     return Sampler(tokenizer, metadata, lambda rows, ids, seed: sample(rows, ids, seed=seed), contexts(model, steering))

@@ -45,6 +45,7 @@ class CollectConfig:
         children: K, continuations of every other node.
         two_layers: split a first-layer completion that ended, so that every tree has at least two layers (appendix C).
         temperature: softmax temperature of the sampling policy (a steered one tilts the reference at it).
+        top_p: nucleus that it samples from, after the temperature, as in `generate`; 1 for all tokens.
         policy: the steered policy that samples; None for the reference, as in iteration 0.
         backend: "transformers", or "vllm" (the reference at temperature 1 only; needs the extra `vllm`).
         vllm: arguments of vLLM's engine, e.g. `tensor_parallel_size` or `gpu_memory_utilization`.
@@ -68,6 +69,7 @@ class CollectConfig:
     children: int = 2
     two_layers: bool = True
     temperature: float = 1.0
+    top_p: float = field(default=1.0, kw_only=True)
     policy: PolicyConfig | None = None
     backend: Backend = "transformers"
     vllm: dict[str, Any] = field(default_factory=dict)
@@ -84,6 +86,8 @@ class CollectConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         torch_dtype(self.dtype)
         self._check_backend()
 
@@ -98,10 +102,11 @@ class CollectConfig:
                 "backend 'vllm' samples from the reference only: leave the policy out (iteration 0), or use backend "
                 "'transformers' to sample from a steered policy"
             )
-        elif self.temperature != 1:
+        elif self.temperature != 1 or self.top_p != 1:
             raise ValueError(
-                f"backend 'vllm' samples at temperature 1 only, got {self.temperature}: it reports no log-probability "
-                "of the reference beside that of another temperature. Use temperature 1 or backend 'transformers'"
+                f"backend 'vllm' samples at temperature 1 from all tokens only, got temperature {self.temperature}, "
+                f"top_p {self.top_p}: it reports no log-probability of the reference beside that of such a policy. Use "
+                "1 for both, or backend 'transformers'"
             )
 
     def sampling(self) -> dict[str, Any]:
@@ -109,5 +114,5 @@ class CollectConfig:
         names = ("max_new_tokens", "layers", "root_children", "children", "two_layers", "temperature", "dtype", "seed")
         sampling = {name: getattr(self, name) for name in names}
         # Only where they are not as they always were, so that a store begun earlier can be gone on with.
-        later = {"chat_template": "auto", "backend": "transformers"}
+        later = {"chat_template": "auto", "backend": "transformers", "top_p": 1.0}
         return sampling | {name: getattr(self, name) for name, old in later.items() if getattr(self, name) != old}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, PreTrainedModel, TemperatureLogitsWarper
+from transformers import LogitsProcessorList, PreTrainedModel, TemperatureLogitsWarper, TopPLogitsWarper
 
 from mavis_logits.decoding.strategies.sampling import sample_index
 from mavis_logits.decoding.strategies.session import Session
@@ -36,6 +36,7 @@ def sample_trees(
     seed: int,
     temperature: float = 1.0,
     steering: Steering | None = None,
+    top_p: float = 1.0,
 ) -> list[Tree]:
     """Algorithm 3 for P prompts side by side; rewards come later, and values from them (`trees.targets`).
 
@@ -46,7 +47,7 @@ def sample_trees(
         eos: tokens that end a completion.
         shape: of the trees.
         seed: of all randomness.
-        temperature: softmax temperature of the sampling policy; a steered policy tilts the reference at it.
+        temperature, top_p: of the sampling policy; a steered policy tilts the reference that they leave.
         steering: value functions and settings of pi_gen (Algorithm 2); None for the reference itself.
 
     Returns:
@@ -65,6 +66,8 @@ def sample_trees(
     padded = [([0] * (longest - len(p)) + p, [0] * (longest - len(p)) + [1] * len(p)) for p in prompts]
     ids, mask = torch.tensor(padded, device=model.device).unbind(dim=1)
     processors = LogitsProcessorList([] if temperature == 1 else [TemperatureLogitsWarper(temperature)])
+    if top_p != 1:
+        processors.append(TopPLogitsWarper(top_p))
     with Session(steering, model, ids, mask, processors) as session:
         if steering is None:  # the prompts are read before their rows multiply
             session.reference()
@@ -73,7 +76,7 @@ def sample_trees(
         branches = growth.start()
         session.select(torch.tensor([branch.tree for branch in branches], device=model.device))
         while branches:
-            sampled = zip(branches, *_sample(session, steering, generator, temperature), strict=True)
+            sampled = zip(branches, *_sample(session, steering, generator), strict=True)
             for branch, token, logp_gen, logp_ref in sampled:
                 branch.add(token, logp_gen, logp_ref)
             branches = _go_on(session, growth, branches)
@@ -81,7 +84,7 @@ def sample_trees(
 
 
 def _sample(
-    session: Session, steering: Steering | None, generator: torch.Generator, temperature: float
+    session: Session, steering: Steering | None, generator: torch.Generator
 ) -> tuple[list[int], list[float], list[float]]:
     """Append a token to every row; returns the tokens, their log pi_gen and their log pi_ref."""
     scores = session.reference()
@@ -97,10 +100,10 @@ def _sample(
         if step.everything is None:
             chosen, tokens = drawn, step.candidates.gather(1, drawn[:, None])[:, 0]
     logp_gen = policy.gather(1, drawn[:, None])[:, 0]
-    if steering is None and temperature == 1:
+    logits = session.logits
+    if steering is None and logits is scores:
         logp_ref = logp_gen
     else:
-        logits = scores * temperature
         logp_ref = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
     session.append(tokens, chosen)
     return tokens.tolist(), logp_gen.tolist(), logp_ref.tolist()

@@ -90,6 +90,7 @@ class Session:
             self._reader = RaggedReader(self._backbone, len(input_ids), input_ids.device)
             self._packed = reading.kind == "packed"
         self._scores: Tensor | None = None
+        self._logits: Tensor | None = None
         self._hidden: dict[int | None, Tensor] = {}  # [R, d] by layer
         self._values: ValueReader | None = None
         if steering is not None:
@@ -142,9 +143,16 @@ class Session:
     def reference(self) -> Tensor:
         """[R, V] next-token scores of the reference: the base model's logits after all processors, not normalised."""
         if self._scores is None:
-            logits = self._forward()
-            self._scores = self._processed(logits) if self._processors else logits
+            self._logits = self._forward()
+            self._scores = self._processed(self._logits) if self._processors else self._logits
         return self._scores
+
+    @property
+    def logits(self) -> Tensor:
+        """[R, V] those of the base model behind `reference`, before any processor."""
+        self.reference()
+        assert self._logits is not None
+        return self._logits
 
     def score(self, need_values: bool = False) -> Step:
         """One step of Algorithm 2 after every row.
@@ -200,7 +208,7 @@ class Session:
         self.input_ids = torch.cat([self.input_ids, tokens[:, None]], dim=1)
         self._processors.append(tokens, self.requests)
         self.lengths = [length + 1 for length in self.lengths]
-        self._scores = None
+        self._scores = self._logits = None
 
     def select(self, rows: Tensor) -> None:
         """Keep `rows` [R'], in that order; a row named twice is copied."""
@@ -212,7 +220,9 @@ class Session:
         if self._values is not None:
             self._values.select(rows)
         if self._scores is not None:
+            plain = self._logits is self._scores
             self._scores = self._scores[rows]
+            self._logits = self._scores if plain else self.logits[rows]
         self._hidden = {layer: states[rows] for layer, states in self._hidden.items()}
 
     def replace(self, sequences: Sequence[Sequence[int]], pad_token_id: int = 0) -> None:
@@ -230,7 +240,7 @@ class Session:
         width = max(padding + length for padding, length in zip(self._padding, self.lengths, strict=True))
         padded = [[pad_token_id] * (width - len(s)) + list(s) for s in sequences]
         self.input_ids = torch.tensor(padded, device=self.input_ids.device)
-        self._scores = None
+        self._scores = self._logits = None
         self._hidden = {}
 
     def by_width(self) -> list[tuple[list[int], Tensor]]:
