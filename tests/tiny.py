@@ -30,6 +30,8 @@ from transformers import (
 )
 
 from mavis_logits import ValueHead, ValueModel
+from mavis_logits.values.words import Words
+from tiny_models import tiny_tokenizer
 
 VOCABULARY = 97
 PAD, EOS = 0, 1
@@ -88,6 +90,12 @@ def make_head(base: PreTrainedModel, *objectives: str, seed: int = 2, layer: int
     return ValueHead.for_model(base, objectives or ("a",), width=16, layer=layer).eval()
 
 
+def make_words(base: PreTrainedModel, *objectives: str) -> Words:
+    """Objectives in words, each an instruction of another length."""
+    instructions = {name: " ".join(f"w{7 * i + j}" for j in range(2 + 3 * i)) for i, name in enumerate(objectives)}
+    return Words(instructions, tiny_tokenizer(), base)
+
+
 def make_adapter(
     *objectives: str, seed: int, architecture: str = "llama", rank: int = 4, base_seed: int = 1, **lora: Any
 ) -> ValueModel:
@@ -109,7 +117,11 @@ def make_adapter(
 
 
 def functions(kind: str, base: PreTrainedModel) -> Any:
-    """Value functions for objectives a and b: one "model", one "head", "heads" on two layers, or "mixed"."""
+    """Value functions for objectives a and b: one "model", one "head", "heads" on two layers, "mixed", or in "words"."""
+    if kind == "words":
+        return make_words(base, "a", "b")
+    if kind == "words and head":
+        return {"a": make_head(base, "a", layer=1), "b": make_words(base, "b")}
     if kind == "model":
         return make_value_model("a", "b")
     if kind == "head":

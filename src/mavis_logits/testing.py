@@ -20,6 +20,7 @@ from .scoring.scorer import ValueScorer
 from .values.ensemble import ValueFunctions
 from .values.value_head import ValueHead
 from .values.value_model import ValueModel
+from .values.words import Words
 
 
 @torch.no_grad()
@@ -54,6 +55,22 @@ def recompute_head_values(
     return torch.cat([head(states[:, -1], token[None, None])[0] for token in candidates])
 
 
+@torch.no_grad()
+def recompute_words(
+    words: Words, base: PreTrainedModel, sequence: Sequence[int] | Tokens, candidates: Tensor
+) -> Tensor:
+    """What each instruction makes likelier, the base model reading everything from scratch; float32 [k, M]."""
+
+    def log_probs(ids: Sequence[int]) -> Tensor:
+        logits = base(torch.tensor([ids], device=base.device)).logits[0, -1].float()
+        return torch.log_softmax(logits, dim=-1)[candidates]
+
+    text = [int(token) for token in sequence]
+    plain = log_probs(text)
+    instructed = [text[: p.start] + p.inserted + text[p.start + p.removed :] for p in words.places(text)]
+    return torch.stack([log_probs(ids) - plain for ids in instructed], dim=1)
+
+
 def recompute_all(
     functions: ValueFunctions, base: PreTrainedModel, sequence: Sequence[int] | Tokens, candidates: Tensor
 ) -> Tensor:
@@ -62,6 +79,8 @@ def recompute_all(
     for _, function, output in functions.outputs:
         if isinstance(function, ValueHead):
             columns.append(recompute_head_values(function, base, sequence, candidates)[:, output])
+        elif isinstance(function, Words):
+            columns.append(recompute_words(function, base, sequence, candidates)[:, output])
         else:
             assert isinstance(function, ValueModel), "value models run as one have no slow twin: use fuse=False"
             columns.append(recompute_values(function, sequence, candidates)[:, output])

@@ -28,7 +28,7 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("kind", ["model", "head", "heads", "mixed"])
+@pytest.mark.parametrize("kind", ["model", "head", "heads", "mixed", "words", "words and head"])
 @pytest.mark.parametrize("mode", MODES)
 def test_generate_samples_from_algorithm_2(kind: str, mode: str, base: Any, prompts: dict[str, Tensor]) -> None:
     recorder = steer(kind, base)
@@ -163,7 +163,7 @@ def test_a_step_feeds_exactly_k_queries_per_live_row(base: Any, prompts: dict[st
         assert all(q == K for _, q in shapes[1:])
 
 
-@pytest.mark.parametrize("kind", ["model", "head", "heads", "mixed"])
+@pytest.mark.parametrize("kind", ["model", "head", "heads", "mixed", "words", "words and head"])
 def test_beta_zero_over_the_whole_vocabulary_changes_nothing(kind: str, base: Any, prompts: dict[str, Tensor]) -> None:
     model = base if kind != "model" else None
     mavis = MavisLogitsProcessor(functions(kind, base), beta=0.0, model=model, top_k=VOCABULARY, pad_token_id=PAD)

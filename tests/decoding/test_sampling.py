@@ -62,7 +62,7 @@ FULL = {"return_dict_in_generate": True, "output_scores": True, "output_logits":
 
 
 @pytest.mark.parametrize("min_p", [None, 0.2, 1.0])
-@pytest.mark.parametrize("kind", ["model", "head", "heads", "mixed"])
+@pytest.mark.parametrize("kind", ["model", "head", "heads", "mixed", "words", "words and head"])
 @pytest.mark.parametrize("sample", [True, False])
 def test_every_step_is_algorithm_2(
     kind: str, sample: bool, min_p: float | None, base: Any, prompts: dict[str, Tensor]
@@ -93,7 +93,7 @@ def test_value_models_of_every_kind_read_along(architecture: str, base: Any, pro
         assert_algorithm_2(mavis, base, output, prompts["attention_mask"])
 
 
-@pytest.mark.parametrize("kind", ["model", "head", "heads", "mixed"])
+@pytest.mark.parametrize("kind", ["model", "head", "heads", "mixed", "words", "words and head"])
 @pytest.mark.parametrize(
     "settings",
     [

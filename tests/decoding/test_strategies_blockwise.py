@@ -17,7 +17,7 @@ from tiny import PAD, functions, make_adapter, make_base, make_value_model
 # ---- one block ----
 
 
-@pytest.mark.parametrize("kind", ["model", "head", "heads", "mixed"])
+@pytest.mark.parametrize("kind", ["model", "head", "heads", "mixed", "words and head"])
 @pytest.mark.parametrize("length", [1, 3, 50])
 def test_one_block_of_the_reference_is_plain_sampling(
     kind: str, length: int, base: Any, prompts: dict[str, Tensor]
@@ -117,7 +117,7 @@ def test_without_sampling_the_best_block_is_kept(
         torch.testing.assert_close(output.sequences_scores[row], score, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["model", "head", "heads", "mixed"])
+@pytest.mark.parametrize("kind", ["model", "head", "heads", "mixed", "words and head"])
 @pytest.mark.parametrize("source", ["reference", "tilted"])
 @pytest.mark.parametrize("length", [1, 4])
 @torch.no_grad()

@@ -15,7 +15,7 @@ from strategy_checks import ENDS, FULL, WEIGHTS, Collector, Damage, StopAfter, r
 from tiny import PAD, functions, make_adapter, make_base, make_head, make_value_model
 
 
-@pytest.mark.parametrize("kind", ["model", "head", "mixed"])
+@pytest.mark.parametrize("kind", ["model", "head", "mixed", "words and head"])
 @pytest.mark.parametrize("sample", [True, False])
 @pytest.mark.parametrize("length", [1, 3])
 def test_one_simulation_is_sampling(
@@ -53,7 +53,7 @@ def test_one_simulation_is_sampling_under_every_setting(
     assert torch.equal(outputs[0].sequences, outputs[1].sequences)
 
 
-@pytest.mark.parametrize("kind", ["model", "head", "mixed"])
+@pytest.mark.parametrize("kind", ["model", "head", "mixed", "words and head"])
 @pytest.mark.parametrize("length", [1, 3])
 @pytest.mark.parametrize("sample", [True, False])
 @torch.no_grad()

@@ -3,16 +3,16 @@
 What enters the output embedding is caught by a forward pre-hook; which tokens the base model was given, by another on
 the model. Together they tell, for every call of a logits processor, whether its scores come from the base model at all,
 and from which position of which of its forward passes. States of inner layers, for value heads that read those, are
-caught by forward hooks on the layers.
+caught by forward hooks on the layers, and the logits, as the model gave them, by one on the model.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +23,10 @@ from transformers.cache_utils import Cache
 from ..core.holds import Hold
 from . import Backbone
 from .anatomy import tokens_in
-from .hooks import before, is_compiled, let_compiled_code_see
+from .hooks import after, before, is_compiled, let_compiled_code_see
+
+LOGITS: Final = "logits"  # in place of a layer: the scores of all tokens, before any processor
+Layer = int | None | Literal["logits"]
 
 _REMEMBERED = 3  # forward passes, all of them on other caches, that one call of a processor may have to choose from
 
@@ -37,11 +40,12 @@ class HiddenStates:
 
     Args:
         model: the base model.
-        layers: which are wanted, as for `Backbone.catch`.
+        layers: which are wanted, as for `Backbone.catch`; `LOGITS` for what the model makes of the last.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: Iterable[int | None] = (None,)) -> None:
-        self._inner = sorted({layer for layer in layers if layer is not None})
+    def __init__(self, model: PreTrainedModel, layers: Iterable[Layer] = (None,)) -> None:
+        wanted = set(layers)
+        self._inner = sorted(layer for layer in wanted if isinstance(layer, int))
         self._local = threading.local()
         self._seen: Hold | None = None
         backbone = Backbone.of(model)
@@ -53,6 +57,8 @@ class HiddenStates:
             self._output = [backbone.catch(None, self._weakly(HiddenStates._at_output))]
             stack.callback(_remove_all, self._output)
             stack.callback(before(backbone.model, self._weakly(HiddenStates._before_model), with_kwargs=True).remove)
+            if LOGITS in wanted:
+                stack.callback(after(backbone.model, self._weakly(HiddenStates._after_model)).remove)
             self._remove = weakref.finalize(self, stack.pop_all().close)
         self._remove.atexit = False
         self._seen = let_compiled_code_see(model)  # held for as long as this object lives
@@ -69,7 +75,17 @@ class HiddenStates:
         model = self._model()
         return self._seen is None and model is not None and is_compiled(model)
 
-    def take(self, input_ids: Tensor) -> dict[int | None, Tensor] | None:
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """While it is open, what the model reads is no concern of this object's: it is read for someone else."""
+        kept = dict(self._local.__dict__)
+        try:
+            yield
+        finally:
+            self._local.__dict__.clear()
+            self._local.__dict__.update(kept)
+
+    def take(self, input_ids: Tensor) -> dict[Layer, Tensor] | None:
         """The states [R, d] behind the scores of the sequences `input_ids` [R, T] (padding included), by layer.
 
         None if no forward pass of the base model has led to these scores: then they are an assistant's, or a probe's.
@@ -84,7 +100,10 @@ class HiddenStates:
         taken.next = index + 1
         count = taken.count
         self._local.forwards = [taken] if taken.next < count else []
-        return {layer: states[:, index - count] for layer, states in taken.states.items()}
+        found: dict[Layer, Tensor] = {layer: states[:, index - count] for layer, states in taken.states.items()}
+        if taken.logits is not None:
+            found[LOGITS] = taken.logits[:, index - count]
+        return found
 
     def _weakly(self, method: Callable[..., None], *first: Any) -> Callable[..., None]:
         """A method of this object that does not keep it alive."""
@@ -150,10 +169,19 @@ class HiddenStates:
         else:
             local.forwards = [*(f for f in self._recent() if not forward.replaces(f)), forward][-_REMEMBERED:]
 
+    def _after_model(self, args: tuple[Any, ...], output: Any) -> None:
+        logits = output[0] if isinstance(output, tuple) else output.logits
+        if torch.compiler.is_compiling():
+            self._local.logits = logits
+        elif self._local.__dict__.get("forwards"):
+            self._local.forwards[-1].logits = logits
+
     def _recent(self) -> list[_Forward]:
         """The forward passes since the last call, and that which it asked for if there is more to be had of it."""
         known = self._local.__dict__.setdefault("forwards", [])
         compiled = self._local.__dict__.pop("compiled", None)
+        if compiled is not None:
+            compiled.logits = self._local.__dict__.pop("logits", None)
         return [*known, compiled] if compiled is not None else list(known)
 
     def _behind(self, input_ids: Tensor, fitting: list[_Forward]) -> _Forward:
@@ -186,6 +214,7 @@ class _Forward:
         self.states, self.tokens, self.read, self.past = states, tokens, read, past
         self.count = states[None].shape[1]
         self.next = 0
+        self.logits: Tensor | None = None  # [R, T, V], at the same positions
 
     def index(self, input_ids: Tensor) -> int | None:
         """The position at the end of the sequences; None if it is not there, or has been handed out."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +100,15 @@ class Given:
     def waiting(self) -> bool:
         """Whether there is something for `take`."""
         return bool(self._local.__dict__.get("prompts"))
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """While it is open, what the model reads is no prompt: it is read for someone else."""
+        kept = list(self._local.__dict__.get("prompts", []))
+        try:
+            yield
+        finally:
+            self._local.prompts = kept
 
     def take(self) -> list[Prompt]:
         """What was read since the last call, each handed out once."""

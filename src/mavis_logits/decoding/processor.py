@@ -6,7 +6,8 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
@@ -90,7 +91,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
 
     def __init__(
         self,
-        value_functions: ValueFunction | Sequence[ValueFunction] | Mapping[str, ValueFunction],
+        value_functions: ValueFunction | Sequence[ValueFunction] | Mapping[str, ValueFunction] | None = None,
         weights: Mapping[str, float] | Sequence[float] | Tensor | None = None,
         beta: float | Tensor | None = None,
         **kwargs: Unpack[SteeringOptions],
@@ -117,7 +118,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
 
     def _listen(self, model: PreTrainedModel) -> None:
         self._base = weakref.ref(model)
-        if self.functions.heads:
+        if self.functions.layers:
             self._hidden = HiddenStates(model, self.functions.layers)
         self._given = Given(Backbone.of(model).model)
 
@@ -214,11 +215,12 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
 
     def _states(self, input_ids: Tensor) -> States | None:
         """The base model's states behind these scores, by layer; None if they are another's."""
-        if not self.functions.heads:
+        if not self.functions.layers:
             return {}
         if self._hidden is None:
             raise ValueError(
-                "a value head needs the base model's hidden states: pass model=model, or use mavis.attach(model)"
+                "value heads, and objectives in words, need what the base model has computed: pass model=model, or use "
+                "mavis.attach(model)"
             )
         if self._hidden.moved and (base := self.base) is not None:
             super().attach(base)
@@ -248,10 +250,21 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         call.live = call.live & ~(call.over & (choice.reference == -torch.inf).all(dim=1))
         call.scored = kept & call.live[:, None]
         started = time.perf_counter()
-        with self.functions.reading():
+        with self.functions.reading(), self._aside():
             values = self._values(call, choice)
         call.seconds = time.perf_counter() - started
         return values
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """While it is open, the base model reads for objectives in words, and not for `generate`."""
+        with ExitStack() as stack:
+            if self.functions.words:
+                assert self._hidden is not None
+                assert self._given is not None
+                stack.enter_context(self._hidden.undisturbed())
+                stack.enter_context(self._given.undisturbed())
+            yield
 
     def _values(self, call: _Call, choice: Choice) -> Tensor:
         reader, tracker = self._reader()

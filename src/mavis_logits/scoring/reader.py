@@ -14,13 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone import Backbone
+from ..backbone.hidden import LOGITS, Layer
 from ..backbone.watch import Watch
 from ..values.ensemble import ValueFunctions
 from ..values.function import ValueFunction
+from ..values.words import Words
 from .rows import Plan
 from .scorer import Scored, ValueScorer, WantedReading, make_scorer
+from .words import WordsScorer
 
-States = Mapping[int | None, Tensor]  # [R, d] by layer, None for what enters the output embedding
+# [R, d] by layer, None for what enters the output embedding; and the logits [R, V] themselves, under `LOGITS`.
+States = Mapping[Layer, Tensor]
 
 
 class _Tried(NamedTuple):
@@ -54,9 +58,9 @@ class ValueReader:
         watch: bool = False,
     ) -> None:
         self._functions, self._compile, self._reading = functions, compile, reading
-        self._scorers: dict[Scored, ValueScorer] = {}
-        self._longest: dict[Scored, int | None] = {}
-        self._watches: dict[Scored, Watch] | None = {} if watch else None
+        self._scorers: dict[Scored | Words, ValueScorer] = {}
+        self._longest: dict[Scored | Words, int | None] = {}
+        self._watches: dict[Scored | Words, Watch] | None = {} if watch else None
         self._tried: _Tried | None = None
         self.count = 0
 
@@ -147,7 +151,7 @@ class ValueReader:
         Args:
             input_ids: [R, T] the rows, padded on the left; needed for value models only.
             lengths: tokens of every row without padding.
-            states: of the base model after the rows, for value heads.
+            states: of the base model after the rows, for value heads and objectives in words.
             candidates: [R, k] token ids.
             kept: [R, k] bool, those whose values are wanted, in front of the others, which mean nothing; None for all.
             idle: [M] the objectives that need no value (`ValueFunctions.idle`).
@@ -176,22 +180,29 @@ class ValueReader:
                     counts = [length - read for length, read in zip(lengths, scorer.lengths, strict=True)]
                     unread = input_ids[:, input_ids.shape[1] - max(counts) :]
                     values = scorer.read(unread, counts, fed, kept)
+                    if isinstance(model, Words):  # the advantage over what the base model says without them
+                        values -= torch.log_softmax(states[LOGITS].float(), dim=-1).gather(1, fed)[..., None]
                     parts[model] = nn.functional.pad(values, (0, 0, 0, candidates.shape[1] - columns))
                 self._tried = _Tried(fed, kept, scorers)
         if not parts:
             return candidates.new_zeros(*candidates.shape, len(functions.objectives), dtype=torch.float32)
         return functions.gather(parts)
 
-    def _scorer(self, model: Scored) -> ValueScorer:
+    def _scorer(self, model: Scored | Words) -> ValueScorer:
         if model not in self._scorers:
-            self._scorers[model] = make_scorer(model, self._compile, self._reading)
+            self._scorers[model] = (
+                WordsScorer(model)
+                if isinstance(model, Words)
+                else make_scorer(model, self._compile, self._reading)
+            )
             self._scorers[model].begin(self.count)
-            self._longest[model] = Backbone.of(model.backbone).longest
+            # Words know best how long their texts are.
+            self._longest[model] = None if isinstance(model, Words) else Backbone.of(model.backbone).longest
             if self._watches is not None:
-                self._watches[model] = Watch(model)
+                self._watches[model] = Watch(model.backbone if isinstance(model, Words) else model)
         return self._scorers[model]
 
-    def _check_context(self, model: Scored, length: int) -> None:
+    def _check_context(self, model: Scored | Words, length: int) -> None:
         """Raise `ValueError` if the value model cannot read sequences of `length` tokens."""
         limit = self._longest[model]
         if limit is not None and length > limit:

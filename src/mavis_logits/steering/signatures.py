@@ -34,6 +34,7 @@ class Settings(TypedDict, total=False):
 class SteeringOptions(Settings, total=False):
     """Keyword arguments of `Steering`."""
 
+    objectives: Mapping[str, str] | None
     model: PreTrainedModel | None
     tokenizer: PreTrainedTokenizerBase | None
     pad_token_id: int | None

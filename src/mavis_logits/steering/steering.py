@@ -18,7 +18,7 @@ from ..core.config import MavisConfig
 from ..hub.bundle import load_bundle
 from ..hub.files import LOADING_ARGUMENTS
 from ..scoring.scorer import WantedReading
-from ..values.ensemble import ValueFunctions, load_value_functions, special_tokens
+from ..values.ensemble import ValueFunctions, load_value_functions, special_tokens, with_words
 from ..values.function import ValueFunction
 from .copies import Copied
 from .policy import Policy
@@ -35,9 +35,13 @@ class Steering(Copied):
 
     Args:
         value_functions: one `ValueModel` or `ValueHead`, several of them, or a mapping from objective to the one that
-            predicts it. Without a mapping the objectives bear the names in the value functions' configs.
+            predicts it. Without a mapping the objectives bear the names in the value functions' configs. None where all
+            objectives are in words.
         weights: lambda: by objective (absent ones are 0), [M], or [R, M] for weights per sequence; equal by default.
         beta: strength of the tilt, one number or [R].
+        objectives: further ones, in words: an instruction by name (`values.words`), such as
+            `{"joke": "Answer with a joke."}`. A name in `weights` that is a sentence is one of itself. They need
+            `model` and `tokenizer`, and no training.
         model: the base model; needed for value heads, whose hidden states it provides.
         tokenizer: the base model's tokenizer; if given, value functions made for another one are refused. Its special
             tokens count for more than those of configurations, and ids beyond it that a value model does not know
@@ -70,10 +74,11 @@ class Steering(Copied):
 
     def __init__(
         self,
-        value_functions: ValueFunction | Sequence[ValueFunction] | Mapping[str, ValueFunction],
+        value_functions: ValueFunction | Sequence[ValueFunction] | Mapping[str, ValueFunction] | None = None,
         weights: Mapping[str, float] | Sequence[float] | Tensor | None = None,
         beta: float | Tensor | None = None,
         *,
+        objectives: Mapping[str, str] | None = None,
         model: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         pad_token_id: int | None = None,
@@ -90,13 +95,14 @@ class Steering(Copied):
             raise ValueError(f"reading must be one of {', '.join(get_args(WantedReading))}, got {reading!r}")
         self._policy: Policy
         self._base: weakref.ref[PreTrainedModel] | None = None
-        self.functions = ValueFunctions(value_functions, tokenizer, fuse)
         config = MavisConfig.from_dict({**vars(config or MavisConfig()), **settings})
-        self._check_config(config)
-        self._steer_by(
-            config, weights if weights is not None else config.weights, beta if beta is not None else config.beta
+        weights = weights if weights is not None else config.weights
+        self.functions = ValueFunctions(
+            with_words(value_functions, objectives, weights, tokenizer), tokenizer, fuse
         )
-        self.special = special_tokens(self.functions.models, model, tokenizer, pad_token_id, eos_token_id)
+        self._check_config(config)
+        self._steer_by(config, weights, beta if beta is not None else config.beta)
+        self.special = special_tokens(self.functions.value_models, model, tokenizer, pad_token_id, eos_token_id)
         self.tokenizer, self.compile, self.reading = tokenizer, compile, reading
         self.stats = MavisStats()
         self.trace = MavisTrace(self.objectives, self.special.eos) if trace else None
@@ -121,7 +127,7 @@ class Steering(Copied):
     @classmethod
     def from_pretrained(
         cls,
-        value_functions: str | Path | Sequence[str] | Mapping[str, Any],
+        value_functions: str | Path | Sequence[str] | Mapping[str, Any] | None = None,
         weights: Mapping[str, float] | Sequence[float] | Tensor | None = None,
         beta: float | Tensor | None = None,
         *,
@@ -136,7 +142,8 @@ class Steering(Copied):
 
         Args:
             value_functions: one id, several, or a mapping from objective to id or object; an id that occurs twice is
-                loaded once. One id may be that of a bundle, whose settings then are the defaults.
+                loaded once. One id may be that of a bundle, whose settings then are the defaults. None where all
+                objectives are in words.
             weights, beta, fuse, kwargs: as for the class.
             model: the base model; also the backbone of adapter repos that were trained on its first layers.
             device: of the value functions; by default the base model's.
@@ -207,7 +214,7 @@ class Steering(Copied):
         self.idle = self.functions.idle(own)
 
     def _check_config(self, config: MavisConfig) -> None:
-        if config.top_k is None and self.functions.models:
+        if config.top_k is None and self.functions.value_models:
             raise ValueError(
                 "top_k=None scores the whole vocabulary, which only value heads can: give top_k for value models"
             )
@@ -218,8 +225,10 @@ class Steering(Copied):
         Raises:
             ValueError: a value head was trained on another model, or a value model cannot read what `model` is given.
         """
-        if Backbone.of(model).is_encoder_decoder and self.functions.models:
-            names = [value_model.config.objectives for value_model in self.functions.models]
+        for words in self.functions.words:
+            words.bind(model)
+        if Backbone.of(model).is_encoder_decoder and self.functions.value_models:
+            names = [value_model.config.objectives for value_model in self.functions.value_models]
             raise ValueError(
                 f"{type(model).__name__} reads its prompts with an encoder, which the value models for {names} never "
                 "see: use value heads"

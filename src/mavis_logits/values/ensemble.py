@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone import Backbone
+from ..backbone.hidden import LOGITS, Layer
 from ..backbone.needs import Needs
 from ..core.holds import Holds, Undo
 from ..hub.files import Source, find_file, hub_arguments, read_json
@@ -23,6 +24,7 @@ from .fused import FusedValueModel, fusable_groups, why_not_fused
 from .value_head import ValueHead, ValueHeadConfig
 from .value_model import ValueModel
 from .value_model_config import ValueModelConfig
+from .words import Words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,9 +68,20 @@ class ValueFunctions:
         self._vocabulary: int | None = None  # the smallest of the models'
 
     @property
-    def layers(self) -> set[int | None]:
-        """The base model's layers whose states the heads read, as in `ValueHeadConfig.layer`."""
-        return {head.config.layer for head in self.heads}
+    def layers(self) -> set[Layer]:
+        """What is read of the base model: layers, as in `ValueHeadConfig.layer`, and for words the logits."""
+        layers: set[Layer] = {head.config.layer for head in self.heads}
+        return layers | ({LOGITS} if self.words else set())
+
+    @property
+    def words(self) -> list[Words]:
+        """Those of `models` that are objectives in words."""
+        return [model for model in self.models if isinstance(model, Words)]
+
+    @property
+    def value_models(self) -> list[Any]:
+        """Those of `models` that are language models of their own."""
+        return [model for model in self.models if not isinstance(model, Words)]
 
     def replaced(self, others: Mapping[int, Any]) -> ValueFunctions:
         """The same with other value functions in place of some, by their ids (as in `copy.deepcopy`'s memo)."""
@@ -155,7 +168,7 @@ class ValueFunctions:
 
     def check_vocabulary(self, size: int) -> None:
         """Raise `ValueError` if a value model's vocabulary is smaller than the scores' (`size` tokens)."""
-        for model in self.models:
+        for model in self.value_models:
             Needs.of(model.config).check_scores(size, Backbone.of(model.backbone).vocabulary)
 
     def known(self, scores: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
@@ -169,7 +182,7 @@ class ValueFunctions:
             ValueError: one of them may be a token. Waits for the device if there is no tokenizer to tell.
         """
         if self._vocabulary is None:
-            self._vocabulary = min((Backbone.of(m.backbone).vocabulary for m in self.models), default=scores.shape[1])
+            self._vocabulary = min((Backbone.of(m.backbone).vocabulary for m in self.value_models), default=scores.shape[1])
         own = self._vocabulary
         if own >= scores.shape[1] or (tokenizer is None and torch.isneginf(scores[:, own:]).all()):
             return scores
@@ -214,7 +227,7 @@ def _outputs(given: Any) -> Outputs:
             f"several value functions predict {sorted(twice)}: pass a mapping that gives each its own name"
         )
     if not outputs:
-        raise ValueError("no value function given: pass at least one ValueModel or ValueHead")
+        raise ValueError("no value function given: pass at least one ValueModel or ValueHead, or objectives in words")
     return outputs
 
 
@@ -246,15 +259,54 @@ def _fused(outputs: Outputs, insist: bool) -> Outputs:
 
 
 def _check_kind(function: Any) -> None:
-    if not isinstance(function, ValueFunction):
+    if not isinstance(function, Words) and not isinstance(function, ValueFunction):
         raise ValueError(
             f"expected a ValueModel or a ValueHead, got {type(function).__name__}; from_pretrained loads ids and "
             "folders"
         )
 
 
+def with_words(
+    given: Any,
+    objectives: Mapping[str, str] | None,
+    weights: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Any:
+    """Value functions with those of objectives in words.
+
+    Args:
+        given: value functions, as `ValueFunctions` takes them, or None.
+        objectives: instructions by objective.
+        weights: of all objectives; a name in them that is a sentence is an instruction too.
+        tokenizer: of the base model.
+
+    Raises:
+        ValueError: no tokenizer, an instruction under the name of a value function, or as for `Words`.
+    """
+    own = [] if given is None else [name for name, _, _ in _outputs(given)]
+    instructions = dict(objectives or {})
+    if isinstance(weights, Mapping):
+        sentences = [name for name in weights if isinstance(name, str) and len(name.split()) > 1]
+        instructions |= {name: name for name in sentences if name not in own and name not in instructions}
+    if not instructions:
+        return given if given is not None else []
+    twice = sorted(set(own) & set(instructions))
+    if twice:
+        raise ValueError(f"objectives give {twice} in words, and value functions predict them too: rename one of each")
+    if tokenizer is None:
+        raise ValueError(
+            f"the objectives {list(instructions)} are in words, which the base model's tokenizer must put into the "
+            "prompt: pass tokenizer=tokenizer (and model=model)"
+        )
+    words = Words(instructions, tokenizer)
+    if isinstance(given, Mapping):
+        return {**given, **dict.fromkeys(instructions, words)}
+    listed = [] if given is None else list(given) if isinstance(given, Iterable) else [given]
+    return [*listed, words]
+
+
 def load_value_functions(
-    given: str | Path | Sequence[Any] | Mapping[str, Any],
+    given: str | Path | Sequence[Any] | Mapping[str, Any] | None,
     model: PreTrainedModel | None,
     device: torch.device | str | None,
     loading: Mapping[str, Any],
@@ -281,6 +333,8 @@ def load_value_functions(
         return loaded[source]
 
     found: Any
+    if given is None:
+        return None
     if isinstance(given, Mapping):
         found = {name: get(item) for name, item in given.items()}
     elif isinstance(given, Sequence) and not isinstance(given, str):

@@ -88,7 +88,7 @@ class MavisStrategy(Steering):
 
     def __init__(
         self,
-        value_functions: ValueFunction | Sequence[ValueFunction] | Mapping[str, ValueFunction],
+        value_functions: ValueFunction | Sequence[ValueFunction] | Mapping[str, ValueFunction] | None = None,
         weights: Mapping[str, float] | Sequence[float] | Tensor | None = None,
         beta: float | Tensor | None = None,
         *,

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from ...backbone import Backbone
+from ...backbone.hidden import LOGITS, Layer
 from ...backbone.hooks import let_compiled_code_see
 from ...scoring.reader import ValueReader
 from ...steering.policy import Requests
@@ -91,7 +92,7 @@ class Session:
             self._packed = reading.kind == "packed"
         self._scores: Tensor | None = None
         self._logits: Tensor | None = None
-        self._hidden: dict[int | None, Tensor] = {}  # [R, d] by layer
+        self._hidden: dict[Layer, Tensor] = {}  # [R, d] by layer
         self._values: ValueReader | None = None
         if steering is not None:
             self._values = ValueReader(steering.functions, steering.compile, steering.reading)
@@ -106,7 +107,7 @@ class Session:
                 functions = self._steering.functions
                 stack.enter_context(functions.reading())
                 functions.refresh()
-                for layer in functions.layers:
+                for layer in functions.layers - {LOGITS}:
                     handle = self._backbone.catch(layer, partial(self._keep, threading.get_ident(), layer))
                     stack.callback(handle.remove)
                 if functions.heads:
@@ -189,10 +190,11 @@ class Session:
         """
         reader, steering = self._values, self.steering
         assert reader is not None
-        if steering.functions.heads:
+        if steering.functions.layers:
             self.reference()
+        states = self._hidden | ({LOGITS: self.logits} if steering.functions.words else {})
         return reader.values(
-            self.input_ids, self.lengths, self._hidden, candidates, kept, steering.idle, whole=whole_vocabulary
+            self.input_ids, self.lengths, states, candidates, kept, steering.idle, whole=whole_vocabulary
         )
 
     def append(self, tokens: Tensor, chosen: Tensor | None = None) -> None:
