@@ -55,10 +55,10 @@ class ValueScorer(ABC):
         """
         device = candidates.device
         self.follow(plan, device)
-        counts = [len(tokens) for tokens in plan.pending]
+        counts = [len(tokens) - have for tokens, have in zip(plan.sequences, self.lengths, strict=True)]
         new = np.zeros((len(counts), max(counts)), dtype=np.int64)
-        for row, tokens in zip(new, plan.pending, strict=True):
-            row[new.shape[1] - len(tokens) :] = tokens
+        for row, tokens, count in zip(new, plan.sequences, counts, strict=True):
+            row[new.shape[1] - count :] = tokens[len(tokens) - count :]
         return self.read(torch.from_numpy(new).to(device), counts, candidates, kept)
 
     def follow(self, plan: Plan, device: torch.device, grow: bool = True) -> None:
