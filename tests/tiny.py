@@ -117,7 +117,7 @@ def make_adapter(
 
 
 def functions(kind: str, base: PreTrainedModel) -> Any:
-    """Value functions for objectives a and b: one "model", one "head", "heads" on two layers, "mixed", or in "words"."""
+    """Value functions for objectives a and b: one "model", one "head", "heads" on two layers, "mixed", or "words"."""
     if kind == "words":
         return make_words(base, "a", "b")
     if kind == "words and head":

@@ -56,6 +56,26 @@ def test_value_functions_mix_under_names_of_ones_own(folder: Path, capsys: pytes
     assert "steered: helpful 0, brief 1" in capsys.readouterr().err
 
 
+def test_what_the_value_functions_recommend_is_the_default(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    head = ValueHead.from_pretrained(folder / "head")
+    head.config.settings = {"beta": 3.5, "top_k": 50, "normalize": "none", "temperature": 0.4}
+    head.save_pretrained(folder / "head")
+    assert generate(folder, "--values", str(folder / "head")) == 0
+    recommended = capsys.readouterr()
+    assert "beta 3.5" in recommended.err
+    assert generate(folder, "--values", str(folder / "head"), "--temperature", "0.4", "--beta", "3.5") == 0
+    assert capsys.readouterr().out == recommended.out
+    assert generate(folder, "--values", str(folder / "head"), "--beta", "2") == 0
+    assert "beta 2" in capsys.readouterr().err
+
+
+def test_objectives_in_words_need_no_value_function(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(folder, "--words", "joke=w7 w8", "kind=w9") == 0
+    assert "steered: joke 0.5, kind 0.5, beta 1.5" in capsys.readouterr().err
+    assert generate(folder, "--words", "joke=w7 w8", "--values", str(folder / "head"), "--weights", "joke=1") == 0
+    assert "steered: helpful 0, humour 0, joke 1" in capsys.readouterr().err
+
+
 def test_a_page_shows_what_the_answer_was_chosen_from(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = folder / "page.html"
     assert generate(folder, "--values", str(folder / "head"), "--top-k", "4", "--trace", str(path)) == 0

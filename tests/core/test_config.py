@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mavis_logits import MavisConfig
+from mavis_logits.core.config import recommended
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 positive = st.floats(1e-6, 1e6)
@@ -97,3 +98,26 @@ def test_an_unknown_key_names_the_nearest() -> None:
 def test_text_that_is_no_object_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="MavisConfig expects a JSON object"):
         MavisConfig.from_json(text)
+
+
+HEAD = {"beta": 6.0, "top_k": 200, "normalize": "none", "temperature": 0.7}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], {}),
+        ([HEAD], {"beta": 6.0, "top_k": 200, "normalize": "none"}),
+        ([HEAD, HEAD], {"beta": 6.0, "top_k": 200, "normalize": "none"}),
+        ([HEAD, {**HEAD, "beta": 2.0, "top_k": 50, "candidate_min_p": 0.01}],
+         {"beta": 4.0, "top_k": 200, "normalize": "none", "candidate_min_p": None}),
+        ([HEAD, {**HEAD, "top_k": None}], {"beta": 6.0, "top_k": None, "normalize": "none"}),
+        ([HEAD, {}], {}),
+        ([HEAD, {"beta": 5.0}], {}),
+        ([{"of another version": 1, "beta": 2.0}], {"beta": 2.0}),
+    ],
+)  # fmt: skip
+def test_value_functions_that_are_used_together_recommend_what_suits_all(given, expected):
+    found = recommended(given)
+    assert found == expected
+    MavisConfig.from_dict(found)

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,12 @@ if TYPE_CHECKING:
     from .. import MavisLogitsProcessor
 
 DEFAULT_VALUES = "model_cards/smollm2-135m-value-head"
+DEFAULT_TEMPERATURE = 0.7
 EXAMPLES = """examples:
   mavis generate --prompt "How do I make good tea?" --weights helpful=1 --unsteered
   mavis generate --prompt "How do I make good tea?" --weights helpful=0.3,humour=0.7 --beta 8
   mavis generate --prompt "How do I make good tea?" --weights humour=1 --trace tea.html
+  mavis generate --prompt "Tell me about the moon." --words joke="Answer with a joke."
   mavis generate --prompt "..." --model org/chat-model --values kind=org/value-kind short=./my-value-short \\
       --weights kind=0.5,short=0.5
 """
@@ -29,10 +32,11 @@ def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
     weights = parse_weights(arguments.weights) if arguments.weights else None
     values = parse_values(arguments.values) if arguments.values else None
+    words = parse_words(arguments.words) if arguments.words else None
     if arguments.trace is not None and (arguments.trace.is_dir() or not arguments.trace.parent.is_dir()):
         raise OSError(f"--trace got {arguments.trace}; expected the name of a file in a folder that exists")
     with quiet_transformers():
-        return _answer(arguments, weights, values)
+        return _answer(arguments, weights, values, words)
 
 
 @contextmanager
@@ -52,7 +56,9 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _answer(arguments: argparse.Namespace, weights: dict[str, float] | None, values: Any) -> int:
+def _answer(
+    arguments: argparse.Namespace, weights: dict[str, float] | None, values: Any, words: dict[str, str] | None
+) -> int:
     # Imported only here, so that `--help` and a mistyped option answer at once.
     import torch
     import transformers
@@ -63,26 +69,33 @@ def _answer(arguments: argparse.Namespace, weights: dict[str, float] | None, val
     from ..models import load_chat_model
 
     sources = values[0] if isinstance(values, list) and len(values) == 1 else values  # one may be a bundle
+    if sources is None and words is None:
+        sources = str(checkout_path(DEFAULT_VALUES))
     settings = {} if arguments.top_k is None else {"top_k": arguments.top_k}
     model, tokenizer = load_chat_model(arguments.model)
     inputs = chat_inputs(tokenizer, [arguments.prompt])
     mavis = MavisLogitsProcessor.from_pretrained(
-        sources or str(checkout_path(DEFAULT_VALUES)),
+        sources,
         weights=weights,
         beta=arguments.beta,
         model=model,
         tokenizer=tokenizer,
         trace=arguments.trace is not None,
-        reference_temperature=arguments.temperature,
+        objectives=words,
         **settings,
     )
+    temperature = arguments.temperature
+    if temperature is None:
+        recommended = [function.config.settings.get("temperature") for function in mavis.functions.all]
+        temperature = next((found for found in recommended if found is not None), DEFAULT_TEMPERATURE)
+    mavis.config = replace(mavis.config, reference_temperature=temperature)
 
     def answer(processors: list[MavisLogitsProcessor]) -> Tensor:
         torch.manual_seed(arguments.seed)
         sequences: Tensor = model.generate(  # type: ignore[operator]
             **inputs,
             do_sample=True,
-            temperature=1.0 if processors else arguments.temperature,  # a processor applies it before the tilt
+            temperature=1.0 if processors else temperature,  # a processor applies it before the tilt
             top_k=0,
             top_p=1.0,
             max_new_tokens=arguments.max_new_tokens,
@@ -122,18 +135,28 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME=NUMBER,...",
         help="weight of each objective, e.g. helpful=0.7,humour=0.3; those left out get 0 (default: equal weights)",
     )
-    add("--beta", type=float, help="strength: 0 is no steering, 1 to 8 is usual (default: the bundle's, else 5)")
+    add(
+        "--words",
+        nargs="+",
+        metavar="NAME=INSTRUCTION",
+        help="objectives in words, for any model and without training: what each instruction would make likelier",
+    )
+    add(
+        "--beta",
+        type=float,
+        help="strength: 0 is no steering, 1 to 8 is usual (default: what the value functions recommend, else 5)",
+    )
     add(
         "--top-k",
         type=int,
-        help="how many of the likeliest tokens to choose among (default: the bundle's, else 15)",
+        help="how many of the likeliest tokens to choose among (default: as recommended, else 15)",
     )
     add(
         "--values",
         nargs="+",
         metavar="[NAME=]FOLDER_OR_ID",
         help="a bundle, or value functions under their own objectives' names or those given; each a folder or Hub id "
-        f"(default: the value head for SmolLM2 in {DEFAULT_VALUES})",
+        f"(default: the value head for SmolLM2 in {DEFAULT_VALUES}; with --words none)",
     )
     add(
         "--model",
@@ -144,8 +167,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--temperature",
         type=float,
-        default=0.7,
-        help="of the language model, which is sharpened by it before it is steered (default: %(default)s)",
+        help="of the language model, which is sharpened by it before it is steered (default: as recommended, else "
+        f"{DEFAULT_TEMPERATURE})",
     )
     add("--max-new-tokens", type=int, default=48, help="length of the answer (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
@@ -173,6 +196,25 @@ def parse_weights(text: str) -> dict[str, float]:
             raise ValueError(f"--weights names {name!r} twice; give each objective one weight")
         weights[name] = weight
     return weights
+
+
+def parse_words(parts: Sequence[str]) -> dict[str, str]:
+    """Parse ``["joke=Answer with a joke."]``.
+
+    Raises:
+        ValueError: A part is not ``NAME=INSTRUCTION``, or a name occurs twice.
+    """
+    words: dict[str, str] = {}
+    for part in parts:
+        name, _, text = (piece.strip() for piece in part.partition("="))
+        if not (name and text):
+            raise ValueError(
+                f'--words got {part!r}; expected NAME=INSTRUCTION, e.g. --words joke="Answer with a joke."'
+            )
+        if name in words:
+            raise ValueError(f"--words names {name!r} twice; give each objective a name of its own")
+        words[name] = text
+    return words
 
 
 def parse_values(parts: Sequence[str]) -> list[str] | dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -97,6 +97,33 @@ class MavisConfig:
                 hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
                 raise ValueError(f"unknown setting {key!r}{hint}")
         return cls(**content)
+
+
+def recommended(given: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What value functions that are used together recommend, as fields of `MavisConfig`.
+
+    Args:
+        given: of each, its own recommendation (`ObjectivesMixin.settings`); empty if it has none.
+
+    Returns:
+        Empty if they normalise in different ways: a strength means another thing then. Else the widest cut of them, and
+        the mean of their strengths.
+    """
+    known = {field.name for field in fields(MavisConfig)} - {"weights", "reference_temperature"}
+    every = [{name: value for name, value in own.items() if name in known} for own in given]
+    if not all(every) or len({own.get("normalize", MavisConfig.normalize) for own in every}) != 1:
+        return {}
+    names = set().union(*every)
+    found = {name: every[0][name] for name in names if all(own.get(name) == every[0].get(name) for own in every)}
+    if "beta" in names - set(found):
+        found["beta"] = sum(own.get("beta", MavisConfig.beta) for own in every) / len(every)
+    if "top_k" in names - set(found):
+        counts: list[Any] = [own.get("top_k", MavisConfig.top_k) for own in every]
+        found["top_k"] = None if None in counts else max(counts)
+    if "candidate_min_p" in names - set(found):
+        shares: list[Any] = [own.get("candidate_min_p") for own in every]
+        found["candidate_min_p"] = None if None in shares else min(shares)
+    return found
 
 
 def _is_number(value: Any) -> bool:

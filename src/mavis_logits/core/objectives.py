@@ -28,11 +28,14 @@ class ObjectivesMixin:
         base_model, base_revision: the model whose rollouts it was trained on.
         recipe: how it was trained, as a JSON-able dictionary.
         iteration: 0 for values of the reference policy, i for those of the i-th guided policy (Algorithm 1).
+        settings: how it is best used: fields of `MavisConfig` (`beta`, `top_k`, `normalize`, ...), which are the
+            defaults of what it steers, and `temperature`, that of the base model that they were chosen at.
     """
 
     objectives: list[str]
     reward_mean: list[float]
     reward_scale: list[float]
+    settings: dict[str, Any]
 
     def _take_objectives(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Set the fields from `kwargs`; return the rest."""
@@ -52,6 +55,7 @@ class ObjectivesMixin:
         self.base_revision: str | None = rest.pop("base_revision", None)
         self.recipe: dict[str, Any] = rest.pop("recipe", None) or {}
         self.iteration: int = rest.pop("iteration", 0)
+        self.settings = dict(rest.pop("settings", None) or {})
         return rest
 
     def reward_units(self, device: torch.device) -> tuple[Tensor, Tensor]:

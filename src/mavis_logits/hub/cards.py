@@ -137,6 +137,8 @@ def render_card(
         id=name.partition(":")[0],
         kind=kind,
         objectives=objectives,
+        settings={key: value for key, value in (config.get("settings") or {}).items() if key != "temperature"},
+        temperature=(config.get("settings") or {}).get("temperature"),
         mean=dict(zip(objectives, config["reward_mean"], strict=True)),
         scale=dict(zip(objectives, config["reward_scale"], strict=True)),
         about=details.rewards,

@@ -191,9 +191,7 @@ class ValueReader:
     def _scorer(self, model: Scored | Words) -> ValueScorer:
         if model not in self._scorers:
             self._scorers[model] = (
-                WordsScorer(model)
-                if isinstance(model, Words)
-                else make_scorer(model, self._compile, self._reading)
+                WordsScorer(model) if isinstance(model, Words) else make_scorer(model, self._compile, self._reading)
             )
             self._scorers[model].begin(self.count)
             # Words know best how long their texts are.

@@ -38,7 +38,7 @@ class Steering(Copied):
             predicts it. Without a mapping the objectives bear the names in the value functions' configs. None where all
             objectives are in words.
         weights: lambda: by objective (absent ones are 0), [M], or [R, M] for weights per sequence; equal by default.
-        beta: strength of the tilt, one number or [R].
+        beta: strength of the tilt, one number or [R]; by default that of `config`.
         objectives: further ones, in words: an instruction by name (`values.words`), such as
             `{"joke": "Answer with a joke."}`. A name in `weights` that is a sentence is one of itself. They need
             `model` and `tokenizer`, and no training.
@@ -55,7 +55,8 @@ class Steering(Copied):
         compile: compile the value models' steps, on a GPU into CUDA graphs (`scoring.scorer.RaggedScorer`).
         reading: how value models (and by a strategy the base model) read candidates: "auto", the fastest way that is
             right; "packed" to insist on one packed forward, and be told why it cannot be; "repeated" to do without.
-        config: all other settings; see `MavisConfig`, whose fields may also be given by name.
+        config: all other settings; see `MavisConfig`, whose fields may also be given by name. By default what the value
+            functions themselves recommend (`ObjectivesMixin.settings`), else the paper's.
 
     Attributes:
         objectives: names of the M objectives, in the order of `weights` as a tensor.
@@ -95,11 +96,10 @@ class Steering(Copied):
             raise ValueError(f"reading must be one of {', '.join(get_args(WantedReading))}, got {reading!r}")
         self._policy: Policy
         self._base: weakref.ref[PreTrainedModel] | None = None
-        config = MavisConfig.from_dict({**vars(config or MavisConfig()), **settings})
-        weights = weights if weights is not None else config.weights
-        self.functions = ValueFunctions(
-            with_words(value_functions, objectives, weights, tokenizer), tokenizer, fuse
-        )
+        weights = weights if weights is not None or config is None else config.weights
+        self.functions = ValueFunctions(with_words(value_functions, objectives, weights, tokenizer), tokenizer, fuse)
+        base = self.functions.recommended if config is None else vars(config)
+        config = MavisConfig.from_dict({**base, **settings})
         self._check_config(config)
         self._steer_by(config, weights, beta if beta is not None else config.beta)
         self.special = special_tokens(self.functions.value_models, model, tokenizer, pad_token_id, eos_token_id)

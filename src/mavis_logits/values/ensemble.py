@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..backbone import Backbone
 from ..backbone.hidden import LOGITS, Layer
 from ..backbone.needs import Needs
+from ..core.config import recommended
 from ..core.holds import Holds, Undo
 from ..hub.files import Source, find_file, hub_arguments, read_json
 from .checkpoints import Options
@@ -72,6 +73,11 @@ class ValueFunctions:
         """What is read of the base model: layers, as in `ValueHeadConfig.layer`, and for words the logits."""
         layers: set[Layer] = {head.config.layer for head in self.heads}
         return layers | ({LOGITS} if self.words else set())
+
+    @property
+    def recommended(self) -> dict[str, Any]:
+        """The settings, fields of `MavisConfig`, that the value functions recommend for themselves."""
+        return recommended(getattr(function.config, "settings", None) or {} for function in self.all)
 
     @property
     def words(self) -> list[Words]:
@@ -182,7 +188,9 @@ class ValueFunctions:
             ValueError: one of them may be a token. Waits for the device if there is no tokenizer to tell.
         """
         if self._vocabulary is None:
-            self._vocabulary = min((Backbone.of(m.backbone).vocabulary for m in self.value_models), default=scores.shape[1])
+            self._vocabulary = min(
+                (Backbone.of(m.backbone).vocabulary for m in self.value_models), default=scores.shape[1]
+            )
         own = self._vocabulary
         if own >= scores.shape[1] or (tokenizer is None and torch.isneginf(scores[:, own:]).all()):
             return scores

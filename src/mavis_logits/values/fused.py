@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ..backbone import Backbone
 from ..backbone.watch import Watch
+from ..core.config import recommended
 from .value_model import ValueModel, ValueModelOutput
 from .value_model_config import ValueModelConfig
 
@@ -94,6 +95,7 @@ class FusedValueModel(nn.Module):
             objectives=[name for model in models for name in model.config.objectives],
             reward_mean=[x for model in models for x in model.config.reward_mean],
             reward_scale=[x for model in models for x in model.config.reward_scale],
+            settings=recommended(model.config.settings for model in models),
             base_model=first.base_model,
             tokenizer_fingerprint=first.tokenizer_fingerprint,
             pad_token_id=first.pad_token_id,

@@ -2,10 +2,10 @@
 
     V(s + a) = log pi_ref(a | instruction, s) - log pi_ref(a | s)
 
-The base model reads every text a second time, with the instruction in its prompt, in a cache of its own: one more
-forward pass a step for each instruction. With `normalize="none"`, beta = 1 is the model under that instruction, and
-more than 1 goes beyond it; several instructions, and trained value functions, mix by their weights. It carries as far as
-the base model follows instructions, and no further.
+The base model reads every text a second time, with the instruction in its prompt, in a cache of its own: one more row
+a step for each instruction. With `normalize="none"`, beta = 1 is the model under that instruction, and more goes beyond
+it; several instructions, and trained value functions, mix by their weights. It carries as far as the base model follows
+instructions, and no further.
 """
 
 from __future__ import annotations
@@ -36,11 +36,15 @@ class WordsConfig:
         objectives: their names.
         instructions: one for each.
         tokenizer_fingerprint: of the tokenizer that they were written in.
+        settings: that they are best used with, for `MavisConfig`: somewhat beyond the model under the instruction.
     """
 
     objectives: list[str]
     instructions: list[str]
     tokenizer_fingerprint: str | None = field(default=None, kw_only=True)
+    settings: dict[str, Any] = field(
+        default_factory=lambda: {"beta": 1.5, "top_k": 200, "normalize": "none"}, kw_only=True
+    )
 
 
 class Place(NamedTuple):

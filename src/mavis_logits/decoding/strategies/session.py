@@ -107,7 +107,9 @@ class Session:
                 functions = self._steering.functions
                 stack.enter_context(functions.reading())
                 functions.refresh()
-                for layer in functions.layers - {LOGITS}:
+                for layer in functions.layers:
+                    if layer == LOGITS:
+                        continue
                     handle = self._backbone.catch(layer, partial(self._keep, threading.get_ident(), layer))
                     stack.callback(handle.remove)
                 if functions.heads:
