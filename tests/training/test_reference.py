@@ -98,3 +98,23 @@ def test_trees_deeper_than_a_backbone_reads_are_refused():
     require_trees_fit([item], tiny_llama(max_position_embeddings=depth))
     with pytest.raises(ValueError, match=f"has {depth} tokens .* more than the {depth - 1}"):
         require_trees_fit([item], tiny_llama(max_position_embeddings=depth - 1))
+
+
+def test_at_another_temperature_and_nucleus_that_is_the_reference():
+    model, tokenizer = chat_model()
+    value = ValueModel.from_backbone(model, ["low"])
+    with torch.no_grad():
+        value.head.weight.normal_()
+    prompts = encode_prompts(ROWS, tokenizer, 99)
+    settings = {"none": {"beta": 0.0, "top_k": 50}, "some": {"beta": 3.0, "top_k": 50}}
+    made = steerings(settings, {"low": value}, model, tokenizer, plain=False)
+    untilted, tilted = (complete(model, tokenizer, prompts, 12, made[name], 1, 0.5, 0.8) for name in settings)
+    assert untilted.log_ratios == pytest.approx([0.0] * len(ROWS), abs=1e-4)
+    assert sum(tilted.log_ratios) > 0.5
+    assert tilted.reference["temperature"] == 0.5
+    assert tilted.reference["top_p"] == 0.8
+    cold = complete(model, tokenizer, prompts, 12, None, 1, temperature=1e-3)
+    nucleus = complete(model, tokenizer, prompts, 12, None, 1, top_p=1e-6)
+    batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt", padding_side="left")
+    greedy = model.generate(**batch, do_sample=False, max_new_tokens=12)[:, batch["input_ids"].shape[1] :]
+    assert cold.texts == nucleus.texts == tokenizer.batch_decode(greedy, skip_special_tokens=True)

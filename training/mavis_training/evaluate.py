@@ -66,6 +66,8 @@ class EvaluateConfig:
         limit: at most this many prompts.
         seeds: each prompt is answered once per seed.
         max_new_tokens: T.
+        temperature, top_p: of the reference: what is sampled from where nothing steers, tilted where something does, and
+            what KL is taken against; the same for all settings.
         model: base model.
         chat_template: "auto" puts a prompt as one user turn of the tokenizer's chat template, or as raw text if it has
             none; "none" always as raw text.
@@ -87,6 +89,8 @@ class EvaluateConfig:
     limit: int | None = 100
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     max_new_tokens: int = 48
+    temperature: float = field(default=1.0, kw_only=True)
+    top_p: float = field(default=1.0, kw_only=True)
     model: str = DEFAULT_MODEL
     chat_template: ChatTemplate = "auto"
     dtype: str = "float32"
@@ -103,6 +107,10 @@ class EvaluateConfig:
             check_setting(setting)
         if not any(not setting for setting in self.settings.values()):
             raise ValueError("settings need an empty one, the base model left alone, to compare with")
+        if not self.temperature > 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"temperature must be above 0, and top_p above 0 and at most 1; got {self.temperature}, {self.top_p}"
+            )
         if not self.seeds or not self.rewards:
             raise ValueError(f"seeds and rewards must not be empty, got {self.seeds} and {self.rewards}")
         for spec in self.rewards.values():
@@ -233,10 +241,11 @@ def _generate_all(
     if todo:
         model, tokenizer = base()
         prompts = encode_prompts(rows, tokenizer, 10**6, config.chat_template)
-        if notice := Reference.of(model, tokenizer).notice(config.model):
+        reference = Reference.of(model, tokenizer, config.temperature, config.top_p)
+        if notice := reference.notice(config.model):
             tqdm.write(notice)
         require_room(rows, prompts, config.max_new_tokens, contexts(model))
-        steering = steerings(todo, config.value_functions, model, tokenizer)
+        steering = steerings(todo, config.value_functions, model, tokenizer, reference.is_plain)
         for steered in steering.values():
             require_room(rows, prompts, config.max_new_tokens, contexts(model, steered))
         total = len(todo) * len(config.seeds) * len(prompts)
@@ -245,7 +254,7 @@ def _generate_all(
                 progress.set_postfix_str(name)
                 done = complete_all(
                     model, tokenizer, ids, prompts, config.seeds, config.max_new_tokens, config.batch_size,
-                    steering[name], setting, progress.update,
+                    steering[name], setting, progress.update, config.temperature, config.top_p,
                 )  # fmt: skip
                 for beside in (".rewards.json", ".likelihood.json"):
                     paths[name].with_suffix(beside).unlink(missing_ok=True)
@@ -258,6 +267,8 @@ def _origins(config: EvaluateConfig, rows: list[dict[str, Any]]) -> dict[str, di
     shared = {
         name: getattr(config, name) for name in ("seeds", "max_new_tokens", "batch_size", "dtype", "chat_template")
     }
+    # Only where they are not as they always were, so that what an earlier version kept is taken.
+    shared |= {name: getattr(config, name) for name in ("temperature", "top_p") if getattr(config, name) != 1.0}
     shared["model"] = model_origin(config.model)
     return {
         name: completions_origin(setting, rows, config.value_functions, **shared)
@@ -296,10 +307,12 @@ def markdown(results: Mapping[str, Any]) -> str:
         lines += ["", *_table(["setting", "against", *(f"{o} (sd)" for o in objectives)], differences)]
     versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
     combined = " + ".join(f"{weight:g} {name}" for name, weight in (config["combined"] or {}).items())
+    cooler = config.get("temperature", 1.0), config.get("top_p", 1.0)
     note = (
         f"{results['prompts']} held-out prompts, seeds {config['seeds']}, {config['max_new_tokens']} tokens at most, "
-        f"base model in {config['dtype']}; means ± standard errors over prompts; KL by equation 7, against the full "
-        f"vocabulary. "
+        + (f"temperature {cooler[0]:g}, top-p {cooler[1]:g}, " if cooler != (1.0, 1.0) else "")
+        + f"base model in {config['dtype']}; means ± standard errors over prompts; KL by equation 7, "
+        + ("against the full vocabulary. " if cooler == (1.0, 1.0) else "against the model at these. ")
         + (f"Combined: {combined}. " if combined else "")
         + f"{results['machine']}; {versions}; {results['date']}."
     )

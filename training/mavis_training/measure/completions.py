@@ -103,8 +103,16 @@ def steerings(
     value_functions: str | Mapping[str, str],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    plain: bool = True,
 ) -> dict[str, Steering | None]:
     """A processor or strategy for every setting, None for the empty one; value functions are loaded once.
+
+    Args:
+        settings: by name.
+        value_functions: of those that name none of their own.
+        model, tokenizer: of the base model.
+        plain: whether the reference is the model's own distribution; at another temperature or nucleus a strategy
+            stands in for the processor, which sees scores before these are applied.
 
     Raises:
         ValueError: an unknown objective, or settings that the strategy refuses.
@@ -113,6 +121,8 @@ def steerings(
     made: dict[str, Steering | None] = {}
     for name, setting in settings.items():
         kind, config, own, _ = _parts(setting)
+        if kind is None and not plain:
+            kind, own = MavisSampling, {}
         common = {"model": model, "tokenizer": tokenizer, "config": MavisConfig.from_dict(config)}
         if not setting:
             made[name] = None
@@ -135,9 +145,15 @@ def complete(
     max_new_tokens: int,
     steering: Steering | None,
     returned: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
 ) -> Completions:
-    """`returned` completions of every prompt (token ids), sampled at temperature 1 over what the steering leaves."""
-    reference = Reference.of(model, tokenizer)
+    """`returned` completions of every prompt (token ids), sampled from the reference, or from what steering makes of it.
+
+    The reference is the base model at `temperature` and `top_p`, and log-ratios are taken against it.
+    """
+    reference = Reference.of(model, tokenizer, temperature, top_p)
+    assert reference.is_plain or not isinstance(steering, MavisLogitsProcessor), "see steerings(plain=False)"
     batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt", padding_side="left").to(model.device)
     how: dict[str, Any] = {"custom_generate": steering} if isinstance(steering, MavisStrategy) else {}
     if isinstance(steering, MavisLogitsProcessor):
@@ -145,7 +161,7 @@ def complete(
         how = {"logits_processor": [steering]}
     with reference.applied(model):
         output = model.generate(  # type: ignore[operator]
-            **batch, **how, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
+            **batch, **how, do_sample=True, temperature=temperature, top_k=0, top_p=top_p, max_new_tokens=max_new_tokens,
             num_return_sequences=returned, pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
     new = output[:, batch["input_ids"].shape[1] :]
@@ -171,6 +187,8 @@ def complete_all(
     steering: Steering | None,
     setting: Mapping[str, Any],
     advance: Callable[[int], object],
+    temperature: float = 1.0,
+    top_p: float = 1.0,
 ) -> Completions:
     """Complete all `prompts` (token ids) for every seed; `advance` is told how many were completed."""
     parts = []
@@ -178,7 +196,10 @@ def complete_all(
         for start in range(0, len(prompts), batch_size):
             chunk = prompts[start : start + batch_size]
             torch.manual_seed(1_000_003 * seed + start)
-            parts.append(complete(model, tokenizer, chunk, max_new_tokens, steering, _parts(setting)[3]))
+            returned = _parts(setting)[3]
+            parts.append(
+                complete(model, tokenizer, chunk, max_new_tokens, steering, returned, temperature, top_p)
+            )
             advance(len(chunk))
     ratios = [ratio for part in parts for ratio in part.log_ratios or ()]
     return Completions(

@@ -48,6 +48,7 @@ class ValidationConfig:
         seeds: each prompt is answered once per seed.
         max_new_tokens: T.
         batch_size: prompts side by side.
+        temperature, top_p: of the reference, which is sampled from or tilted.
     """
 
     prompts: str
@@ -55,6 +56,8 @@ class ValidationConfig:
     seeds: list[int] = field(default_factory=lambda: [0])
     max_new_tokens: int = 128
     batch_size: int = 32
+    temperature: float = 1.0
+    top_p: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "batch_size"):
@@ -105,7 +108,11 @@ class Validator:
     def settings(self) -> dict[str, Any]:
         """What shapes a measurement, beside the policy."""
         of = {name: reward_digest(spec) for name, spec in self.rewards.items()}
-        return asdict(self.config) | {
+        config = asdict(self.config)
+        for name in ("temperature", "top_p"):  # later settings: runs begun without them can be gone on with
+            if config[name] == 1.0:
+                del config[name]
+        return config | {
             "rewards": self.rewards, "weights": self.weights, "rewards_are": of,
             "prompts_read": prompts_digest(self.rows),
         }  # fmt: skip
@@ -152,6 +159,8 @@ class Validator:
         setting = {} if policy is None else {"strategy": "sampling", **policy.settings}
         model, tokenizer = self.base()
         shared = {name: getattr(self.config, name) for name in ("seeds", "max_new_tokens", "batch_size")}
+        sampled = {"temperature": self.config.temperature, "top_p": self.config.top_p}
+        shared |= {name: value for name, value in sampled.items() if value != 1.0}
         shared |= {"chat_template": self.chat_template, "model": Identity(model).fingerprint}
         origin = completions_origin(setting, self.rows, None if policy is None else policy.value_functions, **shared)
         if not path.exists():
@@ -163,7 +172,7 @@ class Validator:
             with tqdm(total=len(seeds) * len(ids), desc="validate", unit="prompt") as progress:
                 done = complete_all(
                     model, tokenizer, ids, prompts, seeds, self.config.max_new_tokens, self.config.batch_size,
-                    steering, setting, progress.update,
+                    steering, setting, progress.update, **sampled,
                 )  # fmt: skip
             write_completions(path, origin, done)
         return read_completions(path, origin, "output", fresh=False)

@@ -29,7 +29,8 @@ _HARMLESS = frozenset(
 
 @dataclass(frozen=True)
 class Reference:
-    """The softmax of the base model's own scores, at temperature 1 and over the whole vocabulary, until a text ends.
+    """The softmax of the base model's own scores, by default at temperature 1 and over the whole vocabulary, until a
+    text ends.
 
     What else a model's `generation_config.json` asks for (penalties, min-p, banned or forced tokens, a temperature) is
     not applied, neither to what is collected nor to what is measured: else the two, and KL, would be of other policies.
@@ -38,24 +39,39 @@ class Reference:
         eos: ids that end a text.
         pad: id that fills up a batch.
         not_applied: of the generation config.
+        temperature, top_p: that it is sampled at, as in `generate`.
     """
 
     eos: frozenset[int]
     pad: int | None
     not_applied: dict[str, Any] = field(default_factory=dict)
+    temperature: float = 1.0
+    top_p: float = 1.0
 
     @classmethod
-    def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Reference:
+    def of(
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperature: float = 1.0, top_p: float = 1.0
+    ) -> Reference:
         """Of a base model and its tokenizer."""
         found = getattr(model, "generation_config", None)
         asked = found.to_diff_dict() if found is not None else {}
-        left_out = {key: value for key, value in asked.items() if key not in _HARMLESS and not key.startswith("_")}
-        return cls(frozenset(eos_token_ids(found, tokenizer)), tokenizer.pad_token_id, left_out)
+        applied = {"temperature": temperature, "top_p": top_p}
+        left_out = {
+            key: value
+            for key, value in asked.items()
+            if key not in _HARMLESS and not key.startswith("_") and value != applied.get(key)
+        }
+        return cls(frozenset(eos_token_ids(found, tokenizer)), tokenizer.pad_token_id, left_out, temperature, top_p)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the model's own distribution, at temperature 1 and over all tokens."""
+        return self.temperature == 1.0 and self.top_p == 1.0
 
     def record(self) -> dict[str, Any]:
         """As results keep it."""
         return {
-            "temperature": 1.0, "top_k": None, "top_p": 1.0, "eos_token_id": sorted(self.eos),
+            "temperature": self.temperature, "top_k": None, "top_p": self.top_p, "eos_token_id": sorted(self.eos),
             "not_applied": self.not_applied,
         }  # fmt: skip
 
@@ -65,9 +81,13 @@ class Reference:
             return None
         asked = ", ".join(f"{name} {value}" for name, value in self.not_applied.items())
         return (
-            f"{model}: the reference policy is the model's own distribution. Not applied of its generation config, "
+            f"{model}: the reference policy is the model's own distribution{self._in_words()}. Not applied of its "
+            "generation config, "
             f"neither in collecting nor in measuring: {asked}"
         )
+
+    def _in_words(self) -> str:
+        return "" if self.is_plain else f" at temperature {self.temperature:g}, top-p {self.top_p:g}"
 
     @contextmanager
     def applied(self, model: PreTrainedModel) -> Iterator[None]:
