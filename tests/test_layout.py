@@ -25,7 +25,7 @@ ORDERS = {
     "training/mavis_training": [
         "base", "trees", "rewards", "sampling", "fitting", "label", "collect", "train_head", "train_model", "distil",
         "sft", "make_prompts", "export", "measure", "evaluate", "cards", "iteration", "iterate", "estimates", "demo",
-        "closing", "cli",
+        "fit", "closing", "cli",
     ],
 }  # fmt: skip
 

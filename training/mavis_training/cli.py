@@ -110,6 +110,38 @@ def iterate(argv: Sequence[str]) -> None:
     run_or_estimate(run, IterateConfig, argv, "iterate", closing.of_iteration)
 
 
+def fit(argv: Sequence[str]) -> None:
+    """`mavis fit`: from a model, prompts and rewards to a bundle, in the time that there is."""
+    from .fit.config import FitConfig
+    from .fit.report import summary, usage
+    from .fit.run import fit as run
+
+    config = read_config(FitConfig, _named(argv, "--reward", "--rewards"), "fit")
+    state = run(config)
+    print("\n".join(["", *summary(config, state["results"]), "", usage(state), ""]))
+    print(f"What it was measured by, and answers before and after: {config.output}/report.html")
+
+
+def _named(argv: Sequence[str], flag: str, mapping: str) -> list[str]:
+    """`--reward NAME=SPEC` as the flag of one entry of a mapping, which `--rewards.NAME SPEC` is."""
+    words, taken = [], False
+    for word in argv:
+        inline = word.startswith(f"{flag}=")
+        if word == flag and not taken:
+            taken = True
+            continue
+        if not taken and not inline:
+            words.append(word)
+            continue
+        name, sign, spec = (word.removeprefix(f"{flag}=") if inline else word).partition("=")
+        if not (name and sign and spec):
+            raise ValueError(f"{flag} got {word!r}; expected NAME=SPEC, e.g. {flag} kind=rewards.py:kind")
+        words, taken = [*words, f"{mapping}.{name}", spec], False
+    if taken:
+        raise ValueError(f"{flag} expects NAME=SPEC, e.g. {flag} kind=rewards.py:kind")
+    return words
+
+
 def evaluate(argv: Sequence[str]) -> None:
     """`mavis evaluate`: measure rewards and KL on held-out prompts."""
     from . import closing

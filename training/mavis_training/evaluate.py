@@ -135,8 +135,14 @@ def default_settings(objectives: Sequence[str]) -> dict[str, dict[str, Any]]:
     return {"unsteered": {}} | steered
 
 
-def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+def evaluate(
+    config: EvaluateConfig, loaded_base: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
+) -> dict[str, Any]:
     """Run every setting, score all completions, write the results and return them.
+
+    Args:
+        config: what to measure.
+        loaded_base: the base model and its tokenizer, if they are loaded already.
 
     Raises:
         ValueError: an unknown objective or setting, or prompts that cannot be used, before anything is generated.
@@ -156,7 +162,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if len(written) < len(origins):  # what is wrong with a reward is found now
         for spec in config.rewards.values():
             load(spec)
-    base = lru_cache(maxsize=None)(partial(_load_base, config))
+    base = (lambda: loaded_base) if loaded_base is not None else lru_cache(maxsize=None)(partial(_load_base, config))
     reused = list(written)
     written = _generate_all(config, rows, base, origins, written)
     if reused:

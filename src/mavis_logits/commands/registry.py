@@ -50,6 +50,11 @@ OWN = [
         "demo,training",
     ),
     Command(
+        "fit",
+        "from a model, prompts and rewards to a value function that steers: one command, in the time that there is",
+        "mavis_training.cli:fit",
+    ),
+    Command(
         "prompts",
         "training 0: prompts of a data set, cleaned, in the file that the other commands read",
         "mavis_training.cli:prompts",

@@ -197,9 +197,7 @@ def complete_all(
             chunk = prompts[start : start + batch_size]
             torch.manual_seed(1_000_003 * seed + start)
             returned = _parts(setting)[3]
-            parts.append(
-                complete(model, tokenizer, chunk, max_new_tokens, steering, returned, temperature, top_p)
-            )
+            parts.append(complete(model, tokenizer, chunk, max_new_tokens, steering, returned, temperature, top_p))
             advance(len(chunk))
     ratios = [ratio for part in parts for ratio in part.log_ratios or ()]
     return Completions(

@@ -1,0 +1,126 @@
+"""What `mavis fit` is told."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from mavis_logits.core.chat import ChatTemplate
+from mavis_logits.models import DEFAULT_MODEL
+
+from ..base.settings import from_mapping, torch_dtype
+from ..fitting.head_config import TrainHeadConfig
+from ..fitting.model_config import TrainModelConfig
+from ..rewards.load import split_spec
+
+Kind = Literal["head", "model"]
+TRAINERS: dict[str, type[TrainHeadConfig] | type[TrainModelConfig]] = {
+    "head": TrainHeadConfig,
+    "model": TrainModelConfig,
+}
+_OWN = {"store", "objectives", "output", "states", "model", "device", "dtype", "seed", "fresh", "initial"}
+_UNITS = {"h": 3600, "m": 60, "s": 1, "": 60}
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Make a value function for one's own rewards: collect, label, train, choose settings, measure, write a bundle.
+
+    Attributes:
+        prompts: JSON-lines file with `prompt` (and `id`), or a .txt file with one prompt a line.
+        rewards: by objective, its reward as for `mavis label`: `file.py:function`, or a sequence classifier.
+        output: folder: `bundle` (the value function with its settings and card), `report.html`, and `work`.
+        model: the language model that is to be steered, by Hub id or folder.
+        kind: "head": a value head on the model's own states, which costs nothing at decoding; "model": a value model.
+        budget: of time for all of it, such as 30m, 2h or 1h30m; it decides how many trees are collected.
+        kl: how far from the model steering may go, in nats an answer; "best": as far as the rewards rise.
+        held_out: prompts to choose settings and to measure on; by default a part of `prompts`.
+        temperature, top_p: at which the model is sampled and steered; by default its generation config's, else 0.7, 1.
+        max_new_tokens: length of an answer.
+        trees: at most so many, whatever the budget.
+        train: fields of the training's own config (`mavis train-head`, `mavis train-model`).
+        chat_template: "auto" or "none", as for `mavis collect`.
+        dtype: of the model's weights.
+        device: where to run; None for a GPU if there is one.
+        seed: of everything.
+        fresh: begin anew, in place of what `output` holds of another run.
+    """
+
+    prompts: str
+    rewards: dict[str, str | dict[str, Any]]
+    output: str
+    model: str = DEFAULT_MODEL
+    kind: Kind = "head"
+    budget: str = "30m"
+    kl: float | Literal["best"] = 5.0
+    held_out: str | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    max_new_tokens: int = 48
+    trees: int | None = None
+    train: dict[str, Any] = field(default_factory=dict)
+    chat_template: ChatTemplate = "auto"
+    dtype: str = "float32"
+    device: str | None = None
+    seed: int = 0
+    fresh: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.rewards:
+            raise ValueError("rewards is empty: name at least one, as in --reward kind=rewards.py:kind")
+        for spec in self.rewards.values():
+            split_spec(spec)
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {self.kind!r}")
+        seconds(self.budget)
+        if self.kl != "best" and not (isinstance(self.kl, int | float) and self.kl > 0):
+            raise ValueError(f"kl must be a number of nats above 0, or 'best', got {self.kl!r}")
+        if self.temperature is not None and not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.max_new_tokens < 4:
+            raise ValueError(f"max_new_tokens must be at least 4, got {self.max_new_tokens}")
+        torch_dtype(self.dtype)
+        self.training("store", "value", {})
+
+    def training(self, store: str, output: str, places: dict[str, Any]) -> TrainHeadConfig | TrainModelConfig:
+        """How the value function is trained, on the trees in `store`.
+
+        Args:
+            store: folder of labelled trees.
+            output: folder for the value function.
+            places: further settings that are this run's to give.
+
+        Raises:
+            ValueError: `train` has an unknown field, or one that is given elsewhere.
+        """
+        taken = sorted(_OWN & self.train.keys())
+        if taken:
+            raise ValueError(f"train must not give {', '.join(taken)}: that is said by the run itself")
+        own = {"store": store, "objectives": list(self.rewards), "output": output, "seed": self.seed}
+        own |= {"model": self.model, "dtype": self.dtype} if self.kind == "head" else {"backbone": self.model}
+        return from_mapping(TRAINERS[self.kind], own | places | self.train, "train")
+
+
+def seconds(budget: str) -> float:
+    """A time such as 30m, 2h, 1h30m, 90s or 45 (minutes) in seconds.
+
+    Raises:
+        ValueError: it is none, or nothing.
+    """
+    text = str(budget).strip().lower()
+    parts = re.findall(r"(\d+(?:\.\d+)?)\s*([hms]?)", text)
+    total = sum(float(number) * _UNITS[unit] for number, unit in parts)
+    if not total or "".join(number + unit for number, unit in parts) != re.sub(r"\s", "", text):
+        raise ValueError(f"budget must be a time such as 30m, 2h or 1h30m, got {budget!r}")
+    return total
+
+
+def told(span: float) -> str:
+    """A time in words, for people."""
+    if span < 90:
+        return f"{max(1, round(span))} seconds"
+    minutes = round(span / 60)
+    return f"{minutes} minutes" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,393 @@
+"""The stages of a fit. Killed at any instant, a rerun goes on where it stood; what was collected is kept.
+
+fit.json            settings, time spent, what was planned and chosen
+work/               prompts, trees, hidden states, the value function in training, trials, completions
+bundle/             the value function with its settings and card
+report.html         what came of it
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mavis_logits import MavisConfig
+from mavis_logits.hub.cards import METRICS
+from mavis_logits.hub.make_bundle import make_bundle
+from mavis_logits.hub.quality import foresight
+from mavis_logits.models import load_chat_model
+from mavis_logits.values.value_head import ValueHead
+from mavis_logits.values.value_model import ValueModel
+
+from ..base.files import read_json, replace_when_whole, write_json
+from ..base.kept import model_origin, require_same
+from ..base.prompts import read_prompts
+from ..base.settings import torch_dtype
+from ..cards import CardConfig, write_card
+from ..collect import collect
+from ..evaluate import EvaluateConfig, evaluate
+from ..label import LabelConfig, label
+from ..measure.schedule import Measurement
+from ..measure.validation import ValidationConfig, Validator
+from ..rewards.load import describe_spec, load_reward, reward_digest
+from ..sampling.config import CollectConfig, PolicyConfig
+from ..train_head import train_head
+from ..train_model import train_model
+from ..trees.tree_store import TreeStore
+from .config import FitConfig, seconds, told
+from .plan import TREES_SHARE, Split, split, trees_within
+from .report import write_report
+from .tune import GRIDS, Trial, choose
+
+STATE = "fit.json"
+_FIRST = 8  # trees from which the time of one is told
+_ROUNDS = 6  # in which the others are collected, with a look at the clock between them
+_PLACES = ("output", "device", "fresh", "budget")
+_TOP_P, _TEMPERATURE = 1.0, 0.7
+
+
+def fit(
+    config: FitConfig,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    say: Callable[[str], object] = print,
+) -> dict[str, Any]:
+    """Make a bundle as `config` says, and return what `fit.json` holds.
+
+    Args:
+        config: what to make.
+        model: the model that is to be steered, if it is loaded already (then `tokenizer` too).
+        tokenizer: its tokenizer.
+        say: is told what happens, a line at a time.
+
+    Raises:
+        ValueError: too few prompts or some that are held out too, a reward that is constant, depends on the prompt
+            alone or fails, a budget too small, or `output` of another run. What was collected is kept.
+        OSError: a file that cannot be read or written.
+    """
+    return _Run(config, model, tokenizer, say).run()
+
+
+class _Run:
+    def __init__(
+        self,
+        config: FitConfig,
+        model: PreTrainedModel | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        say: Callable[[str], object],
+    ) -> None:
+        self.config, self.say = config, say
+        self.folder = Path(config.output)
+        self.work = self.folder / "work"
+        if model is not None and tokenizer is not None:
+            self.base = model, tokenizer
+        self.started = time.monotonic()
+        rows = read_prompts(config.prompts)
+        held_out = None if config.held_out is None else read_prompts(config.held_out)
+        self.split: Split = split(rows, held_out, config.seed)
+        self.state: dict[str, Any] = {}
+
+    @cached_property
+    def base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model that is to be steered, and its tokenizer."""
+        model, tokenizer = load_chat_model(self.config.model, torch_dtype(self.config.dtype))
+        return (model if self.config.device is None else model.to(self.config.device)), tokenizer  # type: ignore[arg-type]
+
+    @property
+    def spent(self) -> float:
+        """Seconds, those of interrupted runs included."""
+        return float(self.state.get("spent_before", 0.0)) + time.monotonic() - self.started
+
+    @property
+    def left(self) -> float:
+        """Seconds of the budget that are left; below 0 if it is used up."""
+        return seconds(self.config.budget) - self.spent
+
+    def run(self) -> dict[str, Any]:
+        config = self.config
+        self._begin()
+        for spec in config.rewards.values():  # what is wrong with one is found before anything is sampled
+            load_reward(spec)
+        model, tokenizer = self.base
+        self.temperature = config.temperature or _asked(model, "temperature") or _TEMPERATURE
+        self.top_p = config.top_p or _asked(model, "top_p") or _TOP_P
+        self._tell_begin(tokenizer)
+        store = self._collected()
+        value = self._trained(store)
+        chosen, tried = self._chosen(value)
+        results = self._measured(value, chosen)
+        bundle = self._bundled(value, chosen)
+        self._keep(temperature=self.temperature, top_p=self.top_p, bundle=str(bundle), results=results)
+        metrics = read_json(value / METRICS)
+        write_report(self.folder / "report.html", config, self.state, results, tried, metrics, self._answers())
+        return self.state
+
+    def _begin(self) -> None:
+        path = self.folder / STATE
+        origin = {k: v for k, v in asdict(self.config).items() if k not in _PLACES}
+        origin |= {"rewards_are": {name: reward_digest(spec) for name, spec in self.config.rewards.items()}}
+        origin |= {"model_is": model_origin(self.config.model), "ids": [row["id"] for row in self.split.trees]}
+        if path.exists() and self.config.fresh:
+            shutil.rmtree(self.work, ignore_errors=True)
+            shutil.rmtree(self.folder / "bundle", ignore_errors=True)
+            path.unlink()
+        if path.exists():
+            self.state = read_json(path)
+            require_same(f"{self.folder} holds a fit of other settings", self.state["origin"], origin, "output")
+            self.say(f"Going on with what {self.folder} holds.")
+        self.state |= {"origin": origin, "spent_before": self.state.get("spent", 0.0)}
+        self.work.mkdir(parents=True, exist_ok=True)
+        for name in ("trees", "choosing", "measuring"):
+            _write_rows(self.work / f"{name}.jsonl", getattr(self.split, name))
+        self._keep()
+
+    def _keep(self, **more: Any) -> None:
+        self.state |= more | {"spent": self.spent}
+        write_json(self.folder / STATE, self.state)
+
+    def _tell_begin(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        counts = len(self.split.trees), len(self.split.choosing), len(self.split.measuring)
+        self.say(
+            f"[1/6] {counts[0]} prompts to learn from, {counts[1]} to choose settings on, {counts[2]} to measure on; "
+            f"{self.config.model} at temperature {self.temperature:g}, top-p {self.top_p:g}; "
+            f"{told(seconds(self.config.budget))} in all."
+        )
+        if self.config.chat_template == "auto" and tokenizer.chat_template is None:
+            self.say("      The tokenizer has no chat template: prompts are given to the model as raw text.")
+
+    # Trees
+
+    def _collected(self) -> TreeStore:
+        """Trees with rewards: a first few, from which the time of one is told, then as many as there is time for."""
+        budget, prompts = seconds(self.config.budget), len(self.split.trees)
+        if "collected" in self.state:
+            return TreeStore.open(self.work / "trees")
+        begun = self.spent
+        store = self._grow(min(_FIRST, prompts))
+        if "trees" not in self.state:
+            self._require_something_to_learn(store)
+            count = min(_FIRST, prompts)
+            cost = max(1e-3, (self.spent - begun) / count)
+            wanted = trees_within(budget, self.spent, cost, prompts, self.config.trees)
+            self._keep(trees=wanted)
+            ahead = max(0.0, (wanted - count) * cost)
+            self.say(
+                f"[2/6] Sampling {wanted} trees of about {self._per_tree():.0f} answers, {cost:.1f} seconds each: "
+                f"about {told(ahead)}."
+            )
+        wanted = int(self.state["trees"])
+        step = max(_FIRST, -(-wanted // _ROUNDS))
+        for limit in [*range(step, wanted, step), wanted]:
+            store = self._grow(limit)
+            done = len(store.prompt_ids())
+            if done < wanted and self.spent > TREES_SHARE * budget and done >= _FIRST:
+                self.say(f"      {done} trees have taken longer than was thought: going on with these.")
+                break
+        self._keep(collected=len(store.prompt_ids()))
+        return store
+
+    def _grow(self, limit: int) -> TreeStore:
+        """The store with trees of the first `limit` prompts, labelled."""
+        config = self.config
+        sampling = CollectConfig(
+            str(self.work / "trees.jsonl"), str(self.work / "trees"), config.model, limit, config.max_new_tokens,
+            layers=3, root_children=4, children=2, temperature=self.temperature, top_p=self.top_p,
+            chat_template=config.chat_template, dtype=config.dtype, device=config.device, seed=config.seed,
+        )  # fmt: skip
+        collect(sampling, *self.base)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of rewards that are all the same: told by `_require_something_to_learn`
+            return label(LabelConfig(sampling.store, config.rewards, tokenizer=config.model, device=config.device))
+
+    def _per_tree(self) -> float:
+        store = TreeStore.open(self.work / "trees")
+        return float(np.mean([len(tree.leaves()) for tree in store]))
+
+    def _require_something_to_learn(self, store: TreeStore) -> None:
+        """Raise `ValueError` for a reward that no choice of words changes."""
+        for name in self.config.rewards:
+            rewards = store.rewards(name)
+            values = np.concatenate(rewards)
+            if np.ptp(values) == 0:
+                raise ValueError(
+                    f"the reward {name!r} is {values[0]:g} for all of {len(values)} answers to {len(rewards)} prompts: "
+                    "there is nothing to steer by. Check what the function looks at"
+                )
+            if all(np.ptp(own) == 0 for own in rewards):
+                raise ValueError(
+                    f"the reward {name!r} is the same for all answers to one prompt, in all of {len(rewards)} prompts: "
+                    "it depends on the prompt alone, and nothing that the model writes can change it"
+                )
+
+    # Values
+
+    def _trained(self, store: TreeStore) -> Path:
+        self.say(f"[3/6] Training a value {self.config.kind} on {len(store.prompt_ids())} trees.")
+        folder = self.work / "value"
+        places: dict[str, Any] = {"device": self.config.device}
+        if self.config.kind == "head":
+            places["states"] = str(self.work / "states")
+        training = self.config.training(str(store.folder), str(folder), places)
+        if self.config.kind == "head":
+            train_head(training, self.base[0])  # type: ignore[arg-type]
+        else:
+            train_model(training)  # type: ignore[arg-type]
+        metrics = read_json(folder / METRICS)
+        for name in self.config.rewards:
+            self.say(f"      {name}: {foresight(metrics[name])}")
+        self._keep()
+        return folder
+
+    # Settings
+
+    def _chosen(self, value: Path) -> tuple[dict[str, Any], list[Trial]]:
+        """The settings that are best at the divergence that is wanted, and all that were tried."""
+        kl = None if self.config.kl == "best" else float(self.config.kl)
+        aim = "most reward" if kl is None else f"about {kl:g} nats from the model"
+        if "chosen" in self.state:
+            return self.state["chosen"], [Trial(**trial) for trial in self.state["tried"]]
+        self.say(f"[4/6] Choosing strength, cut and normalisation on {len(self.split.choosing)} prompts, for {aim}.")
+        plain = self._validated("plain", None, None)
+        deadline = self.spent + 0.5 * max(0.0, self.left)
+
+        def measure(settings: dict[str, Any]) -> Trial:
+            found = {}
+            for name in self.config.rewards:
+                policy = PolicyConfig(str(value), {**settings, "weights": {name: 1.0}})
+                found[name] = self._validated(_file_name(settings, name), policy, plain)
+            kls = [one.kl for one in found.values()]
+            gains = {name: float(one.summary[name]["gain_sd"] or 0.0) for name, one in found.items()}
+            trial = Trial(settings, float(np.mean(kls)), gains)
+            told_gains = ", ".join(f"{name} {gain:+.2f}" for name, gain in gains.items())
+            self.say(f"      {_in_words(settings)}: {trial.kl:.1f} nats, {told_gains} standard deviations")
+            return trial
+
+        config = _config_of(value)
+        scale = dict(zip(config.objectives, config.reward_scale, strict=True))
+        best, tried = choose(measure, GRIDS[self.config.kind], scale, kl, lambda: self.spent < deadline)
+        if kl is not None and not 0.5 * kl <= best.kl <= 1.5 * kl:
+            self.say(f"      The nearest that was found to {kl:g} nats is {best.kl:.1f}.")
+        self._keep(chosen=best.settings, tried=[asdict(trial) for trial in tried])
+        return best.settings, tried
+
+    def _validated(self, name: str, policy: PolicyConfig | None, plain: Measurement | None) -> Measurement:
+        return self._validator.measure(self.work / "trials" / name, policy, plain)
+
+    @cached_property
+    def _validator(self) -> Validator:
+        on = ValidationConfig(
+            str(self.work / "choosing.jsonl"),
+            None,
+            [0, 1],
+            self.config.max_new_tokens,
+            32,
+            self.temperature,
+            self.top_p,
+        )
+        equal = dict.fromkeys(self.config.rewards, 1 / len(self.config.rewards))
+        device = str(self.base[0].device)
+        return Validator(on, self.config.rewards, equal, lambda: self.base, device, self.config.chat_template)
+
+    # Numbers
+
+    def _measured(self, value: Path, chosen: dict[str, Any]) -> dict[str, Any]:
+        count = len(self.split.measuring)
+        self.say(f"[5/6] Measuring on {count} prompts that nothing has been learned from or chosen on.")
+        settings: dict[str, dict[str, Any]] = {"unsteered": {}}
+        objectives = list(self.config.rewards)
+        for name in objectives:
+            settings[name] = {**chosen, "weights": {name: 1.0}}
+            for factor, word in ((0.5, "half as strong"), (2.0, "twice as strong")):
+                settings[f"{name}, {word}"] = {**settings[name], "beta": chosen["beta"] * factor}
+        if len(objectives) > 1:
+            settings["all alike"] = {**chosen, "weights": dict.fromkeys(objectives, 1 / len(objectives))}
+        results = evaluate(
+            EvaluateConfig(
+                prompts=str(self.work / "measuring.jsonl"), output=str(self.work / "evaluation.json"),
+                completions=str(self.work / "completions"), value_functions=str(value), rewards=self.config.rewards,
+                settings=settings, limit=None, seeds=[0, 1, 2], max_new_tokens=self.config.max_new_tokens,
+                temperature=self.temperature, top_p=self.top_p, model=self.config.model,
+                chat_template=self.config.chat_template, dtype=self.config.dtype, device=self.config.device,
+            ),
+            self.base,
+        )  # fmt: skip
+        self._keep()
+        return results
+
+    def _answers(self) -> list[dict[str, str]]:
+        """Answers of the model left alone, and steered to each objective, to some prompts side by side."""
+        found: dict[str, list[str]] = {}
+        for name in ("unsteered", *self.config.rewards):
+            found[name] = read_json(self.work / "completions" / f"{name}.json")["texts"]
+        rows = self.split.measuring[:6]
+        return [{"prompt": row["prompt"]} | {name: found[name][i] for name in found} for i, row in enumerate(rows)]
+
+    # What is left
+
+    def _bundled(self, value: Path, chosen: dict[str, Any]) -> Path:
+        target, final = self.folder / "bundle", self.work / "final" / "value"
+        self.say(f"[6/6] Writing {target} and {self.folder / 'report.html'}.")
+        shutil.rmtree(final, ignore_errors=True)  # a copy: what was measured stays as it is
+        shutil.copytree(value, final, ignore=shutil.ignore_patterns("states", "checkpoints", "training.json"))
+        if self.config.kind == "model" and Path(self.config.model).is_dir():
+            # Nobody else has the folder that an adapter would be on: its layers are saved with it.
+            ValueModel.from_pretrained(final, merge=True).save_pretrained(final)
+            (final / "adapter_config.json").unlink(missing_ok=True)
+        config = _config_of(final)
+        config.settings = {**chosen, "temperature": self.temperature}
+        config.save_pretrained(final)
+        rewards = {name: f"computed by `{describe_spec(spec)}`." for name, spec in self.config.rewards.items()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            write_card(
+                CardConfig(
+                    str(final), evaluation=str(self.work / "evaluation.json"), rewards=rewards, plots=_can_draw(),
+                )
+            )  # fmt: skip
+            shutil.rmtree(target, ignore_errors=True)
+            equal = dict.fromkeys(self.config.rewards, 1 / len(self.config.rewards))
+            settings = MavisConfig.from_dict({**chosen, "weights": equal})
+            make_bundle(target, [str(final)], settings, allow_weak=True)
+        return target
+
+
+def _asked(model: PreTrainedModel, name: str) -> float | None:
+    """What the model's own generation config asks for; None if nothing."""
+    value = getattr(getattr(model, "generation_config", None), name, None)
+    return float(value) if value not in (None, 1.0) else None
+
+
+def _config_of(folder: Path) -> Any:
+    kind = read_json(folder / "config.json").get("model_type")
+    cls: Any = ValueHead if kind == ValueHead.config_class.model_type else ValueModel
+    return cls.config_class.from_pretrained(folder)
+
+
+def _in_words(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
+
+
+def _file_name(settings: dict[str, Any], objective: str) -> str:
+    words = "-".join(f"{name}-{value}" for name, value in sorted(settings.items()))
+    return f"{objective}-{words}"
+
+
+def _can_draw() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("matplotlib") is not None
+
+
+def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with replace_when_whole(path) as temporary:
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
