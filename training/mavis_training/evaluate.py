@@ -66,8 +66,8 @@ class EvaluateConfig:
         limit: at most this many prompts.
         seeds: each prompt is answered once per seed.
         max_new_tokens: T.
-        temperature, top_p: of the reference: what is sampled from where nothing steers, tilted where something does, and
-            what KL is taken against; the same for all settings.
+        temperature, top_p: of the reference: what is sampled from where nothing steers, is tilted where something does,
+            and what KL is taken against; the same for all settings.
         model: base model.
         chat_template: "auto" puts a prompt as one user turn of the tokenizer's chat template, or as raw text if it has
             none; "none" always as raw text.

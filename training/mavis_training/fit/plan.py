@@ -88,8 +88,8 @@ def trees_within(budget: float, spent: float, cost: float, prompts: int, most: i
         needed = (spent + FEWEST_TREES * cost) / TREES_SHARE
         raise ValueError(
             f"the budget is too small: a tree takes {cost:.1f} seconds here, and {FEWEST_TREES} are the fewest that "
-            f"anything can be learned from. Give at least {math.ceil(needed / 60)}m, fewer max_new_tokens, or a machine "
-            "with a GPU; what has been sampled is kept"
+            f"anything can be learned from. Give at least {math.ceil(needed / 60)}m, fewer max_new_tokens, or a "
+            "machine with a GPU; what has been sampled is kept"
         )
     return min(count, prompts, prompts if most is None else most)
 

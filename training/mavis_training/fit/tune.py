@@ -1,4 +1,4 @@
-"""Choosing how a value function is best used: k, cut, normalisation and strength, for a divergence or for most reward."""
+"""Choosing how a value function is best used: candidates, normalisation and strength, at a divergence that is wanted."""
 
 from __future__ import annotations
 

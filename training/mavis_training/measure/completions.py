@@ -148,7 +148,7 @@ def complete(
     temperature: float = 1.0,
     top_p: float = 1.0,
 ) -> Completions:
-    """`returned` completions of every prompt (token ids), sampled from the reference, or from what steering makes of it.
+    """`returned` completions of every prompt (token ids) from the reference, or from what steering makes of it.
 
     The reference is the base model at `temperature` and `top_p`, and log-ratios are taken against it.
     """
@@ -161,8 +161,8 @@ def complete(
         how = {"logits_processor": [steering]}
     with reference.applied(model):
         output = model.generate(  # type: ignore[operator]
-            **batch, **how, do_sample=True, temperature=temperature, top_k=0, top_p=top_p, max_new_tokens=max_new_tokens,
-            num_return_sequences=returned, pad_token_id=tokenizer.pad_token_id,
+            **batch, **how, do_sample=True, temperature=temperature, top_k=0, top_p=top_p,
+            max_new_tokens=max_new_tokens, num_return_sequences=returned, pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
     new = output[:, batch["input_ids"].shape[1] :]
     ends = torch.isin(new, torch.tensor(sorted(reference.eos), device=new.device))
