@@ -12,7 +12,7 @@ from mavis_logits.models import DEFAULT_MODEL
 from ..base.settings import from_mapping, torch_dtype
 from ..fitting.head_config import TrainHeadConfig
 from ..fitting.model_config import TrainModelConfig
-from ..rewards.load import split_spec
+from ..rewards.load import split_spec, with_model
 
 Kind = Literal["head", "model"]
 TRAINERS: dict[str, type[TrainHeadConfig] | type[TrainModelConfig]] = {
@@ -29,7 +29,8 @@ class FitConfig:
 
     Attributes:
         prompts: JSON-lines file with `prompt` (and `id`), or a .txt file with one prompt a line.
-        rewards: by objective, its reward as for `mavis label`: `file.py:function`, or a sequence classifier.
+        rewards: by objective, its reward as for `mavis label`: `file.py:function`, or a sequence classifier; or
+            `words:INSTRUCTION`, what an instruction to the model itself makes likelier: it then steers at plain speed.
         output: folder: `bundle` (the value function with its settings and card), `report.html`, and `work`.
         model: the language model that is to be steered, by Hub id or folder.
         kind: "head": a value head on the model's own states, which costs nothing at decoding; "model": a value model.
@@ -69,7 +70,9 @@ class FitConfig:
     def __post_init__(self) -> None:
         if not self.rewards:
             raise ValueError("rewards is empty: name at least one, as in --reward kind=rewards.py:kind")
-        for spec in self.rewards.values():
+        read = {name: with_model(spec, self.model, self.chat_template) for name, spec in self.rewards.items()}
+        object.__setattr__(self, "rewards", read)
+        for spec in read.values():
             split_spec(spec)
         if self.kind not in get_args(Kind):
             raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {self.kind!r}")

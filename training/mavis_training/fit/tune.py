@@ -1,4 +1,4 @@
-"""Choosing how a value function is best used: candidates, normalisation and strength, at a divergence that is wanted."""
+"""Choosing how a value function is best used: candidates, normalisation and strength, at a wanted divergence."""
 
 from __future__ import annotations
 

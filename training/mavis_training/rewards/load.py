@@ -21,14 +21,19 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from mavis_logits.core.chat import ChatTemplate
 from mavis_logits.core.rewards import Reward as Reward
 from mavis_logits.core.rewards import compute_rewards as compute_rewards
+from mavis_logits.models import load_chat_model
 from mavis_logits.values.adapters import folded
 
+from ..base.kept import digest, model_origin
 from .classifier import ClassifierReward, ClassifierSettings
 from .identity import folder_digest, sources_digest, user_files
+from .words import WordsReward
 
 RewardSpec = str | Mapping[str, Any]
+WORDS = "words"
 REWARD_CONFIG = "reward_config.json"
 _FUNCTION = re.compile(r"(?:[A-Za-z_][\w.]*|.+\.py):[A-Za-z_]\w*")
 _READ: dict[str, str | None] = {}  # digests of the modules that rewards were imported from, as they were then
@@ -43,13 +48,17 @@ def load_reward(spec: RewardSpec, device: str | torch.device = "cpu") -> Reward:
         spec: a folder or Hub id of a sequence classification model, or of a PEFT adapter for one; `"module:function"`
             of an installed module or a file in the current folder; `"file.py:function"`; or a mapping of `model` (a
             classifier) and fields of `ClassifierSettings`. A `reward_config.json` beside the model may hold these
-            fields too; the mapping goes before it.
+            fields too; the mapping goes before it. Or a mapping of `words`, an instruction, and `model`, the language
+            model that is to be steered (and `chat_template`): what the instruction makes likelier (`rewards.words`).
         device: where a model goes.
 
     Raises:
         ValueError: nothing of that name can be loaded, or it is not a reward; the message says what was tried.
     """
     name, given = split_spec(spec)
+    if WORDS in given:
+        model, tokenizer = load_chat_model(name)
+        return WordsReward(given[WORDS], model.to(device), tokenizer, given.get("chat_template", "auto"))  # type: ignore[arg-type]
     if is_function(name):
         return _import_function(name)
     kept = {key: value for key, value in _reward_config(name).items() if key != "objective"}
@@ -69,9 +78,17 @@ def split_spec(spec: RewardSpec) -> tuple[str, dict[str, Any]]:
         ValueError: no model, an unknown or ill-chosen setting, or settings for a function.
     """
     if isinstance(spec, str):
+        if spec.startswith(f"{WORDS}:"):
+            raise ValueError(
+                f"reward {spec!r} is in words, which a language model reads: give a mapping of words and model, such "
+                "as {words: Answer with a joke., model: org/model} (mavis fit knows the model by itself)."
+            )
         return spec, {}
     settings = dict(spec)
     name = settings.pop("model", None)
+    if WORDS in settings:
+        _check_words(name, settings)
+        return str(name), settings
     if not isinstance(name, str):
         raise ValueError(f"a reward needs model: the folder or Hub id of a classifier; got {dict(spec)}.")
     if settings and is_function(name):
@@ -85,6 +102,14 @@ def describe_spec(spec: RewardSpec) -> str:
     """One line that two specs share exactly when they mean the same; kept with the rewards as their source."""
     name, settings = split_spec(spec)
     return json.dumps({"model": name} | settings, sort_keys=True) if settings else name
+
+
+def with_model(spec: RewardSpec, model: str, chat_template: ChatTemplate) -> RewardSpec:
+    """A reward in words, `words:INSTRUCTION`, as a mapping with the model that is to read them; any other as it is."""
+    if not isinstance(spec, str) or not spec.startswith(f"{WORDS}:"):
+        return spec
+    own: dict[str, Any] = {"model": model, WORDS: spec.removeprefix(f"{WORDS}:").strip()}
+    return own | ({} if chat_template == "auto" else {"chat_template": chat_template})
 
 
 def packaged_folder(model_id: str) -> str:
@@ -101,7 +126,9 @@ def reward_digest(spec: RewardSpec) -> str | None:
     Raises:
         ValueError: as `load_reward`, for a function that cannot be imported.
     """
-    name, _ = split_spec(spec)
+    name, given = split_spec(spec)
+    if WORDS in given:
+        return digest(model_origin(name))
     if is_function(name):
         _import_function(name)
         return sources_digest(sys.modules[_module_name(name)])
@@ -233,6 +260,18 @@ def _load_classifier(spec: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
             f"reward {spec!r} cannot be loaded ({error}): expected 'module:function', or the folder or Hub id of a "
             "sequence classification model."
         ) from error
+
+
+def _check_words(model: Any, settings: Mapping[str, Any]) -> None:
+    text = settings[WORDS]
+    if not isinstance(text, str) or not text.strip() or not isinstance(model, str):
+        raise ValueError(
+            f"a reward in words needs words, an instruction, and model, the language model that reads it; got "
+            f"{dict(settings) | {'model': model}}."
+        )
+    unknown = sorted(settings.keys() - {WORDS, "chat_template"})
+    if unknown:
+        raise ValueError(f"a reward in words has model and chat_template beside words, and no {unknown[0]!r}.")
 
 
 def _check_keys(settings: Mapping[str, Any], where: str) -> None:
