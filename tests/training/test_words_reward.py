@@ -46,7 +46,8 @@ def test_texts_without_ids_and_conversations_are_read_too(chat):
     ]
     plain, longer = reward(["w1", "w1"], ["w12 w13"] * 2, conversation=[None, turns])
     assert plain != longer
-    assert reward(["w1"], ["w12 w13"], completion_ids=[chat[1]("w12 w13")["input_ids"]]) == [pytest.approx(plain, abs=1e-4)]
+    ids = chat[1]("w12 w13")["input_ids"]
+    assert reward(["w1"], ["w12 w13"], completion_ids=[ids]) == [pytest.approx(plain, abs=1e-4)]
     assert reward(["w1"], [""], completion_ids=[[]]) == [0.0]
 
 

@@ -27,9 +27,11 @@ from .fitting.efficiency import sample_actions, steering_efficiency, steering_pa
 from .fitting.head_config import TrainHeadConfig as TrainHeadConfig
 from .fitting.head_fitting import bootstrapped, fit, gather, sample_loss, steps_of
 from .fitting.metrics import Prediction, validation_metrics
+from .fitting.paths import fit_paths, ordered_right, paths_of
 from .fitting.soundness import fitting_warmup, require_finite
-from .fitting.states import compute_states, read_states, tree_states
+from .fitting.states import compute_actions, compute_states, read_actions, read_states, tree_states
 from .trees.data import (
+    PAIRS,
     LabelledTree,
     data_origin,
     load_trees,
@@ -87,14 +89,26 @@ def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) ->
     stored = list(zip(stores, config.states_folders(), strict=True))
     for store, folder in stored:
         compute_states(store, model, folder, head.config.layer)
+        if config.rule != "positions":
+            compute_actions(store, model, folder, config.actions, config.seed)
     if not ranks.is_main:  # the rest is minutes of work for one process: the others wait for its head
         ranks.wait()
         return ValueHead.from_pretrained(config.output)
-    states = [tensor for store, folder in stored for tensor in read_states(store, folder)]
+    by_store = [read_states(store, folder) for store, folder in stored]
+    states = [tensor for own in by_store for tensor in own]
+    sampled = [how for store, own in zip(stores, by_store, strict=True) for how in [_sampled(store)] * len(own)]
     of_tree = {id(item): tensor for item, tensor in zip(trees, states, strict=True)}  # prompts recur between stores
     metrics = fit_head(head, training, validation, of_tree, config)
-    if all(_is_reference(store) for store in stores):
-        metrics["steering"] = steering(head, model, [(item, of_tree[id(item)]) for item in validation], config.seed)
+    if config.rule != "positions":
+        actions = [drawn for store, folder in stored for drawn in read_actions(store, folder)]
+        drawn_at = {id(item): tensor for item, tensor in zip(trees, actions, strict=True)}
+        metrics |= fit_by_rule(head, training, validation, of_tree, drawn_at, config)
+    of_reference = {id(item): how for item, how in zip(trees, sampled, strict=True)}
+    for how in dict.fromkeys(sampled):  # of stores at several temperatures, each by itself
+        own = [(item, of_tree[id(item)]) for item in validation if of_reference[id(item)] == how]
+        if how is not None and own:
+            name = "steering" if "steering" not in metrics else f"steering at temperature {how[0]:g}, top-p {how[1]:g}"
+            metrics[name] = steering(head, model, own, config.seed, *how)
     recipe["warmup_steps"] = metrics.pop("warmup_steps")
     output = Path(config.output)
     head.save_pretrained(output)
@@ -135,11 +149,42 @@ def fit_head(
     }  # fmt: skip
 
 
+def fit_by_rule(
+    head: ValueHead,
+    training: Sequence[LabelledTree],
+    validation: Sequence[LabelledTree],
+    of_tree: Mapping[int, Tensor],
+    drawn_at: Mapping[int, Tensor],
+    config: TrainHeadConfig,
+) -> dict[str, Any]:
+    """Go on with `head` by a rule on whole completions; its metrics anew, and `ordered_right` before and after.
+
+    Args:
+        head: trained in place.
+        training, validation: trees.
+        of_tree, drawn_at: hidden states `[P + N, d]` and actions of the reference `[P + N, J]` of each tree, by `id`.
+        config: how to train.
+    """
+    seen, held_out = (
+        [paths_of(item, of_tree[id(item)], drawn_at[id(item)]) for item in part] for part in (training, validation)
+    )
+    before = ordered_right(head, held_out)
+    history = fit_paths(head, seen, held_out, config)
+    metrics = validation_metrics([predict(head, item, of_tree[id(item)]) for item in validation], config.objectives)
+    require_finite(metrics, "validation")
+    after = ordered_right(head, held_out)
+    ordered = {name: {"before": before[name], "after": after[name]} for name in config.objectives}
+    return metrics | {"rule_loss_by_epoch": history, "ordered_right": ordered}
+
+
 def training_origin(
     config: TrainHeadConfig, head: ValueHead, model: PreTrainedModel, stores: Sequence[TreeStore]
 ) -> dict[str, Any]:
     """Everything that shapes what is learned: settings, base model, the head at the start, trees with rewards."""
-    return settings_origin(asdict(config)) | {
+    settings = settings_origin(asdict(config))
+    if config.rule == "positions":  # later settings: heads that were trained without them are known again
+        settings = {name: value for name, value in settings.items() if name not in ("rule", "anchor", "actions")}
+    return settings | {
         "base": Identity(model).fingerprint,
         "starting_weights": parameters_fingerprint(head),
         "initial": config.initial and model_origin(config.initial),
@@ -188,20 +233,32 @@ def predict(head: ValueHead, item: LabelledTree, states: Tensor) -> Prediction:
 
 
 def steering(
-    head: ValueHead, model: PreTrainedModel, trees: Sequence[tuple[LabelledTree, Tensor]], seed: int
+    head: ValueHead,
+    model: PreTrainedModel,
+    trees: Sequence[tuple[LabelledTree, Tensor]],
+    seed: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
 ) -> dict[str, dict[str, float]]:
-    """`steering_efficiency` of a head on up to 64 trees, each with the states `[P + N, d]` that it reads; empty if none
-    has the two branches at its prompt which that takes."""
+    """`steering_efficiency` of a head on up to 64 trees, each with the states `[P + N, d]` that it reads, of the
+    reference at a temperature and nucleus; empty if none has the two branches at its prompt which that takes."""
     branching = [(item, states) for item, states in trees if (item.tree.parent == -1).sum() > 1][:_STEERING_TREES]
     embedding = Backbone.of(model).output_embedding
     generator = torch.Generator(embedding.device).manual_seed(seed)
     parts = []
     for item, states in branching:
         final = states if head.config.layer is None else tree_states(model, pack(item.tree))
-        parts.append(steering_parts(head, item, states, sample_actions(embedding, final, _ACTIONS, generator)))
+        parts.append(
+            steering_parts(
+                head, item, states, sample_actions(embedding, final, _ACTIONS, generator, temperature, top_p)
+            )
+        )
     return steering_efficiency(parts, [item.rewards for item, _ in branching], head.config.objectives) if parts else {}
 
 
-def _is_reference(store: TreeStore) -> bool:
-    """Whether its trees were sampled from the reference policy itself."""
-    return not store.metadata.policy and store.metadata.sampling.get("temperature", 1.0) == 1.0
+def _sampled(store: TreeStore) -> tuple[float, float] | None:
+    """Temperature and nucleus at which its trees were sampled from the reference; None if they were not."""
+    found = store.metadata.sampling
+    if store.metadata.policy or PAIRS in found:
+        return None
+    return float(found.get("temperature", 1.0)), float(found.get("top_p", 1.0))

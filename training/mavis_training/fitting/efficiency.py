@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import TopPLogitsWarper
 
 from mavis_logits.values.value_head import ValueHead
 
@@ -31,21 +32,32 @@ _CHUNK = 128  # states whose distribution over the vocabulary is alive at once
 
 
 @torch.inference_mode()
-def sample_actions(embedding: Tensor, states: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Tokens that the reference policy would choose at some states, at temperature 1.
+def sample_actions(
+    embedding: Tensor,
+    states: Tensor,
+    count: int,
+    generator: torch.Generator,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+) -> Tensor:
+    """Tokens that the reference policy would choose at some states.
 
     Args:
         embedding: `[V, d]`, the base model's output embedding.
         states: `[S, d]`, what entered it.
         count: tokens per state, drawn independently.
         generator: of the draws, on the embedding's device.
+        temperature, top_p: of the reference.
 
     Returns:
         int32 `[S, count]` on the CPU.
     """
     drawn = []
     for part in states.split(_CHUNK):
-        probability = (part.to(embedding) @ embedding.T).float().softmax(dim=-1)
+        scores = (part.to(embedding) @ embedding.T).float() / temperature
+        if top_p < 1:
+            scores = TopPLogitsWarper(top_p)(None, scores)  # type: ignore[arg-type]
+        probability = scores.softmax(dim=-1)
         drawn.append(torch.multinomial(probability, count, replacement=True, generator=generator).int().cpu())
     return torch.cat(drawn)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from transformers import PreTrainedModel
 
@@ -13,6 +13,7 @@ from mavis_logits.models import DEFAULT_MODEL
 from mavis_logits.values.value_head import ValueHeadConfig
 
 from ..trees.targets import Penalty
+from .paths import Rule
 from .settings import FittingSettings
 
 
@@ -46,6 +47,11 @@ class TrainHeadConfig(FittingSettings):
         learning_rate: of AdamW, at its peak; decays to 0 along a cosine.
         dtype: of the base model in the prefill pass.
         iteration: of Algorithm 1, recorded with the head.
+        rule: "positions": every position regresses the reward (equation 6); "sums", "gain", "pairs": after that, a rule
+            on the sums of advantages along whole completions (`fitting.paths`), which takes a whole forward pass over
+            the trees.
+        anchor: weight of equation 6 beside such a rule.
+        actions: tokens of the reference at each state, by which such a rule centres values.
     """
 
     store: str | list[str]
@@ -68,6 +74,9 @@ class TrainHeadConfig(FittingSettings):
     learning_rate: float = 1e-3
     weight_decay: float = field(default=1.0, kw_only=True)
     iteration: int = 0
+    rule: Rule = field(default="positions", kw_only=True)
+    anchor: float = field(default=0.1, kw_only=True)
+    actions: int = field(default=4, kw_only=True)
 
     def __post_init__(self) -> None:
         if not self.objectives:
@@ -77,6 +86,10 @@ class TrainHeadConfig(FittingSettings):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.layer not in ("third", "output") and not (isinstance(self.layer, int) and self.layer >= 1):
             raise ValueError(f"layer must be a number from 1 on, 'third' or 'output', got {self.layer!r}.")
+        if self.rule not in get_args(Rule):
+            raise ValueError(f"rule must be one of {', '.join(get_args(Rule))}, got {self.rule!r}.")
+        if self.anchor < 0 or self.actions < 2:
+            raise ValueError(f"anchor must be at least 0 and actions at least 2, got {self.anchor} and {self.actions}.")
         if not 0 <= self.bootstrap <= 1:
             raise ValueError(f"bootstrap must be from 0 to 1, got {self.bootstrap}.")
         if self.states is not None and len(_listed(self.states)) != len(_listed(self.store)):

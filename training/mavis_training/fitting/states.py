@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from mavis_logits.backbone.fingerprint import Identity
 from ..base.files import open_safetensors, replace_when_whole
 from ..base.ranks import join
 from ..trees.packing import Layout, pack, packed_inputs
+from ..trees.targets import stable_hash
 from ..trees.tree import Tree
 from ..trees.tree_store import Shard, TreeStore
+from .efficiency import sample_actions
 
 
 def compute_states(store: TreeStore, model: PreTrainedModel, folder: str | Path, layer: int | None = None) -> None:
@@ -60,6 +62,70 @@ def compute_states(store: TreeStore, model: PreTrainedModel, folder: str | Path,
     ranks.wait()
 
 
+def compute_actions(store: TreeStore, model: PreTrainedModel, folder: str | Path, count: int, seed: int) -> None:
+    """Tokens that the reference would choose at every token of every tree, for the rules of `fitting.paths`.
+
+    A whole forward pass over all trees, written and shared as `compute_states` does.
+
+    Args:
+        store: the trees, of the reference at the temperature and nucleus of its metadata.
+        model: the base model, on this process's device.
+        folder: for the files.
+        count: of tokens at each place.
+        seed: of the draws.
+
+    Raises:
+        ValueError: the model is not the one they were sampled from, or the folder holds actions of another model, of
+            other trees or another number.
+    """
+    store.require_base(model)
+    identity, folder = Identity(model), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    embedding = Backbone.of(model).output_embedding
+    how = {name: float(store.metadata.sampling.get(name, 1.0)) for name in ("temperature", "top_p")}
+    ranks = join(str(model.device))
+
+    def missing() -> list[Shard]:
+        todo = []
+        for shard in store.shards():
+            path = actions_path(folder, shard)
+            if path.exists():
+                _require_same_origin(path, identity, shard.trees(), None)
+                with open_safetensors(path, "pt") as file:
+                    found = (file.metadata() or {}).get("actions")
+                if found != str(count):
+                    raise ValueError(f"{path} holds {found} actions at each place, not {count}: use another folder.")
+            else:
+                todo.append(shard)
+        return todo
+
+    todo = ranks.share(ranks.agree(missing))
+    for shard in tqdm(todo, desc="actions of the reference", unit="shard", disable=not ranks.is_main):
+        trees, drawn = shard.trees(), {}
+        for i, tree in enumerate(trees):
+            generator = torch.Generator(embedding.device).manual_seed(stable_hash(f"{seed}/{tree.prompt_id}"))
+            states = tree_states(model, pack(tree))
+            drawn[str(i)] = sample_actions(embedding, states, count, generator, **how)
+        origin = _origin(identity.fingerprint, trees, None) | {"actions": str(count)}
+        with replace_when_whole(actions_path(folder, shard)) as temporary:
+            save_file(drawn, temporary, metadata=origin)
+    ranks.wait()
+
+
+def read_actions(store: TreeStore, folder: str | Path) -> list[Tensor]:
+    """The actions that `compute_actions` kept for a store: int32 `[P + N, J]` per tree, in packed order.
+
+    Raises:
+        OSError: they are missing, truncated or corrupt.
+    """
+    return _read(actions_path(Path(folder), shard) for shard in store.shards())
+
+
+def actions_path(folder: Path, shard: Shard) -> Path:
+    """Where a shard's actions lie."""
+    return folder / f"{shard.path.stem}.actions.safetensors"
+
+
 def _without_states(store: TreeStore, folder: Path, identity: Identity, layer: int | None) -> list[Shard]:
     """The shards whose states are still to be computed; those that are there are checked."""
     todo = []
@@ -83,11 +149,16 @@ def read_states(store: TreeStore, folder: str | Path) -> list[Tensor]:
     Raises:
         OSError: they are missing, truncated or corrupt.
     """
-    states = []
-    for shard in store.shards():
-        with open_safetensors(states_path(Path(folder), shard), "pt") as file:
-            states += [file.get_tensor(str(i)) for i in range(len(file.keys()))]
-    return states
+    return _read(states_path(Path(folder), shard) for shard in store.shards())
+
+
+def _read(paths: Iterable[Path]) -> list[Tensor]:
+    """One tensor per tree, file by file."""
+    tensors = []
+    for path in paths:
+        with open_safetensors(path, "pt") as file:
+            tensors += [file.get_tensor(str(i)) for i in range(len(file.keys()))]
+    return tensors
 
 
 def states_path(folder: Path, shard: Shard) -> Path:

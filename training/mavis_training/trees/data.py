@@ -23,6 +23,8 @@ from .targets import Penalty, is_validation, node_targets, root_target
 from .tree import Tree
 from .tree_store import TreeStore
 
+# In a store's `sampling`, where its trees are pairs of answers that nobody sampled (`mavis_training.pairs`).
+PAIRS = "pairs"
 # Settings that say where a run took place, not what it computed.
 _PLACES = frozenset({"store", "output", "states", "device", "fresh"})
 
