@@ -104,7 +104,8 @@ def test_the_rules_are_their_formulas(model):
     gain = np.mean(covariance, axis=0) / np.sqrt(np.mean(variance, axis=0) + 1e-6)
     assert found["gain"] == pytest.approx(-gain.mean(), rel=1e-3, abs=1e-5)
     assert found["pairs"] == pytest.approx(np.mean(pairs), rel=1e-4)
-    _, _, taken = along(head, together(parts))
+    with torch.no_grad():
+        _, _, taken = along(head, together(parts))
     targets = torch.cat([part.targets for part in parts])
     position = float(((taken - targets) / torch.tensor(scale)).square().mean())
     assert anchored == pytest.approx(found["gain"] + 0.5 * position, rel=1e-4)
@@ -159,7 +160,7 @@ def test_a_head_is_trained_by_a_rule_from_a_store(model, tmp_path):
     metrics = json.loads(Path(config.output, "metrics.json").read_text())
     assert metrics["ordered_right"]["low"]["after"] > 0.6
     assert len(metrics["rule_loss_by_epoch"]) >= 1
-    assert metrics["low"]["r2"] > 0  # the anchor keeps the level of the values
+    assert metrics["low"]["correlation"] > 0.1  # the anchor keeps the level of the values
     again = dataclasses.replace(config, rule="positions")
     train_head(again, model)  # replaces it
     assert "ordered_right" not in json.loads(Path(config.output, "metrics.json").read_text())
