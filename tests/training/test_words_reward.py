@@ -58,7 +58,7 @@ def test_it_is_named_with_the_model_that_reads_it(chat, tmp_path):
     assert load_reward(spec)(["w1"], ["w12"]) == pytest.approx(WordsReward(JOKE, *chat)(["w1"], ["w12"]))
     assert describe_spec(spec) != describe_spec(spec | {"words": "w7"})
     assert reward_digest(spec) == reward_digest(spec | {"words": "w7"})  # that of the model; the words are in the spec
-    fit = FitConfig("prompts.txt", {"joke": f"words:{JOKE}"}, "out", model=spec["model"])
+    fit = FitConfig(prompts="prompts.txt", rewards={"joke": f"words:{JOKE}"}, output="out", model=spec["model"])
     assert fit.rewards == {"joke": spec}
     with pytest.raises(ValueError, match="give a mapping of words and model"):
         split_spec(f"words:{JOKE}")

@@ -23,12 +23,15 @@ _OWN = {"store", "objectives", "output", "states", "model", "device", "dtype", "
 _UNITS = {"h": 3600, "m": 60, "s": 1, "": 60}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FitConfig:
     """Make a value function for one's own rewards: collect, label, train, choose settings, measure, write a bundle.
 
     Attributes:
         prompts: JSON-lines file with `prompt` (and `id`), or a .txt file with one prompt a line.
+        pairs: in place of prompts, JSON-lines file with `prompt`, `chosen` and `rejected`: a value head is trained on
+            these answers, without rollouts and without a reward; rewards that are given are only measured.
+        objective: name of what pairs teach.
         rewards: by objective, its reward as for `mavis label`: `file.py:function`, or a sequence classifier; or
             `words:INSTRUCTION`, what an instruction to the model itself makes likelier: it then steers at plain speed.
         output: folder: `bundle` (the value function with its settings and card), `report.html`, and `work`.
@@ -48,8 +51,10 @@ class FitConfig:
         fresh: begin anew, in place of what `output` holds of another run.
     """
 
-    prompts: str
-    rewards: dict[str, str | dict[str, Any]]
+    prompts: str | None = None
+    pairs: str | None = None
+    objective: str = "preferred"
+    rewards: dict[str, str | dict[str, Any]] = field(default_factory=dict)
     output: str
     model: str = DEFAULT_MODEL
     kind: Kind = "head"
@@ -68,8 +73,15 @@ class FitConfig:
     fresh: bool = False
 
     def __post_init__(self) -> None:
-        if not self.rewards:
+        if (self.prompts is None) == (self.pairs is None):
+            raise ValueError("give either prompts, with a reward, or pairs of answers of which one was chosen")
+        if self.pairs is None and not self.rewards:
             raise ValueError("rewards is empty: name at least one, as in --reward kind=rewards.py:kind")
+        if self.pairs is not None and (self.kind != "head" or self.objective in self.rewards):
+            raise ValueError(
+                f"pairs train a value head for an objective of its own; got kind {self.kind!r}, and a reward for "
+                f"{sorted(self.rewards)} beside the objective {self.objective!r}"
+            )
         read = {name: with_model(spec, self.model, self.chat_template) for name, spec in self.rewards.items()}
         object.__setattr__(self, "rewards", read)
         for spec in read.values():
@@ -88,6 +100,21 @@ class FitConfig:
         torch_dtype(self.dtype)
         self.training("store", "value", {})
 
+    @property
+    def objectives(self) -> list[str]:
+        """What the value function is for."""
+        return list(self.rewards) if self.pairs is None else [self.objective]
+
+    @property
+    def measured(self) -> dict[str, str | dict[str, Any]]:
+        """The rewards that are measured; where there are none, how long answers are."""
+        return self.rewards or {"words": "mavis_training.fit.plain:words"}
+
+    @property
+    def shown(self) -> list[tuple[str, str]]:
+        """Which reward tells what steering towards which objective does."""
+        return [(name, name if self.pairs is None else self.objective) for name in self.measured]
+
     def training(self, store: str, output: str, places: dict[str, Any]) -> TrainHeadConfig | TrainModelConfig:
         """How the value function is trained, on the trees in `store`.
 
@@ -102,8 +129,9 @@ class FitConfig:
         taken = sorted(_OWN & self.train.keys())
         if taken:
             raise ValueError(f"train must not give {', '.join(taken)}: that is said by the run itself")
-        own = {"store": store, "objectives": list(self.rewards), "output": output, "seed": self.seed}
+        own = {"store": store, "objectives": self.objectives, "output": output, "seed": self.seed}
         own |= {"model": self.model, "dtype": self.dtype} if self.kind == "head" else {"backbone": self.model}
+        own |= {} if self.pairs is None else {"rule": "pairs", "drop_leaves": 0.0, "bootstrap": 0.0}
         return from_mapping(TRAINERS[self.kind], own | places | self.train, "train")
 
 

@@ -61,12 +61,22 @@ def usage(state: Mapping[str, Any]) -> str:
     )
 
 
+def judged(config: FitConfig, metrics: Mapping[str, Any]) -> dict[str, str]:
+    """What held-out trees, or pairs, say of the values for each objective."""
+    if config.pairs is None:
+        return {name: f"{name}: {foresight(metrics[name])}" for name in config.objectives}
+    name, count = config.objective, metrics["trees"]
+    right = metrics["ordered_right"][name]["after"]
+    words = "" if right > 0.5 + 1 / count**0.5 else ", no more than chance: give more pairs"
+    return {name: f"{name}: of {count} held-out pairs it puts the chosen answer first in {right:.0%}{words}"}
+
+
 def summary(config: FitConfig, results: Mapping[str, Any]) -> list[str]:
     """The verdicts, of every objective and of all together."""
-    lines = [verdict(name, results["settings"][name]) for name in config.rewards]
+    lines = [verdict(name, results["settings"][by]) for name, by in config.shown]
     together = results["settings"].get("all alike")
     if together is not None:
-        gains = ", ".join(f"{name} {together[name]['gain_sd'] or 0.0:+.2f}" for name in config.rewards)
+        gains = ", ".join(f"{name} {together[name]['gain_sd'] or 0.0:+.2f}" for name in config.measured)
         lines.append(f"all alike: {gains} at {together['kl']:.1f} nats.")
     return lines
 
@@ -94,15 +104,16 @@ def write_report(
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         config=config,
-        rewards={name: str(spec) for name, spec in config.rewards.items()},
+        rewards={name: str(spec) for name, spec in config.measured.items()},
+        objectives=config.objectives,
         state=state,
         time=told(state["spent"]),
         verdicts=summary(config, results),
-        weak=weaknesses(metrics, list(config.rewards)),
-        foresight={name: foresight(metrics[name]) for name in config.rewards},
+        weak=weaknesses(metrics, config.objectives) if config.pairs is None else [],
+        judged=list(judged(config, metrics).values()),
         trees=metrics.get("training_trees", state["collected"]),
         held_out_trees=metrics["trees"],
-        pictures={name: _picture(name, results, tried) for name in config.rewards},
+        pictures={name: _picture(name, by, results, tried) for name, by in config.shown},
         size=(_WIDTH, _HEIGHT, _EDGE),
         rows=results["settings"],
         prompts=results["prompts"],
@@ -117,9 +128,9 @@ def write_report(
         temporary.write_text(page, encoding="utf-8")
 
 
-def _picture(name: str, results: Mapping[str, Any], tried: Sequence[Trial]) -> dict[str, Any]:
-    """Points of gain against divergence in pixels, with the ends of both axes."""
-    measured = [(results["settings"][name + end], end) for end in _STRENGTHS]
+def _picture(name: str, by: str, results: Mapping[str, Any], tried: Sequence[Trial]) -> dict[str, Any]:
+    """Points of a reward's gain, steered towards the objective `by`, in pixels, with the ends of both axes."""
+    measured = [(results["settings"][by + end], end) for end in _STRENGTHS]
     found = [
         (row["kl"], row[name]["gain_sd"] or 0.0, row[name]["gain_sd_error"] or 0.0, end.strip(", ") or "as recommended")
         for row, end in measured

@@ -24,14 +24,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mavis_logits import MavisConfig
 from mavis_logits.hub.cards import METRICS
 from mavis_logits.hub.make_bundle import make_bundle
-from mavis_logits.hub.quality import foresight
 from mavis_logits.models import load_chat_model
 from mavis_logits.values.value_head import ValueHead
 from mavis_logits.values.value_model import ValueModel
 
 from ..base.files import read_json, replace_when_whole, write_json
-from ..base.kept import model_origin, require_same
-from ..base.prompts import read_prompts
+from ..base.kept import digest, model_origin, require_same
+from ..base.prompts import prompt_id, read_prompts
 from ..base.settings import torch_dtype
 from ..cards import CardConfig, write_card
 from ..collect import collect
@@ -39,6 +38,7 @@ from ..evaluate import EvaluateConfig, evaluate
 from ..label import LabelConfig, label
 from ..measure.schedule import Measurement
 from ..measure.validation import ValidationConfig, Validator
+from ..pairs import Pair, pairs_store, read_pairs
 from ..rewards.load import describe_spec, load_reward, reward_digest
 from ..sampling.config import CollectConfig, PolicyConfig
 from ..train_head import train_head
@@ -46,7 +46,7 @@ from ..train_model import train_model
 from ..trees.tree_store import TreeStore
 from .config import FitConfig, seconds, told
 from .plan import TREES_SHARE, Split, split, trees_within
-from .report import write_report
+from .report import judged, write_report
 from .tune import GRIDS, Trial, choose
 
 STATE = "fit.json"
@@ -92,7 +92,13 @@ class _Run:
         if model is not None and tokenizer is not None:
             self.base = model, tokenizer
         self.started = time.monotonic()
-        rows = read_prompts(config.prompts)
+        self.pairs: list[Pair] = []
+        if config.pairs is not None:
+            self.pairs, self.left_out = read_pairs(config.pairs)
+            rows = [_row(pair) for pair in self.pairs]
+        else:
+            assert config.prompts is not None
+            rows = read_prompts(config.prompts)
         held_out = None if config.held_out is None else read_prompts(config.held_out)
         self.split: Split = split(rows, held_out, config.seed)
         self.state: dict[str, Any] = {}
@@ -116,13 +122,13 @@ class _Run:
     def run(self) -> dict[str, Any]:
         config = self.config
         self._begin()
-        for spec in config.rewards.values():  # what is wrong with one is found before anything is sampled
+        for spec in config.measured.values():  # what is wrong with one is found before anything is sampled
             load_reward(spec)
         model, tokenizer = self.base
         self.temperature = config.temperature or _asked(model, "temperature") or _TEMPERATURE
         self.top_p = config.top_p or _asked(model, "top_p") or _TOP_P
         self._tell_begin(tokenizer)
-        store = self._collected()
+        store = self._collected() if config.pairs is None else self._paired()
         value = self._trained(store)
         chosen, tried = self._chosen(value)
         results = self._measured(value, chosen)
@@ -137,6 +143,8 @@ class _Run:
         origin = {k: v for k, v in asdict(self.config).items() if k not in _PLACES}
         origin |= {"rewards_are": {name: reward_digest(spec) for name, spec in self.config.rewards.items()}}
         origin |= {"model_is": model_origin(self.config.model), "ids": [row["id"] for row in self.split.trees]}
+        if self.pairs:
+            origin["pairs_are"] = digest([[pair.prompt, pair.chosen, pair.rejected] for pair in self.pairs])
         if path.exists() and self.config.fresh:
             shutil.rmtree(self.work, ignore_errors=True)
             shutil.rmtree(self.folder / "bundle", ignore_errors=True)
@@ -166,6 +174,19 @@ class _Run:
             self.say("      The tokenizer has no chat template: prompts are given to the model as raw text.")
 
     # Trees
+
+    def _paired(self) -> TreeStore:
+        """The pairs of answers to the prompts to learn from, as trees."""
+        known = {row["id"] for row in self.split.trees}
+        pairs = [pair for pair in self.pairs if _row(pair)["id"] in known][: self.config.trees]
+        why = ", ".join(f"{count} ({reason})" for reason, count in self.left_out.items())
+        self.say(f"[2/6] {len(pairs)} pairs of answers to learn from" + (f"; left out: {why}." if why else "."))
+        self._keep(trees=len(pairs), collected=len(pairs))
+        model, tokenizer = self.base
+        return pairs_store(
+            pairs, self.work / "trees", self.config.objective, model, tokenizer, 4 * self.config.max_new_tokens,
+            self.config.chat_template,
+        )  # fmt: skip
 
     def _collected(self) -> TreeStore:
         """Trees with rewards: a first few, from which the time of one is told, then as many as there is time for."""
@@ -243,8 +264,8 @@ class _Run:
         else:
             train_model(training)  # type: ignore[arg-type]
         metrics = read_json(folder / METRICS)
-        for name in self.config.rewards:
-            self.say(f"      {name}: {foresight(metrics[name])}")
+        for line in judged(self.config, metrics).values():
+            self.say(f"      {line}")
         self._keep()
         return folder
 
@@ -262,11 +283,11 @@ class _Run:
 
         def measure(settings: dict[str, Any]) -> Trial:
             found = {}
-            for name in self.config.rewards:
+            for name in self.config.objectives:
                 policy = PolicyConfig(str(value), {**settings, "weights": {name: 1.0}})
                 found[name] = self._validated(_file_name(settings, name), policy, plain)
             kls = [one.kl for one in found.values()]
-            gains = {name: float(one.summary[name]["gain_sd"] or 0.0) for name, one in found.items()}
+            gains = {name: float(found[by].summary[name]["gain_sd"] or 0.0) for name, by in self.config.shown}
             trial = Trial(settings, float(np.mean(kls)), gains)
             told_gains = ", ".join(f"{name} {gain:+.2f}" for name, gain in gains.items())
             self.say(f"      {_in_words(settings)}: {trial.kl:.1f} nats, {told_gains} standard deviations")
@@ -294,9 +315,10 @@ class _Run:
             self.temperature,
             self.top_p,
         )
-        equal = dict.fromkeys(self.config.rewards, 1 / len(self.config.rewards))
+        measured = self.config.measured
+        equal = dict.fromkeys(measured, 1 / len(measured))
         device = str(self.base[0].device)
-        return Validator(on, self.config.rewards, equal, lambda: self.base, device, self.config.chat_template)
+        return Validator(on, measured, equal, lambda: self.base, device, self.config.chat_template)
 
     # Numbers
 
@@ -304,7 +326,7 @@ class _Run:
         count = len(self.split.measuring)
         self.say(f"[5/6] Measuring on {count} prompts that nothing has been learned from or chosen on.")
         settings: dict[str, dict[str, Any]] = {"unsteered": {}}
-        objectives = list(self.config.rewards)
+        objectives = self.config.objectives
         for name in objectives:
             settings[name] = {**chosen, "weights": {name: 1.0}}
             for factor, word in ((0.5, "half as strong"), (2.0, "twice as strong")):
@@ -314,7 +336,7 @@ class _Run:
         results = evaluate(
             EvaluateConfig(
                 prompts=str(self.work / "measuring.jsonl"), output=str(self.work / "evaluation.json"),
-                completions=str(self.work / "completions"), value_functions=str(value), rewards=self.config.rewards,
+                completions=str(self.work / "completions"), value_functions=str(value), rewards=self.config.measured,
                 settings=settings, limit=None, seeds=[0, 1, 2], max_new_tokens=self.config.max_new_tokens,
                 temperature=self.temperature, top_p=self.top_p, model=self.config.model,
                 chat_template=self.config.chat_template, dtype=self.config.dtype, device=self.config.device,
@@ -327,7 +349,7 @@ class _Run:
     def _answers(self) -> list[dict[str, str]]:
         """Answers of the model left alone, and steered to each objective, to some prompts side by side."""
         found: dict[str, list[str]] = {}
-        for name in ("unsteered", *self.config.rewards):
+        for name in ("unsteered", *self.config.objectives):
             found[name] = read_json(self.work / "completions" / f"{name}.json")["texts"]
         rows = self.split.measuring[:6]
         return [{"prompt": row["prompt"]} | {name: found[name][i] for name in found} for i, row in enumerate(rows)]
@@ -347,6 +369,8 @@ class _Run:
         config.settings = {**chosen, "temperature": self.temperature}
         config.save_pretrained(final)
         rewards = {name: f"computed by `{describe_spec(spec)}`." for name, spec in self.config.rewards.items()}
+        if self.config.pairs is not None:
+            rewards = {self.config.objective: "what was chosen in pairs of answers."}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             write_card(
@@ -355,10 +379,16 @@ class _Run:
                 )
             )  # fmt: skip
             shutil.rmtree(target, ignore_errors=True)
-            equal = dict.fromkeys(self.config.rewards, 1 / len(self.config.rewards))
+            equal = dict.fromkeys(self.config.objectives, 1 / len(self.config.objectives))
             settings = MavisConfig.from_dict({**chosen, "weights": equal})
             make_bundle(target, [str(final)], settings, allow_weak=True)
         return target
+
+
+def _row(pair: Pair) -> dict[str, Any]:
+    """A pair's prompt as a row of a file of prompts."""
+    row = {"id": prompt_id(pair.prompt, pair.conversation), "prompt": pair.prompt}
+    return row if pair.conversation is None else row | {"conversation": pair.conversation}
 
 
 def _asked(model: PreTrainedModel, name: str) -> float | None:

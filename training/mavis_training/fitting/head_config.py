@@ -13,8 +13,9 @@ from mavis_logits.models import DEFAULT_MODEL
 from mavis_logits.values.value_head import ValueHeadConfig
 
 from ..trees.targets import Penalty
-from .paths import Rule
 from .settings import FittingSettings
+
+Rule = Literal["positions", "sums", "gain", "pairs"]
 
 
 @dataclass(frozen=True)

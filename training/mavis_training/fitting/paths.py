@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -31,9 +31,8 @@ from .efficiency import baselines, leaf_shares
 from .soundness import fitting_warmup, require_finite
 
 if TYPE_CHECKING:
-    from .head_config import TrainHeadConfig
+    from .head_config import Rule, TrainHeadConfig
 
-Rule = Literal["positions", "sums", "gain", "pairs"]
 _TREES_PER_STEP = 16
 
 
