@@ -1,0 +1,247 @@
+"""How much better values steer with more data, and by which learning rule: heads on one large store of trees.
+
+    python benchmarks/scaling.py --store examples/data/trees/temperature-1 --states runs/states-layer-10 --layer 10
+
+A tenth of the prompts (by a hash of their text) is held out. A run is a number of training prompts, how many of the
+first-layer branches of each are kept, a rule and a seed; every run is kept in the output as soon as it is done, and a
+rerun makes only those that are missing. `gain` is that of `mavis_training.fitting.efficiency`: standard deviations of
+the reward at half a nat, from held-out trees of the reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import set_seed
+
+from mavis_logits.backbone import Backbone
+from mavis_logits.models import load_chat_model
+from mavis_logits.values.value_head import ValueHead
+from mavis_training.base.files import open_safetensors, read_json, replace_when_whole, write_json
+from mavis_training.fitting.efficiency import sample_actions, steering_efficiency, steering_parts
+from mavis_training.fitting.head_config import TrainHeadConfig
+from mavis_training.fitting.paths import fit_paths, ordered_right, paths_of
+from mavis_training.fitting.states import compute_states, read_states, tree_states
+from mavis_training.train_head import fit_head, starting_head
+from mavis_training.trees.data import LabelledTree, load_trees, reward_units, split_by_prompt
+from mavis_training.trees.packing import pack
+from mavis_training.trees.targets import node_targets, stable_hash
+from mavis_training.trees.tree import Tree
+
+ACTIONS = 8
+SETTINGS: dict[str, dict[str, Any]] = {
+    "positions": {},
+    "positions, no bootstrap": {"bootstrap": 0.0},
+    "positions, little regularised": {"dropout": 0.1, "weight_decay": 0.05},
+    "positions, width 1024": {"width": 1024},
+    "sums": {"rule": "sums"},
+    "gain": {"rule": "gain"},
+    "pairs": {"rule": "pairs"},
+}
+
+
+def main() -> None:
+    """Make the runs that are missing, and the table."""
+    arguments = parser().parse_args()
+    stores, trees = load_trees(arguments.store, arguments.objectives, 0.0)
+    model = load_chat_model(arguments.model, torch.float32)[0]
+    states: list[Tensor] = []
+    for store, folder in zip(stores, arguments.states, strict=True):
+        compute_states(store, model, folder, arguments.layer)
+        states += read_states(store, folder)
+    of_tree = {id(item): tensor for item, tensor in zip(trees, states, strict=True)}
+    training, validation = split_by_prompt(trees, 0.1)
+    measured = [item for item in validation if (item.tree.parent == -1).sum() > 1][: arguments.held_out]
+    actions = actions_of(model, measured, Path(arguments.states[0]) / f"held-out-{len(measured)}.safetensors")
+    results = read_json(arguments.output) if arguments.output.exists() else {"runs": {}}
+    for name, size, branches, seed in runs(arguments, len(training)):
+        key = f"{name} | {size} prompts | {branches} branches | seed {seed}"
+        if key in results["runs"]:
+            continue
+        tqdm.write(key)
+        chosen = sorted(training, key=lambda item: stable_hash(f"{seed}/{item.tree.prompt_id}"))[:size]
+        kept = [thinned(item, branches, of_tree) for item in chosen]
+        results["runs"][key] = run(
+            name, kept, validation, measured, of_tree, actions, model, arguments.objectives, arguments.layer, seed
+        ) | {"rule": name, "prompts": len(chosen), "branches": branches, "seed": seed}
+        write_json(arguments.output, results)
+        arguments.output.with_suffix(".md").write_text(table(results, arguments.objectives), encoding="utf-8")
+
+
+def runs(arguments: argparse.Namespace, most: int) -> list[tuple[str, int, int, int]]:
+    """(rule, prompts, branches, seed) of everything that is to be made, the small ones first."""
+    sizes = [size for size in arguments.sizes if size < most] + [most]
+    found = [("positions", size, 4, seed) for size in sizes for seed in arguments.seeds]
+    at = min(arguments.rules_at, most)
+    found += [(rule, at, 4, seed) for rule in arguments.rules for seed in arguments.seeds]
+    found += [("positions", size * 4 // branches, branches, seed) for size, branches in
+              ((at // 4, 4), (at // 4, 2), (at // 4, 1)) for seed in arguments.seeds]  # fmt: skip
+    return list(dict.fromkeys(found))
+
+
+def thinned(item: LabelledTree, branches: int, of_tree: dict[int, Tensor]) -> LabelledTree:
+    """A tree with the first `branches` children of its prompt only; its states are put beside."""
+    tree = item.tree
+    kept = np.zeros(len(tree), dtype=bool)
+    kept[np.flatnonzero(tree.parent == -1)[:branches]] = True
+    for node in np.flatnonzero(tree.parent >= 0):
+        kept[node] = kept[tree.parent[node]]
+    if kept.all():
+        return item
+    number = np.cumsum(kept) - 1
+    parent = np.where(tree.parent[kept] >= 0, number[tree.parent[kept]], -1)
+    columns = {name: getattr(tree, name)[kept] for name in ("start", "length", "logp_gen", "logp_ref", "terminal")}
+    small = Tree(tree.prompt_id, tree.prompt, tree.prompt_tokens, tree.tokens, parent, columns=tree.columns, **columns)
+    rewards = item.rewards[np.isin(tree.leaves(), np.flatnonzero(kept))]
+    found = LabelledTree(small, rewards, node_targets(small, rewards))
+    layout, prompt = pack(tree), len(tree.prompt_tokens)
+    rows = np.concatenate([np.arange(prompt), np.flatnonzero((layout.node >= 0) & kept[layout.node])])
+    of_tree[id(found)] = of_tree[id(item)][torch.from_numpy(rows)]
+    return found
+
+
+def run(
+    name: str,
+    training: Sequence[LabelledTree],
+    validation: Sequence[LabelledTree],
+    measured: Sequence[LabelledTree],
+    of_tree: dict[int, Tensor],
+    actions: Sequence[Tensor],
+    model: Any,
+    objectives: list[str],
+    layer: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Train one head and measure it."""
+    set_seed(seed)
+    settings = {"layer": layer, "drop_leaves": 0.0, "epochs": 3, "seed": seed, "device": "cpu"} | SETTINGS[name]
+    config = TrainHeadConfig("store", objectives, "output", **settings)
+    started = time.process_time()
+    head = starting_head(config, model, reward_units(training))
+    metrics = fit_head(head, training, list(validation)[:200], of_tree, replace(config, rule="positions"))
+    found: dict[str, Any] = {"before the rule": gain_of(head, measured, of_tree, actions, objectives)}
+    if config.rule != "positions":
+        seen = [item for item in training if (item.tree.parent == -1).sum() > 1]
+        drawn = [drawn_for(model, item) for item in tqdm(seen, desc="actions", unit="tree")]
+        held_out = [paths_of(item, of_tree[id(item)], own[:, :4]) for item, own in zip(measured, actions, strict=True)]
+        own_paths = [paths_of(item, of_tree[id(item)], own) for item, own in zip(seen, drawn, strict=True)]
+        fit_paths(head, own_paths, held_out, replace(config, learning_rate=3e-4))
+        found["ordered right"] = ordered_right(head, held_out)
+    return found | {
+        "objectives": gain_of(head, measured, of_tree, actions, objectives),
+        "r2": {objective: metrics[objective]["r2"] for objective in objectives},
+        "cpu_seconds": round(time.process_time() - started),
+        "held_out_trees": len(measured),
+        "made": f"{platform.machine()}, torch {version('torch')}, {datetime.now(UTC):%Y-%m-%d}",
+    }
+
+
+_drawn: dict[int, Tensor] = {}
+
+
+def drawn_for(model: Any, item: LabelledTree) -> Tensor:
+    """Four actions of the reference at every token of a training tree, drawn once."""
+    if id(item) not in _drawn:
+        generator = torch.Generator().manual_seed(stable_hash(item.tree.prompt_id))
+        embedding = Backbone.of(model).output_embedding
+        _drawn[id(item)] = sample_actions(embedding, tree_states(model, pack(item.tree)), 4, generator)
+    return _drawn[id(item)]
+
+
+def actions_of(model: Any, trees: Sequence[LabelledTree], path: Path) -> list[Tensor]:
+    """Actions of the reference at every token of the trees that heads are measured on, kept in a file."""
+    from safetensors.torch import save_file
+
+    if not path.exists():
+        embedding = Backbone.of(model).output_embedding
+        drawn = {}
+        for i, item in enumerate(tqdm(trees, desc="actions of held-out trees", unit="tree")):
+            generator = torch.Generator().manual_seed(i)
+            drawn[str(i)] = sample_actions(embedding, tree_states(model, pack(item.tree)), ACTIONS, generator)
+        with replace_when_whole(path) as temporary:
+            save_file(drawn, temporary)
+    with open_safetensors(path, "pt") as file:
+        return [file.get_tensor(str(i)) for i in range(len(trees))]
+
+
+def gain_of(
+    head: ValueHead,
+    trees: Sequence[LabelledTree],
+    of_tree: dict[int, Tensor],
+    actions: Sequence[Tensor],
+    objectives: list[str],
+) -> dict[str, dict[str, float]]:
+    """Gain and calibration by objective, with the standard error of the gain by a bootstrap over trees."""
+    parts = [steering_parts(head, item, of_tree[id(item)], own) for item, own in zip(trees, actions, strict=True)]
+    rewards = [item.rewards for item in trees]
+    found = steering_efficiency(parts, rewards, objectives)
+    rng = np.random.default_rng(0)
+    drawn = [rng.integers(len(trees), size=len(trees)) for _ in range(200)]
+    again = [steering_efficiency([parts[i] for i in d], [rewards[i] for i in d], objectives) for d in drawn]
+    for name in objectives:
+        found[name]["error"] = float(np.std([each[name]["gain"] for each in again]))
+    return found
+
+
+def table(results: dict[str, Any], objectives: list[str]) -> str:
+    """All runs of a kind as one row: means over seeds."""
+    kinds: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for each in results["runs"].values():
+        kinds.setdefault((each["rule"], each["prompts"], each["branches"]), []).append(each)
+    head = ["rule", "prompts", "branches", *objectives, "mean gain", "seeds", "CPU s"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for (rule, prompts, branches), found in kinds.items():
+        gains = {o: np.mean([each["objectives"][o]["gain"] for each in found]) for o in objectives}
+        errors = {o: np.mean([each["objectives"][o]["error"] for each in found]) for o in objectives}
+        mean = np.mean(list(gains.values()))
+        error = np.sqrt(np.sum(np.square(list(errors.values())))) / len(objectives)
+        cells = [f"{gains[o]:.2f} ± {errors[o]:.2f}" for o in objectives]
+        seconds = np.mean([each["cpu_seconds"] for each in found])
+        row = [
+            rule,
+            f"{prompts:,}",
+            str(branches),
+            *cells,
+            f"{mean:.3f} ± {error:.3f}",
+            str(len(found)),
+            f"{seconds:.0f}",
+        ]
+        lines.append("| " + " | ".join(row) + " |")
+    last = list(results["runs"].values())[-1]
+    trees, made = last["held_out_trees"], last["made"]
+    note = f"Gain in standard deviations of the reward at half a nat, on {trees} held-out trees. {made}."
+    return "\n".join([*lines, "", note, ""])
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    result = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    add = result.add_argument
+    add("--store", nargs="+", required=True)
+    add("--states", nargs="+", required=True, help="folders of hidden states, one for each store")
+    add("--layer", type=int, default=10)
+    add("--model", default="smollm2")
+    add("--objectives", nargs="+", default=["helpful", "harmless", "humour"])
+    add("--sizes", type=int, nargs="+", default=[250, 500, 1000, 2000, 4000, 8000])
+    add("--rules", nargs="*", default=[], choices=list(SETTINGS))
+    add("--rules-at", type=int, default=2000, help="training prompts of the rules, and of the study of branches")
+    add("--seeds", type=int, nargs="+", default=[0])
+    add("--held-out", type=int, default=200, help="trees that heads are measured on")
+    add("--output", type=Path, default=Path("docs/results/scaling.json"))
+    return result
+
+
+if __name__ == "__main__":
+    main()
