@@ -21,6 +21,10 @@ MAX_TOKENS = 80  # of the SmolLM2 tokenizer; the sources carry the count
 MAX_CHARACTERS = 300  # where a source carries no count of tokens
 SEED = 0
 TOGETHER = 16  # prompts of similar length
+# Sources of benign questions and tasks, for examples.
+EVERYDAY = {
+    "self_instruct_seed", "self_instruct_user", "vicuna_bench", "mt_bench", "oasst100", "llmbar", "finegrained_qa",
+}  # fmt: skip
 
 
 def ids(prefix: str, names: str) -> tuple[str, ...]:
@@ -194,12 +198,14 @@ def make_prompts(data: Path) -> dict[str, list[Row]]:
     rest_harmful = [row for row in train_harmful if row["id"] not in used]
     more = balanced(rest_helpful, rest_harmful, 600, rng)
     held_out = {normalise(row["prompt"]) for row in (*demo, *test_helpful, *test_harmful)}
+    trees = tree_rows(data, [*train, *more], held_out, rng)
     return {
         "demo_prompts.jsonl": demo,
         "prompts_test.jsonl": test,
         "prompts_train.jsonl": train,
         "prompts_more.jsonl": more,
-        "prompts_trees.jsonl": tree_rows(data, [*train, *more], held_out, rng),
+        "prompts_trees.jsonl": trees,
+        "prompts_everyday.jsonl": [row for row in trees if row["source"] in EVERYDAY and row["kind"] == "helpful"],
     }
 
 

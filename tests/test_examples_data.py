@@ -8,7 +8,7 @@ from pathlib import Path
 
 DATA = Path(__file__).resolve().parents[1] / "examples" / "data"
 HELD_OUT = ["prompts_test", "prompts_validation", "demo_prompts"]
-TRAINING = ["prompts_train", "prompts_more", "prompts_trees"]
+TRAINING = ["prompts_train", "prompts_more", "prompts_trees", "prompts_everyday"]
 
 
 def prompts(name: str) -> set[str]:
