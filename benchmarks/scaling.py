@@ -49,6 +49,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sums": {"rule": "sums"},
     "gain": {"rule": "gain"},
     "pairs": {"rule": "pairs"},
+    "balance": {"rule": "balance"},
 }
 
 

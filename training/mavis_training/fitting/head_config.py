@@ -15,7 +15,7 @@ from mavis_logits.values.value_head import ValueHeadConfig
 from ..trees.targets import Penalty
 from .settings import FittingSettings
 
-Rule = Literal["positions", "sums", "gain", "pairs"]
+Rule = Literal["positions", "sums", "gain", "pairs", "balance"]
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class TrainHeadConfig(FittingSettings):
         learning_rate: of AdamW, at its peak; decays to 0 along a cosine.
         dtype: of the base model in the prefill pass.
         iteration: of Algorithm 1, recorded with the head.
-        rule: "positions": every position regresses the reward (equation 6); "sums", "gain", "pairs": after that, a rule
-            on the sums of advantages along whole completions (`fitting.paths`), which takes a whole forward pass over
-            the trees.
+        rule: "positions": every position regresses the reward (equation 6); "sums", "gain", "pairs", "balance": after
+            that, a rule on the sums of advantages along whole completions (`fitting.paths`), which takes a whole
+            forward pass over the trees.
         anchor: weight of equation 6 beside such a rule.
         actions: tokens of the reference at each state, by which such a rule centres values.
     """

@@ -8,11 +8,14 @@ it.
     "sums"   E (R - b - G)^2: all leaves of a tree at once, whose paths share prefixes
     "gain"   - Cov(R, G) / sqrt(sum of variances): the reward gained for the KL divergence spent, itself
     "pairs"  - log sigmoid(G_i - G_j) for completions of one prompt with R_i > R_j: Bradley-Terry
+    "balance"  Var(log pi / pi_ref - beta R) within a tree, pi being tilted by beta Q: path consistency, which is 0
+             where Q are the soft values of the optimal policy (equation 1), learnt from the reference's completions
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
@@ -116,31 +119,34 @@ def together(parts: Sequence[Paths]) -> Paths:
     return Paths(**{name: torch.cat(tensors) for name, tensors in joined.items()})
 
 
-def along(head: ValueHead, paths: Paths) -> tuple[Tensor, Tensor, Tensor]:
+def along(head: ValueHead, paths: Paths, strength: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What a head says of completions, in standard deviations of the reward.
 
     Returns:
-        the sum of advantages G and of within-step variances along each completion, `[L, M]` both, and the value of
-        every token taken, `[T, M]`, as it is.
+        the sum of advantages G and of within-step variances along each completion, and the log-ratio log pi / pi_ref
+        of the policy that is tilted by `strength` Q, `[L, M]` each; and the value of every token taken, `[T, M]`.
     """
     _, scale = head.config.reward_units(head.device)
     said = head(paths.hidden.to(head.device).float(), paths.tokens.to(head.device))
     taken, drawn = said[:, 0], said[:, 1:]
     advantage, variance = (taken - drawn.mean(dim=1)) / scale, (drawn / scale).var(dim=1)
+    partition = (strength * drawn / scale).logsumexp(dim=1) - math.log(drawn.shape[1])  # E exp(beta Q), by the draws
+    ratio = strength * taken / scale - partition
     node, path = paths.node.to(head.device), paths.path.to(head.device)
-    sums = advantage.new_zeros(2, paths.nodes + 1, advantage.shape[1])
-    sums = sums.index_add(1, node, torch.stack([advantage, variance]))
+    sums = advantage.new_zeros(3, paths.nodes + 1, advantage.shape[1])
+    sums = sums.index_add(1, node, torch.stack([advantage, variance, ratio]))
     total = sums[:, path].sum(dim=2)
-    return total[0], total[1], taken
+    return total[0], total[1], total[2], taken
 
 
-def rule_loss(head: ValueHead, paths: Paths, rule: Rule, anchor: float) -> Tensor:
+def rule_loss(head: ValueHead, paths: Paths, rule: Rule, anchor: float, strength: float = 3.0) -> Tensor:
     """A rule's loss over some trees, averaged over objectives, and `anchor` times equation 6 beside it.
 
-    Equation 6 keeps the level of the values, which no sum of advantages knows of.
+    Equation 6 keeps the level of the values, which no sum of advantages knows of. `strength` is beta of the rule
+    "balance", for values in standard deviations of the reward.
     """
     _, scale = head.config.reward_units(head.device)
-    sums, variances, taken = along(head, paths)
+    sums, variances, ratios, taken = along(head, paths, strength)
     centred = paths.centred.to(sums) / scale
     share = paths.share.to(sums)[:, None]
     trees = int(paths.tree[-1]) + 1
@@ -149,6 +155,11 @@ def rule_loss(head: ValueHead, paths: Paths, rule: Rule, anchor: float) -> Tenso
     elif rule == "gain":
         covariance, variance = ((share * x).sum(dim=0) / trees for x in (centred * sums, variances))
         loss = -(covariance / (variance + 1e-6).sqrt()).mean()
+    elif rule == "balance":
+        residual = ratios - strength * paths.rewards.to(sums) / scale
+        tree = paths.tree.to(head.device)
+        mean = sums.new_zeros(trees, sums.shape[1]).index_add(0, tree, share * residual)  # minus log Z of the prompt
+        loss = (share * (residual - mean[tree]).square()).sum() / (trees * sums.shape[1] * strength**2)
     else:
         first, second = _pairs(paths)
         higher = torch.sign(paths.rewards[first] - paths.rewards[second]).to(sums)
