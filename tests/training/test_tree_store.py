@@ -262,10 +262,12 @@ def test_a_packing_that_was_killed_goes_on(tmp_path, monkeypatch, rest):
     assert len(store) == len(store.prompt_ids()) == 10
 
 
-def test_packing_refuses_to_lose_rewards(tmp_path):
-    store = stored(tmp_path, named(4))
+def test_packing_leaves_labelled_shards_alone(tmp_path):
+    store = stored(tmp_path, named(6))
     shard = store.shards()[0]
-    shard.reward_path("a").touch()
-    with pytest.raises(ValueError, match="has rewards, which packing would lose"):
-        store.pack(4)
-    assert len(store) == 4
+    shard.write_rewards("a", [np.arange(float(len(tree.leaves()))) for tree in shard.trees()], "by hand")
+    store.pack(4, rest=True)
+    assert shard in store.shards()
+    assert len(shard.rewards("a")) == len(shard.trees())
+    assert len(store) == 6
+    assert len(store.shards()) == 2

@@ -300,19 +300,14 @@ class TreeStore:
         """Put the trees of small shards together in shards of `size`: an eighth of the bytes, and fewer files.
 
         Killed at any instant, another call goes on; nothing is lost, and nothing is there twice after it. A collection
-        that is running may go on. Rewards are not carried over: label packed trees.
+        that is running may go on. Shards with rewards stay as they are: rewards are kept shard by shard.
 
         Args:
             size: trees of a packed shard; those that have as many stay.
             rest: pack what is left over, too; else it stays in small shards.
-
-        Raises:
-            ValueError: a small shard has rewards.
         """
         ids = {shard: {tree.prompt_id for tree in shard.trees()} for shard in self.shards()}
-        for shard in ids:
-            if len(ids[shard]) < size and list(self.folder.glob(f"{shard.path.stem}.reward-*.h5")):
-                raise ValueError(f"{shard.path} has rewards, which packing would lose: pack before labelling")
+        ids = {shard: own for shard, own in ids.items() if not self._is_labelled(shard)}
         small: list[Shard] = []
         seen: set[str] = set()
         for shard in sorted(ids, key=lambda shard: -len(ids[shard])):
@@ -332,6 +327,9 @@ class TreeStore:
                 for written in waiting:
                     written.path.unlink()
                 waiting, trees = [], []
+
+    def _is_labelled(self, shard: Shard) -> bool:
+        return any(self.folder.glob(f"{shard.path.stem}.reward-*.h5"))
 
     def free_numbers(self) -> Iterator[int]:
         """Numbers that no shard has, from the smallest, without end."""
