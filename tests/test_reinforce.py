@@ -12,7 +12,7 @@ from mavis_logits.values.value_head import ValueHead
 
 
 def few(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
-    return [-float(text.count("w1")) for text in completions]
+    return [float(text.count("w1")) for text in completions]
 
 
 def test_a_completion_is_compared_with_the_others_of_its_prompt() -> None:

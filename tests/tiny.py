@@ -93,7 +93,9 @@ def make_head(base: PreTrainedModel, *objectives: str, seed: int = 2, layer: int
 def make_words(base: PreTrainedModel, *objectives: str) -> Words:
     """Objectives in words, each an instruction of another length."""
     instructions = {name: " ".join(f"w{7 * i + j}" for j in range(2 + 3 * i)) for i, name in enumerate(objectives)}
-    return Words(instructions, tiny_tokenizer(), base)
+    words = Words(instructions, tiny_tokenizer(), base)
+    words.config.settings.clear()  # the paper's settings, as those of the others
+    return words
 
 
 def make_adapter(

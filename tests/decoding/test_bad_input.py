@@ -112,11 +112,11 @@ def test_a_head_loaded_without_its_model(tmp_path: Path) -> None:
 def test_a_head_without_a_model_attached() -> None:
     base = make_base()
     mavis = steer(make_head(base, "a"))
-    with pytest.raises(ValueError, match=r"the base model's hidden states: pass model=model, or use mavis\.attach"):
+    with pytest.raises(ValueError, match=r"what the base model has computed: pass model=model, or use mavis\.attach"):
         mavis(IDS, scores())
     with mavis.attach(base):
         assert base.generate(IDS[:1], max_new_tokens=2, logits_processor=[mavis]).shape[1] > 3
-    with pytest.raises(ValueError, match="needs the base model's hidden states"):
+    with pytest.raises(ValueError, match="need what the base model has computed"):
         base.generate(IDS[:1], max_new_tokens=2, logits_processor=[mavis])
 
 

@@ -129,7 +129,7 @@ def test_an_unpickled_processor_steers_once_it_is_attached(kind: str) -> None:
     if kind == "model":
         assert torch.equal(write(base, twin), expected)
         return
-    with pytest.raises(ValueError, match=r"a value head needs the base model's hidden states: .* use mavis.attach"):
+    with pytest.raises(ValueError, match=r"need what the base model has computed: .* use mavis.attach"):
         write(base, twin)
     twin.attach(base)
     assert torch.equal(write(base, twin), expected)

@@ -17,7 +17,7 @@ from mavis_logits import MavisSampling, cli
 from mavis_logits.core.chat import chat_inputs
 from mavis_logits.models import load_chat_model
 from mavis_training.fit.config import FitConfig, seconds, told
-from mavis_training.fit.plan import FEWEST_PROMPTS, split, trees_within
+from mavis_training.fit.plan import FEWEST_PROMPTS, answers_within, split, trees_within
 from mavis_training.fit.report import verdict
 from mavis_training.fit.run import fit
 from mavis_training.fit.tune import GRIDS, Trial, choose
@@ -118,7 +118,7 @@ def test_a_run_that_was_cut_off_goes_on(place, fitted, tmp_path):
     output, state, _ = fitted
     shutil.copytree(output, tmp_path / "cut")
     kept = json.loads((tmp_path / "cut/fit.json").read_text())
-    for name in ("collected", "chosen", "tried", "results"):
+    for name in ("collected", "chosen", "tried", "results", "seeds"):
         del kept[name]
     (tmp_path / "cut/fit.json").write_text(json.dumps(kept))
     for shard in sorted((tmp_path / "cut/work/trees").glob("trees-?????.h5"))[-3:]:
@@ -155,7 +155,7 @@ def test_a_reward_that_teaches_nothing_is_told_after_a_few_trees(place, tmp_path
 
 def test_a_budget_too_small_is_told_and_what_was_sampled_is_kept(place, tmp_path):
     with pytest.raises(ValueError, match="the budget is too small: a tree takes"):
-        fit(config(place, tmp_path / "out", "few", budget="1s"), say=lambda _: None)
+        fit(config(place, tmp_path / "out", "few", budget="0.1s"), say=lambda _: None)
     assert list((tmp_path / "out/work/trees").glob("trees-?????.h5"))
 
 
@@ -223,6 +223,12 @@ def test_time_becomes_trees():
     assert trees_within(1800, 80, 2.0, 10_000, 100) == 100
     with pytest.raises(ValueError, match="Give at least 2m"):
         trees_within(60, 10, 2.0, 100, None)
+
+
+def test_what_is_left_of_the_time_becomes_answers():
+    assert answers_within(1000, 10) == 3
+    assert answers_within(30, 10) == 2
+    assert answers_within(-5, 10) == 1
 
 
 @pytest.mark.parametrize(

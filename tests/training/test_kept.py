@@ -30,7 +30,8 @@ EVALUATED = {
     "prompts": None, "output": None, "completions": None, "value_functions": None,
     "rewards": {"low": "text_rewards:high"}, "settings": {"unsteered": {}, "low": {"beta": 1.0}},
     "combined": {"low": 2.0}, "contrasts": [["low", "unsteered"]], "perplexity": True, "limit": 3, "seeds": [1],
-    "max_new_tokens": 5, "model": None, "chat_template": "none", "dtype": "bfloat16", "batch_size": 2, "device": "cpu",
+    "max_new_tokens": 5, "temperature": 0.5, "top_p": 0.5,
+    "model": None, "chat_template": "none", "dtype": "bfloat16", "batch_size": 2, "device": "cpu",
     "fresh": True,
 }  # fmt: skip
 MODEL_SETTINGS = {
@@ -42,6 +43,7 @@ MODEL_SETTINGS = {
 }  # fmt: skip
 HEAD_SETTINGS = {
     "objectives": ["high"], "layer": "output", "width": 9, "num_layers": 2, "dropout": 0.1, "bootstrap": 0.1,
+    "rule": "gain", "anchor": 0.7, "actions": 6,
     "zeta": 0.1, "penalty": "continuation", "drop_leaves": 0.1, "epochs": 9, "patience": 9, "batch_size": 9,
     "learning_rate": 0.1, "weight_decay": 0.1, "warmup_steps": 9, "validation_share": 0.4, "seed": 9,
     "dtype": "bfloat16", "iteration": 9,
@@ -185,8 +187,10 @@ def test_every_setting_of_a_heads_training_is_in_its_origin(store, tmp_path):
     first = head_origin(config, head, base, stores)
     for field in dataclasses.fields(TrainHeadConfig):
         if field.name not in ("store", "output", "device", "fresh", "initial", "model", "states"):
-            changed = dataclasses.replace(config, **{field.name: HEAD_SETTINGS[field.name]})
-            assert head_origin(changed, head, base, stores) != first, field.name
+            # These two are nothing to a head that no rule is applied to.
+            start = dataclasses.replace(config, rule="pairs") if field.name in ("anchor", "actions") else config
+            changed = dataclasses.replace(start, **{field.name: HEAD_SETTINGS[field.name]})
+            assert head_origin(changed, head, base, stores) != head_origin(start, head, base, stores), field.name
     assert head_origin(config, head, tiny_llama(seed=3), stores) != first
 
 

@@ -94,6 +94,17 @@ def trees_within(budget: float, spent: float, cost: float, prompts: int, most: i
     return min(count, prompts, prompts if most is None else most)
 
 
+def answers_within(left: float, cost: float) -> int:
+    """How many answers to every prompt there is time to measure, 1 to 3.
+
+    Args:
+        left: of the budget, in seconds.
+        cost: of one answer to every prompt under every setting, by those of the model left alone, in seconds.
+    """
+    steered = 1.5  # times as long as the model left alone takes, rewards included
+    return min(3, max(1, int(left / max(1e-6, steered * cost))))
+
+
 def _once(rows: Sequence[Row]) -> list[Row]:
     found: dict[str, Row] = {}
     for row in rows:

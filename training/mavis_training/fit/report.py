@@ -12,7 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from mavis_logits.hub.quality import foresight, weaknesses
+from mavis_logits.hub.quality import weaknesses
 
 from ..base.files import replace_when_whole
 from .config import FitConfig, told
@@ -64,11 +64,20 @@ def usage(state: Mapping[str, Any]) -> str:
 def judged(config: FitConfig, metrics: Mapping[str, Any]) -> dict[str, str]:
     """What held-out trees, or pairs, say of the values for each objective."""
     if config.pairs is None:
-        return {name: f"{name}: {foresight(metrics[name])}" for name in config.objectives}
+        return {name: f"{name}: {_figures(metrics[name])}" for name in config.objectives}
     name, count = config.objective, metrics["trees"]
     right = metrics["ordered_right"][name]["after"]
     words = "" if right > 0.5 + 1 / count**0.5 else ", no more than chance: give more pairs"
     return {name: f"{name}: of {count} held-out pairs it puts the chosen answer first in {right:.0%}{words}"}
+
+
+def _figures(values: Mapping[str, Any]) -> str:
+    """How well values foresee a reward; whether steering by them is worth it is measured, not judged by this."""
+    ranking = values["ranking"]
+    return (
+        f"foresees it with R2 {values['r2']:.2f}; of two next tokens it prefers the better in "
+        f"{ranking['accuracy']:.0%} of {ranking['pairs']} pairs"
+    )
 
 
 def summary(config: FitConfig, results: Mapping[str, Any]) -> list[str]:

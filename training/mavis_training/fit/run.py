@@ -45,7 +45,7 @@ from ..train_head import train_head
 from ..train_model import train_model
 from ..trees.tree_store import TreeStore
 from .config import FitConfig, seconds, told
-from .plan import TREES_SHARE, Split, split, trees_within
+from .plan import TREES_SHARE, Split, answers_within, split, trees_within
 from .report import judged, write_report
 from .tune import GRIDS, Trial, choose
 
@@ -278,7 +278,11 @@ class _Run:
         if "chosen" in self.state:
             return self.state["chosen"], [Trial(**trial) for trial in self.state["tried"]]
         self.say(f"[4/6] Choosing strength, cut and normalisation on {len(self.split.choosing)} prompts, for {aim}.")
+        begun = self.spent
         plain = self._validated("plain", None, None)
+        answers = len(self._validator.config.seeds) * len(self.split.choosing)
+        if "answer_takes" not in self.state:  # of a run that was cut off: these may lie there already
+            self._keep(answer_takes=(self.spent - begun) / answers)
         deadline = self.spent + 0.5 * max(0.0, self.left)
 
         def measure(settings: dict[str, Any]) -> Trial:
@@ -324,7 +328,14 @@ class _Run:
 
     def _measured(self, value: Path, chosen: dict[str, Any]) -> dict[str, Any]:
         count = len(self.split.measuring)
-        self.say(f"[5/6] Measuring on {count} prompts that nothing has been learned from or chosen on.")
+        if "seeds" not in self.state:
+            settings_count = 1 + 3 * len(self.config.objectives) + (len(self.config.objectives) > 1)
+            self._keep(seeds=answers_within(self.left, settings_count * count * self.state["answer_takes"]))
+        seeds = int(self.state["seeds"])
+        self.say(
+            f"[5/6] Measuring on {count} prompts that nothing has been learned from or chosen on, {seeds} "
+            f"{'answer' if seeds == 1 else 'answers'} each."
+        )
         settings: dict[str, dict[str, Any]] = {"unsteered": {}}
         objectives = self.config.objectives
         for name in objectives:
@@ -337,7 +348,7 @@ class _Run:
             EvaluateConfig(
                 prompts=str(self.work / "measuring.jsonl"), output=str(self.work / "evaluation.json"),
                 completions=str(self.work / "completions"), value_functions=str(value), rewards=self.config.measured,
-                settings=settings, limit=None, seeds=[0, 1, 2], max_new_tokens=self.config.max_new_tokens,
+                settings=settings, limit=None, seeds=list(range(seeds)), max_new_tokens=self.config.max_new_tokens,
                 temperature=self.temperature, top_p=self.top_p, model=self.config.model,
                 chat_template=self.config.chat_template, dtype=self.config.dtype, device=self.config.device,
             ),
