@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mavis_logits.hub.quality import require_foresight
+from mavis_logits.hub.quality import foresight, require_foresight
 
 
 def folder_of(path: Path, r2: float, trees: int) -> Path:
@@ -32,3 +32,16 @@ def test_one_that_foresees_something_is_taken(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         require_foresight(folder_of(tmp_path, 0.1, trees=8))
         require_foresight(tmp_path / "elsewhere")  # one without metrics
+
+
+@pytest.mark.parametrize(
+    ("r2", "accuracy", "words"),
+    [
+        (-0.1, 0.9, "not worth using"),
+        (0.1, 0.5, "steering by it is a gamble"),
+        (0.5, 0.5, "no more than chance where trees branch: measure what it does"),
+        (0.1, 0.8, "good"),
+    ],
+)
+def test_a_judgement_in_words(r2, accuracy, words):
+    assert words in foresight({"r2": r2, "ranking": {"accuracy": accuracy, "pairs": 400}})

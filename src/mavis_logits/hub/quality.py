@@ -12,6 +12,7 @@ import numpy as np
 from .cards import METRICS
 from .files import read_json
 
+_FORESEES = 0.2  # R2 from which on a reward counts as foreseen: what decides it may come late in an answer
 _FEWEST = 8  # held-out trees without which R2 and rankings are chance
 
 
@@ -23,6 +24,8 @@ def foresight(values: Mapping[str, Any]) -> str:
     accuracy, pairs = ranking["accuracy"], ranking["pairs"]
     told = f"R2 {r2:.2f}; of two next tokens it prefers the better in {accuracy:.0%} of {pairs} pairs"
     if pairs == 0 or accuracy <= 0.5 + 1 / np.sqrt(pairs):  # two standard errors of a coin
+        if r2 >= _FORESEES:  # it knows the reward, if not from the token that a branch begins with
+            return f"{told}, no more than chance where trees branch: measure what it does before relying on it"
         return f"{told}, no more than chance: steering by it is a gamble; collect more trees"
     words = ((0.7, "good"), (0.6, "fair"), (0.0, "weak, but better than chance"))
     return f"{told}: {next(word for bar, word in words if accuracy >= bar)}"
