@@ -67,8 +67,7 @@ def recompute_words(
 
     text = [int(token) for token in sequence]
     plain = log_probs(text)
-    instructed = [text[: p.start] + p.inserted + text[p.start + p.removed :] for p in words.places(text)]
-    return torch.stack([log_probs(ids) - plain for ids in instructed], dim=1)
+    return torch.stack([log_probs(place.applied(text)) - plain for place in words.places(text)], dim=1)
 
 
 def recompute_all(

@@ -181,3 +181,12 @@ def test_value_functions_know_which_are_words():
     functions = ValueFunctions([make_value_model("a"), Words({"joke": JOKE}, tiny_tokenizer(), base)])
     assert [type(f) for f in functions.value_models] == [ValueModel]
     assert [f.config.instructions for f in functions.words] == [[JOKE]]
+
+
+def test_from_pretrained_takes_words_that_have_no_base_model_yet(tmp_path):
+    base = make_base()
+    make_head(base, "a").save_pretrained(tmp_path)
+    words = Words({"joke": JOKE}, tiny_tokenizer())
+    mavis = MavisLogitsProcessor.from_pretrained({"a": str(tmp_path), "joke": words}, model=base)
+    assert mavis.objectives == ["a", "joke"]
+    base.generate(torch.tensor([[5, 6]]), max_new_tokens=2, logits_processor=[mavis])

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Final, Literal
 
 import torch
@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 from ..core.holds import Hold
 from . import Backbone
 from .anatomy import tokens_in
-from .hooks import after, before, is_compiled, let_compiled_code_see
+from .hooks import after, before, is_compiled, let_compiled_code_see, undisturbed
 
 LOGITS: Final = "logits"  # in place of a layer: the scores of all tokens, before any processor
 Layer = int | None | Literal["logits"]
@@ -75,15 +75,9 @@ class HiddenStates:
         model = self._model()
         return self._seen is None and model is not None and is_compiled(model)
 
-    @contextmanager
-    def undisturbed(self) -> Iterator[None]:
+    def undisturbed(self) -> AbstractContextManager[None]:
         """While it is open, what the model reads is no concern of this object's: it is read for someone else."""
-        kept = dict(self._local.__dict__)
-        try:
-            yield
-        finally:
-            self._local.__dict__.clear()
-            self._local.__dict__.update(kept)
+        return undisturbed(self._local)
 
     def take(self, input_ids: Tensor) -> dict[Layer, Tensor] | None:
         """The states [R, d] behind the scores of the sequences `input_ids` [R, T] (padding included), by layer.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from contextlib import nullcontext
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -54,6 +55,17 @@ def after(module: nn.Module, call: Callable[..., None]) -> RemovableHandle:
     """Have `call` called with the arguments and the output of every forward of `module`."""
     with _lock:
         return module.register_forward_hook(Hook(call))
+
+
+@contextmanager
+def undisturbed(local: threading.local) -> Iterator[None]:
+    """While it is open, what hooks note in `local` is forgotten at its end: the model reads for someone else."""
+    kept = dict(vars(local))
+    try:
+        yield
+    finally:
+        vars(local).clear()
+        vars(local).update(kept)
 
 
 def let_compiled_code_see(model: nn.Module) -> Hold | None:

@@ -113,16 +113,16 @@ def recommended(given: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     every = [{name: value for name, value in own.items() if name in known} for own in given]
     if not all(every) or len({own.get("normalize", MavisConfig.normalize) for own in every}) != 1:
         return {}
-    names = set().union(*every)
-    found = {name: every[0][name] for name in names if all(own.get(name) == every[0].get(name) for own in every)}
-    if "beta" in names - set(found):
-        found["beta"] = sum(own.get("beta", MavisConfig.beta) for own in every) / len(every)
-    if "top_k" in names - set(found):
-        counts: list[Any] = [own.get("top_k", MavisConfig.top_k) for own in every]
-        found["top_k"] = None if None in counts else max(counts)
-    if "candidate_min_p" in names - set(found):
-        shares: list[Any] = [own.get("candidate_min_p") for own in every]
-        found["candidate_min_p"] = None if None in shares else min(shares)
+    found: dict[str, Any] = {}
+    for name in set().union(*every):
+        values = [own.get(name, getattr(MavisConfig, name)) for own in every]
+        if all(value == values[0] for value in values):
+            found[name] = values[0]
+        elif name == "beta":
+            found[name] = sum(values) / len(values)
+        elif name in ("top_k", "candidate_min_p"):  # None cuts nothing
+            widest = max if name == "top_k" else min
+            found[name] = None if None in values else widest(values)
     return found
 
 

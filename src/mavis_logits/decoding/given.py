@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..backbone import Backbone
-from ..backbone.hooks import before
+from ..backbone.hooks import before, undisturbed
 from ..scoring.rows import Tokens
 
 _REMEMBERED = 3  # prompts read since the last call: guidance reads one of its own
@@ -101,14 +101,9 @@ class Given:
         """Whether there is something for `take`."""
         return bool(self._local.__dict__.get("prompts"))
 
-    @contextmanager
-    def undisturbed(self) -> Iterator[None]:
+    def undisturbed(self) -> AbstractContextManager[None]:
         """While it is open, what the model reads is no prompt: it is read for someone else."""
-        kept = list(self._local.__dict__.get("prompts", []))
-        try:
-            yield
-        finally:
-            self._local.prompts = kept
+        return undisturbed(self._local)
 
     def take(self) -> list[Prompt]:
         """What was read since the last call, each handed out once."""
@@ -123,6 +118,5 @@ class Given:
         if not isinstance(read, Tensor) or read.ndim < 2 or read.shape[1] < 2:
             return
         mask, positions = named.get("attention_mask"), named.get("position_ids")
-        prompts = self._local.__dict__.setdefault("prompts", [])
-        prompts.append(Prompt(tokens, mask, positions, unreadable(named), self._masked))
-        del prompts[:-_REMEMBERED]
+        prompt = Prompt(tokens, mask, positions, unreadable(named), self._masked)
+        self._local.prompts = [*self._local.__dict__.get("prompts", []), prompt][-_REMEMBERED:]

@@ -7,7 +7,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
@@ -258,12 +258,10 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
     @contextmanager
     def _aside(self) -> Iterator[None]:
         """While it is open, the base model reads for objectives in words, and not for `generate`."""
-        with ExitStack() as stack:
-            if self.functions.words:
-                assert self._hidden is not None
-                assert self._given is not None
-                stack.enter_context(self._hidden.undisturbed())
-                stack.enter_context(self._given.undisturbed())
+        if not self.functions.words or self._hidden is None or self._given is None:
+            yield
+            return
+        with self._hidden.undisturbed(), self._given.undisturbed():
             yield
 
     def _values(self, call: _Call, choice: Choice) -> Tensor:

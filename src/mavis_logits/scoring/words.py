@@ -141,7 +141,7 @@ class WordsScorer(ValueScorer):
                 parts += [fresh] * self._each
                 continue
             places = self._places[row] = self.model.places(fresh)
-            parts += [fresh[: p.start] + p.inserted + fresh[p.start + p.removed :] for p in places]
+            parts += [place.applied(fresh) for place in places]
         longest = max(map(len, parts))
         padded = [[0] * (longest - len(part)) + part for part in parts]
         return torch.tensor(padded, device=tokens.device), list(map(len, parts))

@@ -20,7 +20,7 @@ from ..core.config import recommended
 from ..core.holds import Holds, Undo
 from ..hub.files import Source, find_file, hub_arguments, read_json
 from .checkpoints import Options
-from .function import ValueFunction
+from .function import ValueFunction, is_value_function
 from .fused import FusedValueModel, fusable_groups, why_not_fused
 from .value_head import ValueHead, ValueHeadConfig
 from .value_model import ValueModel
@@ -47,6 +47,8 @@ class ValueFunctions:
         outputs: (objective, value function, which of its outputs) of every objective.
         objectives: their names.
         all, models, heads: the value functions; those that read tokens; those that read the base model's states.
+        words, value_models: of `models`, those that are objectives in words; those that are language models of their
+            own.
 
     Raises:
         ValueError: none given, an objective twice, one that its value function has not, another tokenizer, or with
@@ -66,6 +68,8 @@ class ValueFunctions:
         self.all: list[ValueFunction] = list(dict.fromkeys(function for _, function, _ in outputs))
         self.models: list[Any] = [f for f in self.all if f.reads == "tokens"]
         self.heads: list[Any] = [f for f in self.all if f.reads == "states"]
+        self.words = [model for model in self.models if isinstance(model, Words)]
+        self.value_models: list[Any] = [model for model in self.models if not isinstance(model, Words)]
         self._vocabulary: int | None = None  # the smallest of the models'
 
     @property
@@ -78,16 +82,6 @@ class ValueFunctions:
     def recommended(self) -> dict[str, Any]:
         """The settings, fields of `MavisConfig`, that the value functions recommend for themselves."""
         return recommended(getattr(function.config, "settings", None) or {} for function in self.all)
-
-    @property
-    def words(self) -> list[Words]:
-        """Those of `models` that are objectives in words."""
-        return [model for model in self.models if isinstance(model, Words)]
-
-    @property
-    def value_models(self) -> list[Any]:
-        """Those of `models` that are language models of their own."""
-        return [model for model in self.models if not isinstance(model, Words)]
 
     def replaced(self, others: Mapping[int, Any]) -> ValueFunctions:
         """The same with other value functions in place of some, by their ids (as in `copy.deepcopy`'s memo)."""
@@ -267,7 +261,7 @@ def _fused(outputs: Outputs, insist: bool) -> Outputs:
 
 
 def _check_kind(function: Any) -> None:
-    if not isinstance(function, Words) and not isinstance(function, ValueFunction):
+    if not is_value_function(function):
         raise ValueError(
             f"expected a ValueModel or a ValueHead, got {type(function).__name__}; from_pretrained loads ids and "
             "folders"
@@ -331,7 +325,7 @@ def load_value_functions(
     loaded: dict[Source, ValueModel | ValueHead] = {}
 
     def get(item: Any) -> Any:
-        if isinstance(item, ValueFunction):
+        if is_value_function(item):
             return item
         given = Source(str(item), loading.get("revision"), loading.get("subfolder"))
         source = item if isinstance(item, Source) else given

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -42,3 +43,10 @@ class ValueFunction(Protocol):
             ValueError: it cannot follow such a change.
         """
         ...
+
+
+def is_value_function(thing: Any) -> bool:
+    """Whether `thing` has what a `ValueFunction` has. Nothing is computed: one that waits for its base model, to have a
+    device, is one too."""
+    names = ("reads", "config", "device", "units", "refresh")
+    return all(inspect.getattr_static(thing, name, None) is not None for name in names)

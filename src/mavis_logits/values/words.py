@@ -54,6 +54,10 @@ class Place(NamedTuple):
     removed: int
     inserted: list[int]
 
+    def applied(self, text: list[int]) -> list[int]:
+        """The token ids of a text with the instruction in it."""
+        return text[: self.start] + self.inserted + text[self.start + self.removed :]
+
 
 class Words:
     """Value functions of M objectives, each an instruction to the base model.
