@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, TemperatureLogitsWarper
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mavis_logits.core.tilting import kl_divergence
 from mavis_logits.decoding.strategies.sampling import sample_index
@@ -37,7 +37,8 @@ from mavis_logits.values.value_head import ValueHead
 from mavis_training.base.files import write_json
 from mavis_training.base.prompts import encode_prompts, read_prompts
 from mavis_training.rewards.load import Reward, compute_rewards, load_reward
-from mavis_training.sampling.reference import Reference
+from mavis_training.sampling.reference import Reference, warpers
+from mavis_training.sampling.rollout import left_padded
 
 
 @dataclass
@@ -100,15 +101,12 @@ def sampled(
     steering: Steering, model: PreTrainedModel, rows: Sequence[list[int]], eos: frozenset[int], settings: Settings
 ) -> tuple[list[list[int]], Positions, Tensor]:
     """Completions of token ids `rows`, all their positions, and the divergence of each completion, `[R]`."""
-    longest = max(map(len, rows))
-    padded = [([0] * (longest - len(r)) + r, [0] * (longest - len(r)) + [1] * len(r)) for r in rows]
-    ids, mask = torch.tensor(padded, device=model.device).unbind(dim=1)
-    warpers = [] if settings.temperature == 1 else [TemperatureLogitsWarper(settings.temperature)]
     (head,) = steering.functions.heads
     written: list[list[int]] = [[] for _ in rows]
     parts: list[Positions] = []
     spent = torch.zeros(len(rows))
-    with Session(steering, model, ids, mask, LogitsProcessorList(warpers)) as session:
+    shaped = warpers(settings.temperature, top_p=1.0)
+    with Session(steering, model, *left_padded(rows, model.device), shaped) as session:
         live = torch.arange(len(rows))
         for _ in range(settings.max_new_tokens):
             step = session.score()

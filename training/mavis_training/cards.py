@@ -74,6 +74,11 @@ def write_card(config: CardConfig) -> Path:
     return folder / CARD
 
 
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
+
+
 def draw_plots(folder: Path, metrics: Mapping[str, Mapping], evaluation: Mapping | None) -> None:
     """Write `foresight.png` and, with an evaluation, `steering.png` into `folder`.
 
@@ -85,7 +90,7 @@ def draw_plots(folder: Path, metrics: Mapping[str, Mapping], evaluation: Mapping
     Raises:
         ImportError: matplotlib is not installed.
     """
-    if find_spec("matplotlib") is None:
+    if not can_draw():
         raise ImportError('the pictures of a card need matplotlib: pip install "mavis-logits[demo]", or plots: false')
     from matplotlib.figure import Figure
 

@@ -23,7 +23,7 @@ from mavis_logits.models import DEFAULT_MODEL, load_chat_model
 from .base.files import write_json
 from .base.kept import model_origin
 from .base.prompts import encode_prompts, read_prompts
-from .base.settings import torch_dtype
+from .base.settings import check_sampling, torch_dtype
 from .measure.completions import (
     Completions,
     check_setting,
@@ -32,6 +32,7 @@ from .measure.completions import (
     judge,
     perplexity,
     read_completions,
+    sampled_at,
     steerings,
     write_completions,
 )
@@ -107,10 +108,7 @@ class EvaluateConfig:
             check_setting(setting)
         if not any(not setting for setting in self.settings.values()):
             raise ValueError("settings need an empty one, the base model left alone, to compare with")
-        if not self.temperature > 0 or not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"temperature must be above 0, and top_p above 0 and at most 1; got {self.temperature}, {self.top_p}"
-            )
+        check_sampling(self.temperature, self.top_p)
         if not self.seeds or not self.rewards:
             raise ValueError(f"seeds and rewards must not be empty, got {self.seeds} and {self.rewards}")
         for spec in self.rewards.values():
@@ -273,8 +271,7 @@ def _origins(config: EvaluateConfig, rows: list[dict[str, Any]]) -> dict[str, di
     shared = {
         name: getattr(config, name) for name in ("seeds", "max_new_tokens", "batch_size", "dtype", "chat_template")
     }
-    # Only where they are not as they always were, so that what an earlier version kept is taken.
-    shared |= {name: getattr(config, name) for name in ("temperature", "top_p") if getattr(config, name) != 1.0}
+    shared |= sampled_at(config.temperature, config.top_p)
     shared["model"] = model_origin(config.model)
     return {
         name: completions_origin(setting, rows, config.value_functions, **shared)

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mavis_logits.backbone.fingerprint import Identity, tokenizer_fingerprint
 from mavis_logits.models import load_chat_model
 
-from .base.files import replace_when_whole
+from .base.files import replace_when_whole, write_json_lines
 from .base.kept import digest, model_origin
 from .base.prompts import read_prompts
 from .base.ranks import join
@@ -178,9 +178,7 @@ class _Run:
         def sample() -> dict[str, Any]:
             if given.skip_prompts and self.ranks.is_main:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                with replace_when_whole(path) as temporary:
-                    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in self.prompts(i)]
-                    temporary.write_text("".join(lines), encoding="utf-8")
+                write_json_lines(path, self.prompts(i))
             self.ranks.wait()
             return _count(collect(config, *self.base))
 

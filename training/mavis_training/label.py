@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -144,19 +144,29 @@ def unlabelled(store: TreeStore, config: LabelConfig, objective: str, digest: st
     return todo
 
 
+def sameness(rewards: Sequence[NDArray[np.float64]]) -> Literal["constant", "by prompt"] | None:
+    """Whether rewards, an array a tree, are all the same, or the same within every tree that has several; else None."""
+    rewards = [each for each in rewards if len(each)]
+    if sum(map(len, rewards)) < 2:
+        return None
+    if np.ptp(np.concatenate(rewards)) == 0:
+        return "constant"
+    by_prompt = any(len(each) > 1 for each in rewards) and all(np.ptp(each) == 0 for each in rewards)
+    return "by prompt" if by_prompt else None
+
+
 def tell_sameness(store: TreeStore, objective: str) -> None:
     """Warn of rewards that are the same for every completion, or for every completion of a prompt: nothing to learn."""
-    rewards = [each for each in store.rewards(objective) if len(each)]
-    if not rewards or sum(map(len, rewards)) < 2:
-        return
-    values = np.concatenate(rewards)
-    if np.ptp(values) == 0:
+    rewards = store.rewards(objective)
+    same = sameness(rewards)
+    if same == "constant":
+        values = np.concatenate(rewards)
         warnings.warn(
             f"The reward {objective!r} is constant: {values[0]:g} for all {len(values)} completions of {store.folder}. "
             "There is nothing to learn from it: check what the function looks at.",
             stacklevel=2,
         )
-    elif any(len(each) > 1 for each in rewards) and all(np.ptp(each) == 0 for each in rewards):
+    elif same == "by prompt":
         warnings.warn(
             f"The reward {objective!r} is the same for all completions of a prompt, in all {len(rewards)} trees of "
             f"{store.folder}: it depends on the prompt alone, and nothing that a model writes can change it.",

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mavis_logits.models import load_tokenizer
 
-from .base.files import replace_when_whole, write_json
+from .base.files import write_json, write_json_lines
 from .base.formats import FORMATS, Columns, Dropped, Example, Limits, Row, Style
 from .base.prompts import numbered_rows, prompt_id, prompt_key, read_prompts
 
@@ -172,9 +172,7 @@ def make_prompts(config: PromptsConfig, tokenizer: PreTrainedTokenizerBase | Non
         raise ValueError(f"no row of {config.source} passes:\n{counts}")
     output = Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with replace_when_whole(output) as temporary:
-        texts = (json.dumps(line, ensure_ascii=False) + "\n" for line in _with_unique_ids(chosen))
-        temporary.write_text("".join(texts), encoding="utf-8")
+    write_json_lines(output, _with_unique_ids(chosen))
     write_json(output.with_suffix(".counts.json"), asdict(counts) | {"config": asdict(config)})
     return counts
 

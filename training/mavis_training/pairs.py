@@ -103,6 +103,11 @@ def _last(value: Any, name: str) -> str:
     return value
 
 
+def pairs_digest(pairs: Sequence[Pair]) -> str:
+    """Of what pairs say."""
+    return digest([[p.prompt, p.conversation, p.chosen, p.rejected] for p in pairs])
+
+
 def pairs_store(
     pairs: Sequence[Pair],
     folder: str | Path,
@@ -127,7 +132,7 @@ def pairs_store(
         ValueError: the store is of other pairs or of another model.
     """
     identity = Identity(model)
-    content = digest([[p.prompt, p.conversation, p.chosen, p.rejected] for p in pairs])
+    content = pairs_digest(pairs)
     metadata = StoreMetadata(
         model=model.config.name_or_path or type(model).__name__,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),

@@ -98,11 +98,11 @@ def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) ->
     states = [tensor for own in by_store for tensor in own]
     sampled = [how for store, own in zip(stores, by_store, strict=True) for how in [_sampled(store)] * len(own)]
     of_tree = {id(item): tensor for item, tensor in zip(trees, states, strict=True)}  # prompts recur between stores
-    metrics = fit_head(head, training, validation, of_tree, config)
+    drawn_at = None
     if config.rule != "positions":
         actions = [drawn for store, folder in stored for drawn in read_actions(store, folder)]
         drawn_at = {id(item): tensor for item, tensor in zip(trees, actions, strict=True)}
-        metrics |= fit_by_rule(head, training, validation, of_tree, drawn_at, config)
+    metrics = fit_head(head, training, validation, of_tree, config, drawn_at)
     of_reference = {id(item): how for item, how in zip(trees, sampled, strict=True)}
     for how in dict.fromkeys(sampled):  # of stores at several temperatures, each by itself
         own = [(item, of_tree[id(item)]) for item in validation if of_reference[id(item)] == how]
@@ -125,14 +125,17 @@ def fit_head(
     validation: Sequence[LabelledTree],
     of_tree: Mapping[int, Tensor],
     config: TrainHeadConfig,
+    drawn_at: Mapping[int, Tensor] | None = None,
 ) -> dict[str, Any]:
-    """Fit `head` to the training trees; its metrics on the others, and the warmup steps that were taken.
+    """Fit `head` to the training trees, position by position and then by a rule; its metrics on the others, the warmup
+    steps that were taken and, of a rule, `ordered_right` before and after.
 
     Args:
         head: trained in place.
         training, validation: trees.
         of_tree: hidden states `[P + N, d]` of each tree, by its `id`.
         config: how to train.
+        drawn_at: actions of the reference `[P + N, J]` of each tree, by its `id`, for a rule on whole completions.
     """
     everything = [np.ones(len(item.tree), dtype=bool) for item in validation]
     kept = [kept_nodes(item.tree, config.drop_leaves, config.seed) for item in training]
@@ -141,40 +144,22 @@ def fit_head(
     if config.bootstrap:
         to_train = bootstrapped(head, to_train, held_out, config)
     history = fit(head, to_train, held_out, config, sample_loss, "head")
+    by_rule: dict[str, Any] = {}
+    if config.rule != "positions":
+        assert drawn_at is not None
+        seen, unseen = (
+            [paths_of(item, of_tree[id(item)], drawn_at[id(item)]) for item in part] for part in (training, validation)
+        )
+        before = ordered_right(head, unseen)
+        by_rule["rule_loss_by_epoch"] = fit_paths(head, seen, unseen, config)
+        after = ordered_right(head, unseen)
+        by_rule["ordered_right"] = {name: {"before": before[name], "after": after[name]} for name in config.objectives}
     metrics = validation_metrics([predict(head, item, of_tree[id(item)]) for item in validation], config.objectives)
     require_finite(metrics, "validation")
     warmup = fitting_warmup(config.warmup_steps, steps_of(config, to_train))
     return metrics | {
-        "training_trees": len(training), "validation_loss_by_epoch": history, "warmup_steps": warmup
+        "training_trees": len(training), "validation_loss_by_epoch": history, "warmup_steps": warmup, **by_rule
     }  # fmt: skip
-
-
-def fit_by_rule(
-    head: ValueHead,
-    training: Sequence[LabelledTree],
-    validation: Sequence[LabelledTree],
-    of_tree: Mapping[int, Tensor],
-    drawn_at: Mapping[int, Tensor],
-    config: TrainHeadConfig,
-) -> dict[str, Any]:
-    """Go on with `head` by a rule on whole completions; its metrics anew, and `ordered_right` before and after.
-
-    Args:
-        head: trained in place.
-        training, validation: trees.
-        of_tree, drawn_at: hidden states `[P + N, d]` and actions of the reference `[P + N, J]` of each tree, by `id`.
-        config: how to train.
-    """
-    seen, held_out = (
-        [paths_of(item, of_tree[id(item)], drawn_at[id(item)]) for item in part] for part in (training, validation)
-    )
-    before = ordered_right(head, held_out)
-    history = fit_paths(head, seen, held_out, config)
-    metrics = validation_metrics([predict(head, item, of_tree[id(item)]) for item in validation], config.objectives)
-    require_finite(metrics, "validation")
-    after = ordered_right(head, held_out)
-    ordered = {name: {"before": before[name], "after": after[name]} for name in config.objectives}
-    return metrics | {"rule_loss_by_epoch": history, "ordered_right": ordered}
 
 
 def training_origin(

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,11 @@ def write_json(path: Path, content: Any) -> None:
     """Write `content` as indented UTF-8 JSON, whole or not at all. Raises as `replace_when_whole`."""
     text = json.dumps(content, indent=2, ensure_ascii=False, sort_keys=False) + "\n"
     write_bytes(path, text.encode())
+
+
+def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Write `rows` as UTF-8 JSON, one a line, whole or not at all. Raises as `replace_when_whole`."""
+    write_bytes(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
 @contextmanager

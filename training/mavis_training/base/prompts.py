@@ -70,6 +70,12 @@ def prompt_key(prompt: str, conversation: Any = None) -> str:
     return json.dumps([prompt, conversation], ensure_ascii=False)
 
 
+def same_prompt_key(prompt: str, conversation: Any = None) -> str:
+    """What makes a prompt the same as another for learning: its text (and turns, if it has several) without regard to
+    case and spaces."""
+    return prompt_key(" ".join(prompt.split()), conversation).casefold()
+
+
 def prompt_id(prompt: str, conversation: Any = None) -> str:
     """An id made from the prompt."""
     return hashlib.sha256(prompt_key(prompt, conversation).encode()).hexdigest()[:16]

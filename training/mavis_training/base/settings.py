@@ -52,6 +52,14 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
+def check_sampling(temperature: float, top_p: float) -> None:
+    """Raise `ValueError` for a temperature or a nucleus that nothing can be sampled at."""
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+
+
 def check_keys(content: Mapping[str, Any], kind: type, where: str) -> None:
     """Raise `ValueError` for a key that the dataclass `kind`, or one nested in it, does not have."""
     hints = get_type_hints(kind)

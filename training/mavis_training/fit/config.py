@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from mavis_logits.core.chat import ChatTemplate
 from mavis_logits.models import DEFAULT_MODEL
 
-from ..base.settings import from_mapping, torch_dtype
+from ..base.settings import check_sampling, from_mapping, torch_dtype
 from ..fitting.head_config import TrainHeadConfig
 from ..fitting.model_config import TrainModelConfig
 from ..rewards.load import split_spec, with_model
@@ -91,10 +91,7 @@ class FitConfig:
         seconds(self.budget)
         if self.kl != "best" and not (isinstance(self.kl, int | float) and self.kl > 0):
             raise ValueError(f"kl must be a number of nats above 0, or 'best', got {self.kl!r}")
-        if self.temperature is not None and not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        check_sampling(*(1.0 if given is None else given for given in (self.temperature, self.top_p)))
         if self.max_new_tokens < 4:
             raise ValueError(f"max_new_tokens must be at least 4, got {self.max_new_tokens}")
         torch_dtype(self.dtype)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..base.prompts import prompt_key
+from ..base.prompts import same_prompt_key
 
 # Of the budget: what remains goes into training, choosing settings, measuring and loading.
 TREES_SHARE = 0.6
@@ -113,5 +113,4 @@ def _once(rows: Sequence[Row]) -> list[Row]:
 
 
 def _text(row: Row) -> str:
-    """A prompt without regard to case and spaces."""
-    return prompt_key(" ".join(str(row["prompt"]).split()), row.get("conversation")).casefold()
+    return same_prompt_key(row["prompt"], row.get("conversation"))

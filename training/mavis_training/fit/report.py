@@ -16,11 +16,10 @@ from mavis_logits.hub.quality import weaknesses
 
 from ..base.files import replace_when_whole
 from .config import FitConfig, told
-from .tune import Trial
+from .tune import STRENGTHS, Trial
 
 _TEMPLATE = Path(__file__).with_name("report_template.html")
 _WIDTH, _HEIGHT, _EDGE = 560, 260, 44  # of a picture, in pixels
-_STRENGTHS = (", half as strong", "", ", twice as strong")
 
 
 @dataclass(frozen=True)
@@ -61,14 +60,14 @@ def usage(state: Mapping[str, Any]) -> str:
     )
 
 
-def judged(config: FitConfig, metrics: Mapping[str, Any]) -> dict[str, str]:
+def judged(config: FitConfig, metrics: Mapping[str, Any]) -> list[str]:
     """What held-out trees, or pairs, say of the values for each objective."""
     if config.pairs is None:
-        return {name: f"{name}: {_figures(metrics[name])}" for name in config.objectives}
+        return [f"{name}: {_figures(metrics[name])}" for name in config.objectives]
     name, count = config.objective, metrics["trees"]
     right = metrics["ordered_right"][name]["after"]
     words = "" if right > 0.5 + 1 / count**0.5 else ", no more than chance: give more pairs"
-    return {name: f"{name}: of {count} held-out pairs it puts the chosen answer first in {right:.0%}{words}"}
+    return [f"{name}: of {count} held-out pairs it puts the chosen answer first in {right:.0%}{words}"]
 
 
 def _figures(values: Mapping[str, Any]) -> str:
@@ -119,7 +118,7 @@ def write_report(
         time=told(state["spent"]),
         verdicts=summary(config, results),
         weak=weaknesses(metrics, config.objectives) if config.pairs is None else [],
-        judged=list(judged(config, metrics).values()),
+        judged=judged(config, metrics),
         trees=metrics.get("training_trees", state["collected"]),
         held_out_trees=metrics["trees"],
         pictures={name: _picture(name, by, results, tried) for name, by in config.shown},
@@ -139,7 +138,7 @@ def write_report(
 
 def _picture(name: str, by: str, results: Mapping[str, Any], tried: Sequence[Trial]) -> dict[str, Any]:
     """Points of a reward's gain, steered towards the objective `by`, in pixels, with the ends of both axes."""
-    measured = [(results["settings"][by + end], end) for end in _STRENGTHS]
+    measured = [(results["settings"][by + end], end) for end in sorted(STRENGTHS, key=STRENGTHS.__getitem__)]
     found = [
         (row["kl"], row[name]["gain_sd"] or 0.0, row[name]["gain_sd_error"] or 0.0, end.strip(", ") or "as recommended")
         for row, end in measured

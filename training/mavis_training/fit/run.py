@@ -8,38 +8,37 @@ report.html         what came of it
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mavis_logits import MavisConfig
 from mavis_logits.hub.cards import METRICS
 from mavis_logits.hub.make_bundle import make_bundle
 from mavis_logits.models import load_chat_model
-from mavis_logits.values.value_head import ValueHead
 from mavis_logits.values.value_model import ValueModel
 
-from ..base.files import read_json, replace_when_whole, write_json
-from ..base.kept import digest, model_origin, require_same
+from ..base.files import read_json, write_json, write_json_lines
+from ..base.kept import model_origin, require_same
 from ..base.prompts import prompt_id, read_prompts
+from ..base.ranks import join
 from ..base.settings import torch_dtype
-from ..cards import CardConfig, write_card
+from ..cards import CardConfig, can_draw, write_card
 from ..collect import collect
 from ..evaluate import EvaluateConfig, evaluate
-from ..label import LabelConfig, label
+from ..label import LabelConfig, label, sameness
 from ..measure.schedule import Measurement
 from ..measure.validation import ValidationConfig, Validator
-from ..pairs import Pair, pairs_store, read_pairs
-from ..rewards.load import describe_spec, load_reward, reward_digest
+from ..pairs import Pair, pairs_digest, pairs_store, read_pairs
+from ..rewards.load import describe_spec, reward_digest
 from ..sampling.config import CollectConfig, PolicyConfig
 from ..train_head import train_head
 from ..train_model import train_model
@@ -47,7 +46,7 @@ from ..trees.tree_store import TreeStore
 from .config import FitConfig, seconds, told
 from .plan import TREES_SHARE, Split, answers_within, split, trees_within
 from .report import judged, write_report
-from .tune import GRIDS, Trial, choose
+from .tune import GRIDS, STRENGTHS, Trial, choose
 
 STATE = "fit.json"
 _FIRST = 8  # trees from which the time of one is told
@@ -89,8 +88,9 @@ class _Run:
         self.config, self.say = config, say
         self.folder = Path(config.output)
         self.work = self.folder / "work"
+        self.device = str(join(config.device).device)
         if model is not None and tokenizer is not None:
-            self.base = model, tokenizer
+            self.base = model.to(self.device).eval(), tokenizer  # type: ignore[arg-type]
         self.started = time.monotonic()
         self.pairs: list[Pair] = []
         if config.pairs is not None:
@@ -107,7 +107,7 @@ class _Run:
     def base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model that is to be steered, and its tokenizer."""
         model, tokenizer = load_chat_model(self.config.model, torch_dtype(self.config.dtype))
-        return (model if self.config.device is None else model.to(self.config.device)), tokenizer  # type: ignore[arg-type]
+        return model.to(self.device).eval(), tokenizer  # type: ignore[arg-type]
 
     @property
     def spent(self) -> float:
@@ -122,11 +122,11 @@ class _Run:
     def run(self) -> dict[str, Any]:
         config = self.config
         self._begin()
-        for spec in config.measured.values():  # what is wrong with one is found before anything is sampled
-            load_reward(spec)
         model, tokenizer = self.base
         self.temperature = config.temperature or _asked(model, "temperature") or _TEMPERATURE
         self.top_p = config.top_p or _asked(model, "top_p") or _TOP_P
+        for spec in config.measured.values():  # what is wrong with one is found before anything is sampled
+            self._validator.load(spec)
         self._tell_begin(tokenizer)
         store = self._collected() if config.pairs is None else self._paired()
         value = self._trained(store)
@@ -144,7 +144,7 @@ class _Run:
         origin |= {"rewards_are": {name: reward_digest(spec) for name, spec in self.config.rewards.items()}}
         origin |= {"model_is": model_origin(self.config.model), "ids": [row["id"] for row in self.split.trees]}
         if self.pairs:
-            origin["pairs_are"] = digest([[pair.prompt, pair.chosen, pair.rejected] for pair in self.pairs])
+            origin["pairs_are"] = pairs_digest(self.pairs)
         if path.exists() and self.config.fresh:
             shutil.rmtree(self.work, ignore_errors=True)
             shutil.rmtree(self.folder / "bundle", ignore_errors=True)
@@ -156,7 +156,7 @@ class _Run:
         self.state |= {"origin": origin, "spent_before": self.state.get("spent", 0.0)}
         self.work.mkdir(parents=True, exist_ok=True)
         for name in ("trees", "choosing", "measuring"):
-            _write_rows(self.work / f"{name}.jsonl", getattr(self.split, name))
+            write_json_lines(self.work / f"{name}.jsonl", getattr(self.split, name))
         self._keep()
 
     def _keep(self, **more: Any) -> None:
@@ -202,8 +202,9 @@ class _Run:
             wanted = trees_within(budget, self.spent, cost, prompts, self.config.trees)
             self._keep(trees=wanted)
             ahead = max(0.0, (wanted - count) * cost)
+            answers = np.mean([len(tree.leaves()) for tree in store])
             self.say(
-                f"[2/6] Sampling {wanted} trees of about {self._per_tree():.0f} answers, {cost:.1f} seconds each: "
+                f"[2/6] Sampling {wanted} trees of about {answers:.0f} answers, {cost:.1f} seconds each: "
                 f"about {told(ahead)}."
             )
         wanted = int(self.state["trees"])
@@ -228,23 +229,24 @@ class _Run:
         collect(sampling, *self.base)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of rewards that are all the same: told by `_require_something_to_learn`
-            return label(LabelConfig(sampling.store, config.rewards, tokenizer=config.model, device=config.device))
-
-    def _per_tree(self) -> float:
-        store = TreeStore.open(self.work / "trees")
-        return float(np.mean([len(tree.leaves()) for tree in store]))
+            return label(
+                LabelConfig(sampling.store, config.rewards, device=config.device),
+                tokenizer=self.base[1],
+                load=self._validator.load,
+            )
 
     def _require_something_to_learn(self, store: TreeStore) -> None:
         """Raise `ValueError` for a reward that no choice of words changes."""
         for name in self.config.rewards:
             rewards = store.rewards(name)
-            values = np.concatenate(rewards)
-            if np.ptp(values) == 0:
+            same = sameness(rewards)
+            if same == "constant":
+                values = np.concatenate(rewards)
                 raise ValueError(
                     f"the reward {name!r} is {values[0]:g} for all of {len(values)} answers to {len(rewards)} prompts: "
                     "there is nothing to steer by. Check what the function looks at"
                 )
-            if all(np.ptp(own) == 0 for own in rewards):
+            if same == "by prompt":
                 raise ValueError(
                     f"the reward {name!r} is the same for all answers to one prompt, in all of {len(rewards)} prompts: "
                     "it depends on the prompt alone, and nothing that the model writes can change it"
@@ -264,7 +266,7 @@ class _Run:
         else:
             train_model(training)  # type: ignore[arg-type]
         metrics = read_json(folder / METRICS)
-        for line in judged(self.config, metrics).values():
+        for line in judged(self.config, metrics):
             self.say(f"      {line}")
         self._keep()
         return folder
@@ -297,7 +299,7 @@ class _Run:
             self.say(f"      {_in_words(settings)}: {trial.kl:.1f} nats, {told_gains} standard deviations")
             return trial
 
-        config = _config_of(value)
+        config = AutoConfig.from_pretrained(value)
         scale = dict(zip(config.objectives, config.reward_scale, strict=True))
         best, tried = choose(measure, GRIDS[self.config.kind], scale, kl, lambda: self.spent < deadline)
         if kl is not None and not 0.5 * kl <= best.kl <= 1.5 * kl:
@@ -321,29 +323,26 @@ class _Run:
         )
         measured = self.config.measured
         equal = dict.fromkeys(measured, 1 / len(measured))
-        device = str(self.base[0].device)
-        return Validator(on, measured, equal, lambda: self.base, device, self.config.chat_template)
+        return Validator(on, measured, equal, lambda: self.base, self.device, self.config.chat_template)
 
     # Numbers
 
     def _measured(self, value: Path, chosen: dict[str, Any]) -> dict[str, Any]:
+        settings: dict[str, dict[str, Any]] = {"unsteered": {}}
+        objectives = self.config.objectives
+        for name in objectives:
+            for end, factor in STRENGTHS.items():
+                settings[name + end] = {**chosen, "beta": chosen["beta"] * factor, "weights": {name: 1.0}}
+        if len(objectives) > 1:
+            settings["all alike"] = {**chosen, "weights": dict.fromkeys(objectives, 1 / len(objectives))}
         count = len(self.split.measuring)
         if "seeds" not in self.state:
-            settings_count = 1 + 3 * len(self.config.objectives) + (len(self.config.objectives) > 1)
-            self._keep(seeds=answers_within(self.left, settings_count * count * self.state["answer_takes"]))
+            self._keep(seeds=answers_within(self.left, len(settings) * count * self.state["answer_takes"]))
         seeds = int(self.state["seeds"])
         self.say(
             f"[5/6] Measuring on {count} prompts that nothing has been learned from or chosen on, {seeds} "
             f"{'answer' if seeds == 1 else 'answers'} each."
         )
-        settings: dict[str, dict[str, Any]] = {"unsteered": {}}
-        objectives = self.config.objectives
-        for name in objectives:
-            settings[name] = {**chosen, "weights": {name: 1.0}}
-            for factor, word in ((0.5, "half as strong"), (2.0, "twice as strong")):
-                settings[f"{name}, {word}"] = {**settings[name], "beta": chosen["beta"] * factor}
-        if len(objectives) > 1:
-            settings["all alike"] = {**chosen, "weights": dict.fromkeys(objectives, 1 / len(objectives))}
         results = evaluate(
             EvaluateConfig(
                 prompts=str(self.work / "measuring.jsonl"), output=str(self.work / "evaluation.json"),
@@ -376,7 +375,7 @@ class _Run:
             # Nobody else has the folder that an adapter would be on: its layers are saved with it.
             ValueModel.from_pretrained(final, merge=True).save_pretrained(final)
             (final / "adapter_config.json").unlink(missing_ok=True)
-        config = _config_of(final)
+        config = AutoConfig.from_pretrained(final)
         config.settings = {**chosen, "temperature": self.temperature}
         config.save_pretrained(final)
         rewards = {name: f"computed by `{describe_spec(spec)}`." for name, spec in self.config.rewards.items()}
@@ -386,7 +385,7 @@ class _Run:
             warnings.simplefilter("ignore")
             write_card(
                 CardConfig(
-                    str(final), evaluation=str(self.work / "evaluation.json"), rewards=rewards, plots=_can_draw(),
+                    str(final), evaluation=str(self.work / "evaluation.json"), rewards=rewards, plots=can_draw(),
                 )
             )  # fmt: skip
             shutil.rmtree(target, ignore_errors=True)
@@ -408,12 +407,6 @@ def _asked(model: PreTrainedModel, name: str) -> float | None:
     return float(value) if value not in (None, 1.0) else None
 
 
-def _config_of(folder: Path) -> Any:
-    kind = read_json(folder / "config.json").get("model_type")
-    cls: Any = ValueHead if kind == ValueHead.config_class.model_type else ValueModel
-    return cls.config_class.from_pretrained(folder)
-
-
 def _in_words(settings: dict[str, Any]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
 
@@ -421,14 +414,3 @@ def _in_words(settings: dict[str, Any]) -> str:
 def _file_name(settings: dict[str, Any], objective: str) -> str:
     words = "-".join(f"{name}-{value}" for name, value in sorted(settings.items()))
     return f"{objective}-{words}"
-
-
-def _can_draw() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("matplotlib") is not None
-
-
-def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with replace_when_whole(path) as temporary:
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -18,6 +18,8 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
     ],
     "model": [{"top_k": 15, "normalize": "minmax"}, {"top_k": 15, "normalize": "none"}],
 }
+# As which multiples of the chosen strength is measured, and what they are called behind an objective's name.
+STRENGTHS = {"": 1.0, ", half as strong": 0.5, ", twice as strong": 2.0}
 _NEAR = 0.15  # of the wanted divergence
 _TRIES = 4
 
@@ -57,7 +59,8 @@ def choose(
     Args:
         measure: tries settings.
         grid: settings without `beta`.
-        scale: spread of the values by objective, in their own units; the first strength is 1 over it.
+        scale: spread of the rewards by objective, in their own units; without normalisation the first strength is 3
+            over its mean.
         kl: wanted, in nats; None for most reward.
         in_time: whether there is time for another try; the first two are made all the same.
     """

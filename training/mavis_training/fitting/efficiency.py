@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import TopPLogitsWarper
 
 from mavis_logits.values.value_head import ValueHead
 
+from ..sampling.reference import warpers
 from ..trees.data import LabelledTree
 from ..trees.packing import pack
 from ..trees.tree import Tree
@@ -52,11 +52,9 @@ def sample_actions(
     Returns:
         int32 `[S, count]` on the CPU.
     """
-    drawn = []
+    drawn, shaped = [], warpers(temperature, top_p)
     for part in states.split(_CHUNK):
-        scores = (part.to(embedding) @ embedding.T).float() / temperature
-        if top_p < 1:
-            scores = TopPLogitsWarper(top_p)(None, scores)  # type: ignore[arg-type]
+        scores = shaped(None, (part.to(embedding) @ embedding.T).float())  # type: ignore[arg-type]
         probability = scores.softmax(dim=-1)
         drawn.append(torch.multinomial(probability, count, replacement=True, generator=generator).int().cpu())
     return torch.cat(drawn)

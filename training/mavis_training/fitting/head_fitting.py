@@ -124,7 +124,7 @@ def fit(
     loss_of: Loss,
     name: str,
 ) -> list[float]:
-    """Minimise equation 6 by AdamW in minibatches, and leave `module` at its best epoch.
+    """Minimise equation 6 over minibatches of positions; as `minimise`.
 
     Args:
         module: what to train.
@@ -136,12 +136,49 @@ def fit(
 
     Returns:
         Validation loss after each epoch, in standardised units (1 is the variance of the rewards).
+    """
+    return minimise(
+        module,
+        len(training),
+        config.batch_size,
+        lambda rows: loss_of(module, training, rows),
+        lambda: _mean_loss(module, validation, config.batch_size, loss_of),
+        config,
+        name,
+        "tokens",
+    )
+
+
+def minimise(
+    module: nn.Module,
+    count: int,
+    batch_size: int,
+    loss: Callable[[Tensor], Tensor],
+    validation_loss: Callable[[], float],
+    config: TrainHeadConfig,
+    name: str,
+    unit: str,
+) -> list[float]:
+    """Minimise a loss by AdamW in minibatches, and leave `module` at its best epoch.
+
+    Args:
+        module: what to train.
+        count: of the samples.
+        batch_size: samples of a step.
+        loss: of the samples of these numbers, `[n]`.
+        validation_loss: asked after each epoch.
+        config: learning rate, epochs and so on.
+        name: of the module or the rule, for the progress bar.
+        unit: what a sample is.
+
+    Returns:
+        Validation loss after each epoch.
 
     Raises:
         ValueError: the training diverges.
     """
     optimizer = torch.optim.AdamW(module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    steps = steps_of(config, training)
+    steps = config.epochs * -(-count // batch_size)
     warmup = fitting_warmup(config.warmup_steps, steps, name)
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, steps)
     order = torch.Generator().manual_seed(config.seed)
@@ -150,18 +187,18 @@ def fit(
     for epoch in range(config.epochs):
         module.train()
         started = time.monotonic()
-        batches = torch.randperm(len(training), generator=order).split(config.batch_size)
+        batches = torch.randperm(count, generator=order).split(batch_size)
         with tqdm(batches, desc=f"{name}, epoch {epoch + 1}/{config.epochs}", unit="step") as progress:
             for step, rows in enumerate(progress, start=1):
-                loss = loss_of(module, training, rows)
+                current = loss(rows)
                 optimizer.zero_grad()
-                loss.backward()
+                current.backward()
                 optimizer.step()
                 schedule.step()
                 if step % 20 == 0:
-                    rate = step * config.batch_size / (time.monotonic() - started)
-                    progress.set_postfix_str(f"loss {loss.item():.3f}, {rate:.0f} tokens/s")
-        history.append(_mean_loss(module, validation, config.batch_size, loss_of))
+                    rate = step * batch_size / (time.monotonic() - started)
+                    progress.set_postfix_str(f"loss {current.item():.3f}, {rate:.0f} {unit}/s")
+        history.append(validation_loss())
         require_finite({"validation loss": history[-1]}, f"{name}, epoch {epoch + 1}")
         tqdm.write(f"{name}, epoch {epoch + 1}: validation loss {history[-1]:.4f}")
         if history[-1] == min(history):

@@ -14,7 +14,6 @@ it.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -23,15 +22,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
-from transformers import get_cosine_schedule_with_warmup
 
 from mavis_logits.values.value_head import ValueHead
 
 from ..trees.data import LabelledTree
 from ..trees.packing import pack
 from .efficiency import baselines, leaf_shares
-from .soundness import fitting_warmup, require_finite
+from .head_fitting import minimise
 
 if TYPE_CHECKING:
     from .head_config import Rule, TrainHeadConfig
@@ -181,7 +178,7 @@ def fit_paths(
     validation: Sequence[Paths],
     config: TrainHeadConfig,
 ) -> list[float]:
-    """Minimise a rule by AdamW over minibatches of trees, and leave `head` at its best epoch.
+    """Minimise a rule over minibatches of trees; as `minimise`.
 
     Args:
         head: what to train.
@@ -190,35 +187,17 @@ def fit_paths(
 
     Returns:
         Loss on the validation trees after each epoch.
-
-    Raises:
-        ValueError: the training diverges.
     """
-    optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    steps = config.epochs * -(-len(training) // _TREES_PER_STEP)
-    schedule = get_cosine_schedule_with_warmup(optimizer, fitting_warmup(config.warmup_steps, steps, "head"), steps)
-    order = torch.Generator().manual_seed(config.seed)
-    history: list[float] = []
-    best = copy.deepcopy(head.state_dict())
-    for epoch in range(config.epochs):
-        head.train()
-        batches = torch.randperm(len(training), generator=order).split(_TREES_PER_STEP)
-        for rows in tqdm(batches, desc=f"{config.rule}, epoch {epoch + 1}/{config.epochs}", unit="step"):
-            loss = rule_loss(head, together([training[i] for i in rows]), config.rule, config.anchor)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        history.append(mean_rule_loss(head, validation, config.rule, config.anchor))
-        require_finite({"validation loss": history[-1]}, f"{config.rule}, epoch {epoch + 1}")
-        tqdm.write(f"{config.rule}, epoch {epoch + 1}: validation loss {history[-1]:.4f}")
-        if history[-1] == min(history):
-            best = copy.deepcopy(head.state_dict())
-        elif len(history) - 1 - int(np.argmin(history)) >= config.patience:
-            break
-    head.load_state_dict(best)
-    head.eval()
-    return history
+    return minimise(
+        head,
+        len(training),
+        _TREES_PER_STEP,
+        lambda rows: rule_loss(head, together([training[i] for i in rows]), config.rule, config.anchor),
+        lambda: mean_rule_loss(head, validation, config.rule, config.anchor),
+        config,
+        config.rule,
+        "trees",
+    )
 
 
 @torch.inference_mode()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +45,7 @@ def compute_states(store: TreeStore, model: PreTrainedModel, folder: str | Path,
         ValueError: the model is not the one they were sampled from, or the folder holds states of another model, of
             another layer or of other trees.
     """
-    store.require_base(model)
-    identity = Identity(model)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    ranks = join(str(model.device))
-    todo = ranks.share(ranks.agree(lambda: _without_states(store, folder, identity, layer)))
-    started, tokens = time.monotonic(), 0
-    with tqdm(todo, desc="hidden states", unit="shard", disable=not ranks.is_main) as progress:
-        for shard in progress:
-            trees = shard.trees()
-            states = {str(i): tree_states(model, pack(tree), layer) for i, tree in enumerate(trees)}
-            with replace_when_whole(states_path(folder, shard)) as temporary:
-                save_file(states, temporary, metadata=_origin(identity.fingerprint, trees, layer))
-            tokens += sum(map(len, states.values()))
-            progress.set_postfix_str(f"{tokens / (time.monotonic() - started):.0f} tokens/s")
-    ranks.wait()
+    _write_missing(store, model, folder, _States(layer), lambda tree: tree_states(model, pack(tree), layer))
 
 
 def compute_actions(store: TreeStore, model: PreTrainedModel, folder: str | Path, count: int, seed: int) -> None:
@@ -78,37 +64,59 @@ def compute_actions(store: TreeStore, model: PreTrainedModel, folder: str | Path
         ValueError: the model is not the one they were sampled from, or the folder holds actions of another model, of
             other trees or another number.
     """
+    embedding = Backbone.of(model).output_embedding
+    how = {name: float(store.metadata.sampling.get(name, 1.0)) for name in ("temperature", "top_p")}
+
+    def draw(tree: Tree) -> Tensor:
+        generator = torch.Generator(embedding.device).manual_seed(stable_hash(f"{seed}/{tree.prompt_id}"))
+        return sample_actions(embedding, tree_states(model, pack(tree)), count, generator, **how)
+
+    _write_missing(store, model, folder, _States(None, actions=count), draw)
+
+
+@dataclass(frozen=True)
+class _States:
+    """What is kept of every tree: states after a layer, or as many actions of the reference after each of the last."""
+
+    layer: int | None
+    actions: int | None = None
+
+    def path(self, folder: Path, shard: Shard) -> Path:
+        """Where a shard's lie."""
+        return (states_path if self.actions is None else actions_path)(folder, shard)
+
+    def origin(self, fingerprint: str, trees: list[Tree]) -> dict[str, str]:
+        """What a file records: the weights, the layer and the trees that it is of, and the number of actions."""
+        found = {"base_fingerprint": fingerprint, "layer": str(self.layer), "trees": _digest(trees)}
+        return found | ({} if self.actions is None else {"actions": str(self.actions)})
+
+
+def _write_missing(
+    store: TreeStore, model: PreTrainedModel, folder: str | Path, kept: _States, make: Callable[[Tree], Tensor]
+) -> None:
+    """Write the shards that are not there, `make` giving the tensor of each tree; those that are there are checked."""
     store.require_base(model)
     identity, folder = Identity(model), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    embedding = Backbone.of(model).output_embedding
-    how = {name: float(store.metadata.sampling.get(name, 1.0)) for name in ("temperature", "top_p")}
-    ranks = join(str(model.device))
 
     def missing() -> list[Shard]:
-        todo = []
-        for shard in store.shards():
-            path = actions_path(folder, shard)
-            if path.exists():
-                _require_same_origin(path, identity, shard.trees(), None)
-                with open_safetensors(path, "pt") as file:
-                    found = (file.metadata() or {}).get("actions")
-                if found != str(count):
-                    raise ValueError(f"{path} holds {found} actions at each place, not {count}: use another folder.")
-            else:
-                todo.append(shard)
-        return todo
+        there = [shard for shard in store.shards() if kept.path(folder, shard).exists()]
+        for shard in there:
+            _require_same_origin(kept.path(folder, shard), identity, kept.origin(identity.fingerprint, shard.trees()))
+        return [shard for shard in store.shards() if shard not in there]
 
+    ranks = join(str(model.device))
     todo = ranks.share(ranks.agree(missing))
-    for shard in tqdm(todo, desc="actions of the reference", unit="shard", disable=not ranks.is_main):
-        trees, drawn = shard.trees(), {}
-        for i, tree in enumerate(trees):
-            generator = torch.Generator(embedding.device).manual_seed(stable_hash(f"{seed}/{tree.prompt_id}"))
-            states = tree_states(model, pack(tree))
-            drawn[str(i)] = sample_actions(embedding, states, count, generator, **how)
-        origin = _origin(identity.fingerprint, trees, None) | {"actions": str(count)}
-        with replace_when_whole(actions_path(folder, shard)) as temporary:
-            save_file(drawn, temporary, metadata=origin)
+    started, tokens = time.monotonic(), 0
+    title = "hidden states" if kept.actions is None else "actions of the reference"
+    with tqdm(todo, desc=title, unit="shard", disable=not ranks.is_main) as progress:
+        for shard in progress:
+            trees = shard.trees()
+            tensors = {str(i): make(tree) for i, tree in enumerate(trees)}
+            with replace_when_whole(kept.path(folder, shard)) as temporary:
+                save_file(tensors, temporary, metadata=kept.origin(identity.fingerprint, trees))
+            tokens += sum(map(len, tensors.values()))
+            progress.set_postfix_str(f"{tokens / (time.monotonic() - started):.0f} tokens/s")
     ranks.wait()
 
 
@@ -124,23 +132,6 @@ def read_actions(store: TreeStore, folder: str | Path) -> list[Tensor]:
 def actions_path(folder: Path, shard: Shard) -> Path:
     """Where a shard's actions lie."""
     return folder / f"{shard.path.stem}.actions.safetensors"
-
-
-def _without_states(store: TreeStore, folder: Path, identity: Identity, layer: int | None) -> list[Shard]:
-    """The shards whose states are still to be computed; those that are there are checked."""
-    todo = []
-    for shard in store.shards():
-        path = states_path(folder, shard)
-        if path.exists():
-            _require_same_origin(path, identity, shard.trees(), layer)
-        else:
-            todo.append(shard)
-    return todo
-
-
-def _origin(fingerprint: str, trees: list[Tree], layer: int | None) -> dict[str, str]:
-    """What a file of states records: the weights, the layer and the trees that they are of."""
-    return {"base_fingerprint": fingerprint, "layer": str(layer), "trees": _digest(trees)}
 
 
 def read_states(store: TreeStore, folder: str | Path) -> list[Tensor]:
@@ -229,16 +220,19 @@ def output_embedding_input(backbone: Backbone) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-def _require_same_origin(path: Path, identity: Identity, trees: list[Tree], layer: int | None) -> None:
+def _require_same_origin(path: Path, identity: Identity, origin: dict[str, str]) -> None:
     with open_safetensors(path, "pt") as file:
         found = file.metadata() or {}
     found = {"layer": str(None)} | found  # the first files named neither their layer nor their trees
-    origin, base = _origin(identity.fingerprint, trees, layer), found.get("base_fingerprint")
+    base = found.get("base_fingerprint")
     if identity.difference(base) is None:
         origin["base_fingerprint"] = base or origin["base_fingerprint"]  # perhaps of an older version
     for name, what in (("base_fingerprint", "a model with weights"), ("layer", "layer"), ("trees", "trees")):
         if found.get(name, origin[name]) != origin[name]:
             raise ValueError(f"{path} holds states of {what} {found[name]}, not {origin[name]}: use another folder.")
+    count, wanted = found.get("actions"), origin.get("actions")
+    if count != wanted:
+        raise ValueError(f"{path} holds {count} actions at each place, not {wanted}: use another folder.")
 
 
 def _digest(trees: Sequence[Tree]) -> str:

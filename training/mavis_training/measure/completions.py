@@ -28,6 +28,7 @@ from mavis_logits.values.ensemble import load_value_functions
 
 from ..base.files import read_json, write_json
 from ..base.kept import as_json, digest, function_origin, require_same
+from ..base.likelihoods import log_likelihoods
 from ..rewards.load import Reward, RewardSpec, compute_rewards, reward_digest
 from ..sampling.reference import Reference
 
@@ -234,6 +235,13 @@ def completions_origin(
     return {"format": _FORMAT, "setting": own, "value_functions": made_by, "prompts": prompts_digest(rows)} | rest
 
 
+def sampled_at(temperature: float, top_p: float) -> dict[str, float]:
+    """Temperature and nucleus as an origin has them: only where they are not 1, as they were before there was a choice,
+    so that what was kept then is known again."""
+    given = {"temperature": temperature, "top_p": top_p}
+    return {name: value for name, value in given.items() if value != 1.0}
+
+
 def write_completions(path: Path, origin: Mapping[str, Any], done: Completions) -> None:
     """Keep completions, with what shaped them."""
     write_json(path, {"origin": dict(origin)} | asdict(done))
@@ -295,31 +303,10 @@ def perplexity(
         order = np.argsort([len(p) + len(c) for p, c in zip(repeated, ends, strict=True)], kind="stable")
         sums = np.zeros(len(ends))
         for batch in np.split(order, range(batch_size, len(order), batch_size)):
-            sums[batch] = _log_likelihoods(model, [repeated[i] for i in batch], [ends[i] for i in batch])
+            sums[batch] = log_likelihoods(model, [repeated[i] for i in batch], [ends[i] for i in batch])
         kept = {"texts": texts, "log_likelihood": sums.tolist(), "tokens": [len(ids) for ids in ends]}
         write_json(path, kept)
     return float(np.exp(-np.sum(kept["log_likelihood"]) / max(1, np.sum(kept["tokens"]))))
-
-
-@torch.inference_mode()
-def _log_likelihoods(
-    model: PreTrainedModel, prompts: Sequence[list[int]], completions: Sequence[list[int]]
-) -> list[float]:
-    """log pi_ref of every completion after its prompt, in nats."""
-    rows = [p + c for p, c in zip(prompts, completions, strict=True)]
-    width, most = max(map(len, rows)), max(map(len, completions))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=model.device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    known = {"position_ids": positions, "logits_to_keep": most + 1}
-    taken = {name: value for name, value in known.items() if name in inspect.signature(model.forward).parameters}
-    logits = model(input_ids=ids, attention_mask=mask, **taken).logits[:, -most - 1 : -1]
-    sums = []
-    for row, completion in enumerate(completions):
-        count = len(completion)
-        own = torch.log_softmax(logits[row, most - count :].float(), dim=-1)
-        sums.append(float(own.gather(1, ids[row, width - count :][:, None]).sum()))
-    return sums
 
 
 def judge(

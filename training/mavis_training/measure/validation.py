@@ -17,6 +17,7 @@ from mavis_logits.core.chat import ChatTemplate
 
 from ..base.files import read_json, write_json
 from ..base.prompts import encode_prompts, read_prompts
+from ..base.settings import check_sampling
 from ..rewards.load import Reward, RewardSpec, load_reward, reward_digest
 from ..sampling.config import PolicyConfig
 from ..sampling.reference import contexts, require_room
@@ -27,6 +28,7 @@ from .completions import (
     judge,
     prompts_digest,
     read_completions,
+    sampled_at,
     steerings,
     write_completions,
 )
@@ -63,6 +65,7 @@ class ValidationConfig:
         for name in ("max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"validation.{name} must be at least 1, got {getattr(self, name)}")
+        check_sampling(self.temperature, self.top_p)
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"validation.seeds must be one or several different numbers, got {self.seeds}")
 
@@ -109,10 +112,8 @@ class Validator:
         """What shapes a measurement, beside the policy."""
         of = {name: reward_digest(spec) for name, spec in self.rewards.items()}
         config = asdict(self.config)
-        for name in ("temperature", "top_p"):  # later settings: runs begun without them can be gone on with
-            if config[name] == 1.0:
-                del config[name]
-        return config | {
+        sampled = sampled_at(config.pop("temperature"), config.pop("top_p"))
+        return config | sampled | {
             "rewards": self.rewards, "weights": self.weights, "rewards_are": of,
             "prompts_read": prompts_digest(self.rows),
         }  # fmt: skip
@@ -159,8 +160,7 @@ class Validator:
         setting = {} if policy is None else {"strategy": "sampling", **policy.settings}
         model, tokenizer = self.base()
         shared = {name: getattr(self.config, name) for name in ("seeds", "max_new_tokens", "batch_size")}
-        sampled = {"temperature": self.config.temperature, "top_p": self.config.top_p}
-        shared |= {name: value for name, value in sampled.items() if value != 1.0}
+        shared |= sampled_at(self.config.temperature, self.config.top_p)
         shared |= {"chat_template": self.chat_template, "model": Identity(model).fingerprint}
         origin = completions_origin(setting, self.rows, None if policy is None else policy.value_functions, **shared)
         if not path.exists():
@@ -172,7 +172,7 @@ class Validator:
             with tqdm(total=len(seeds) * len(ids), desc="validate", unit="prompt") as progress:
                 done = complete_all(
                     model, tokenizer, ids, prompts, seeds, self.config.max_new_tokens, self.config.batch_size,
-                    steering, setting, progress.update, **sampled,
+                    steering, setting, progress.update, self.config.temperature, self.config.top_p,
                 )  # fmt: skip
             write_completions(path, origin, done)
         return read_completions(path, origin, "output", fresh=False)

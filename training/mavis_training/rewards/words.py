@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mavis_logits.core.chat import ChatTemplate, encode_prompt
 from mavis_logits.values.words import Words
+
+from ..base.likelihoods import log_likelihoods
 
 _BATCH = 8  # completions read side by side
 
@@ -52,38 +52,18 @@ class WordsReward:
     ) -> list[float]:
         """A number for each completion; `completion_ids` are its tokens where they are known."""
         texts = completion_ids or [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in completions]
-        rows: list[tuple[list[int], list[int]]] = []
-        for i, (prompt, own) in enumerate(zip(prompts, texts, strict=True)):
+        begins: list[list[int]] = []  # with the instruction, without it, prompt by prompt
+        for i, prompt in enumerate(prompts):
             asked = conversation[i] if conversation is not None and conversation[i] else prompt
             ids = encode_prompt(asked, self._tokenizer, self._chat_template)
             (place,) = self._words.places(ids)
-            told = ids[: place.start] + place.inserted + ids[place.start + place.removed :]
-            rows += [(told, list(own)), (ids, list(own))]
-        order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))
-        found = [0.0] * len(rows)
+            begins += [place.applied(ids), ids]
+        ends = [list(own) for own in texts for _ in range(2)]
+        order = sorted(range(len(begins)), key=lambda i: len(begins[i]) + len(ends[i]))
+        found = [0.0] * len(begins)
         for start in range(0, len(order), 2 * _BATCH):
             part = order[start : start + 2 * _BATCH]
-            for i, value in zip(part, self._log_likelihoods([rows[i] for i in part]), strict=True):
+            sums = log_likelihoods(self._model, [begins[i] for i in part], [ends[i] for i in part])
+            for i, value in zip(part, sums, strict=True):
                 found[i] = value
         return [told - plain for told, plain in zip(found[::2], found[1::2], strict=True)]
-
-    @torch.inference_mode()
-    def _log_likelihoods(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[float]:
-        """log pi_ref of every completion after its prompt, in nats."""
-        width = max(len(prompt) + len(own) for prompt, own in rows)
-        ids = torch.zeros(len(rows), width, dtype=torch.long, device=self._model.device)
-        mask = torch.zeros_like(ids)
-        for row, (prompt, own) in enumerate(rows):  # padded on the right: nothing before it sees it
-            count = len(prompt) + len(own)
-            ids[row, :count] = torch.tensor(prompt + own, device=ids.device)
-            mask[row, :count] = 1
-        logits: Tensor = self._model(input_ids=ids, attention_mask=mask).logits
-        sums = []
-        for row, (prompt, own) in enumerate(rows):
-            if not own:
-                sums.append(0.0)
-                continue
-            begin = len(prompt)
-            log_probs = torch.log_softmax(logits[row, begin - 1 : begin - 1 + len(own)].float(), dim=-1)
-            sums.append(float(log_probs.gather(1, ids[row, begin : begin + len(own), None]).sum()))
-        return sums

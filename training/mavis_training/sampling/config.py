@@ -9,7 +9,7 @@ from mavis_logits import MavisConfig
 from mavis_logits.core.chat import ChatTemplate
 from mavis_logits.models import DEFAULT_MODEL
 
-from ..base.settings import torch_dtype
+from ..base.settings import check_sampling, torch_dtype
 
 Backend = Literal["transformers", "vllm"]
 
@@ -84,10 +84,7 @@ class CollectConfig:
         for name in ("max_new_tokens", "layers", "root_children", "children", "prompts_per_shard", "max_prompt_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        check_sampling(self.temperature, self.top_p)
         torch_dtype(self.dtype)
         self._check_backend()
 

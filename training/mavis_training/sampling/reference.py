@@ -8,7 +8,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from mavis_logits.backbone import Backbone
 from mavis_logits.steering.steering import Steering
@@ -82,8 +89,7 @@ class Reference:
         asked = ", ".join(f"{name} {value}" for name, value in self.not_applied.items())
         return (
             f"{model}: the reference policy is the model's own distribution{self._in_words()}. Not applied of its "
-            "generation config, "
-            f"neither in collecting nor in measuring: {asked}"
+            f"generation config, neither in collecting nor in measuring: {asked}"
         )
 
     def _in_words(self) -> str:
@@ -101,6 +107,14 @@ class Reference:
             yield
         finally:
             model.generation_config = theirs
+
+
+def warpers(temperature: float, top_p: float) -> LogitsProcessorList:
+    """What makes the scores of a reference at a temperature and nucleus of a model's own; empty where that is all."""
+    found = LogitsProcessorList([] if temperature == 1 else [TemperatureLogitsWarper(temperature)])
+    if top_p != 1:
+        found.append(TopPLogitsWarper(top_p))
+    return found
 
 
 def eos_token_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> set[int]:

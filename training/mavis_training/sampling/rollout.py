@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, PreTrainedModel, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import PreTrainedModel
 
 from mavis_logits.decoding.strategies.sampling import sample_index
 from mavis_logits.decoding.strategies.session import Session
@@ -21,6 +21,7 @@ from mavis_logits.steering.steering import Steering
 
 from ..trees.tree import Tree
 from .growth import Branch, Growth
+from .reference import warpers
 
 if TYPE_CHECKING:
     from .config import CollectConfig
@@ -62,13 +63,7 @@ def sample_trees(
     for row, prompt in zip(rows, prompts, strict=True):
         if not prompt:
             raise ValueError(f"the prompt {row['id']!r} has no tokens: drop it from the prompt file")
-    longest = max(map(len, prompts))
-    padded = [([0] * (longest - len(p)) + p, [0] * (longest - len(p)) + [1] * len(p)) for p in prompts]
-    ids, mask = torch.tensor(padded, device=model.device).unbind(dim=1)
-    processors = LogitsProcessorList([] if temperature == 1 else [TemperatureLogitsWarper(temperature)])
-    if top_p != 1:
-        processors.append(TopPLogitsWarper(top_p))
-    with Session(steering, model, ids, mask, processors) as session:
+    with Session(steering, model, *left_padded(prompts, model.device), warpers(temperature, top_p)) as session:
         if steering is None:  # the prompts are read before their rows multiply
             session.reference()
         else:
@@ -81,6 +76,14 @@ def sample_trees(
                 branch.add(token, logp_gen, logp_ref)
             branches = _go_on(session, growth, branches)
     return growth.trees()
+
+
+def left_padded(prompts: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask [P, T] of prompts' token ids."""
+    longest = max(map(len, prompts))
+    padded = [([0] * (longest - len(p)) + p, [0] * (longest - len(p)) + [1] * len(p)) for p in prompts]
+    ids, mask = torch.tensor(padded, device=device).unbind(dim=1)
+    return ids, mask
 
 
 def _sample(

@@ -18,7 +18,7 @@ from mavis_logits.values.value_head import ValueHead
 from mavis_logits.values.value_model import ValueModel
 
 from ..base.kept import files_digest
-from ..base.prompts import prompt_key
+from ..base.prompts import same_prompt_key
 from .targets import Penalty, is_validation, node_targets, root_target
 from .tree import Tree
 from .tree_store import TreeStore
@@ -161,7 +161,7 @@ def is_held_out(tree: Tree, share: float) -> bool:
 
 def prompt_text(tree: Tree) -> str:
     """The prompt's text (and turns, if it has several) without regard to case and spaces."""
-    return prompt_key(" ".join(tree.prompt.split()), tree.columns.get("conversation")).casefold()
+    return same_prompt_key(tree.prompt, tree.columns.get("conversation"))
 
 
 def tell_repeats(trees: Iterable[Tree], where: str) -> None:

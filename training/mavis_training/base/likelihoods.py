@@ -1,0 +1,30 @@
+"""How likely a language model finds texts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+
+@torch.inference_mode()
+def log_likelihoods(
+    model: PreTrainedModel, prompts: Sequence[list[int]], completions: Sequence[list[int]]
+) -> list[float]:
+    """log pi_ref of every completion after its prompt, in nats."""
+    rows = [p + c for p, c in zip(prompts, completions, strict=True)]
+    width, most = max(map(len, rows)), max(map(len, completions))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    known = {"position_ids": positions, "logits_to_keep": most + 1}
+    taken = {name: value for name, value in known.items() if name in inspect.signature(model.forward).parameters}
+    logits = model(input_ids=ids, attention_mask=mask, **taken).logits[:, -most - 1 : -1]
+    sums = []
+    for row, completion in enumerate(completions):
+        count = len(completion)
+        own = torch.log_softmax(logits[row, most - count :].float(), dim=-1)
+        sums.append(float(own.gather(1, ids[row, width - count :][:, None]).sum()))
+    return sums
