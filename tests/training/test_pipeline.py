@@ -12,8 +12,10 @@ import torch
 
 import text_rewards
 from chat_model import chat_model
+from mavis_logits.values.words import Words
 from mavis_training import collect as collect_module
 from mavis_training import evaluate as evaluate_module
+from mavis_training.base.likelihoods import log_likelihoods
 from mavis_training.base.prompts import encode_prompts
 from mavis_training.cards import CardConfig, write_card
 from mavis_training.collect import CollectConfig, collect
@@ -122,6 +124,37 @@ def test_a_setting_may_have_its_own_value_functions_and_perplexity_is_the_bases(
     )
 
 
+def test_an_instruction_is_measured_like_a_value_function(evaluation):
+    base, tokenizer = chat_model()
+    words = {"objectives": {"said": "w3 w5"}, "weights": {"said": 1.0}, "normalize": "none"}
+    prompted = words | {"beta": 1.0, "top_k": base.config.vocab_size}
+    settings = {
+        "unsteered": {},
+        "prompted": prompted,
+        "beyond": prompted | {"beta": 3.0, "strategy": "sampling"},
+        "both": prompted | {"weights": {"said": 1.0, "low": 30.0}},
+    }
+    changed = dataclasses.replace(evaluation, settings=settings, seeds=[0])
+    measured = evaluate(changed)["settings"]
+    assert measured["both"]["low"]["gain_sd"] > measured["prompted"]["low"]["gain_sd"]
+    assert measured["beyond"]["kl"] > measured["prompted"]["kl"]
+    alone = dataclasses.replace(
+        changed, value_functions=None, settings={"unsteered": {}, "prompted": prompted}, fresh=True
+    )
+    assert evaluate(alone)["settings"]["prompted"]["low"] == measured["prompted"]["low"]
+    # beta 1 over all tokens is the base model under the instruction: its likelihood over the plain one is the log-ratio
+    done = json.loads((Path(evaluation.completions) / "prompted.json").read_text())
+    rows = [json.loads(line) for line in Path(evaluation.prompts).read_text().splitlines()[:30]]
+    plain = encode_prompts(rows, tokenizer, 999)
+    told = [Words({"said": "w3 w5"}, tokenizer).places(prompt)[0].applied(prompt) for prompt in plain]
+    ends = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in done["texts"]]
+    whole = [i for i, ids in enumerate(ends) if len(ids) == done["lengths"][i]]  # no end of text was cut off
+    assert whole
+    for i in whole:
+        ratio = log_likelihoods(base, [told[i]], [ends[i]])[0] - log_likelihoods(base, [plain[i]], [ends[i]])[0]
+        assert done["log_ratios"][i] == pytest.approx(ratio, abs=1e-3)
+
+
 def test_search_is_measured_by_value_and_by_reward(evaluation):
     mixed = {"beta": 4.0, "weights": {"low": 1.0, "high": 0.5}}
     search = mixed | {"num_return_sequences": 3}
@@ -204,6 +237,8 @@ def test_bad_input(evaluation):
             "'beam_search' has no setting 'num_beam': did you mean 'num_beams'",
         ),
         ({"strategy": "best_of_n", "reward_functions": "x"}, "has no setting 'reward_functions'"),
+        ({"objectives": "Be funny."}, "objectives are instructions in words by name.*got 'Be funny.'"),
+        ({"objectives": {"funny": " "}}, "objectives are instructions in words by name"),
         ({"num_return_sequences": 2, "beta": 1.0}, "num_return_sequences=2 needs a strategy"),
         ({"num_beams": 2}, "unknown setting 'num_beams'"),
     ):

@@ -54,11 +54,13 @@ class EvaluateConfig:
         completions: folder in which completions and their rewards are kept, a file each for every setting; what is
             found there is not computed again. What was written under other settings, to other prompts or by other
             weights is refused.
-        value_functions: Hub id or folder of the value functions: one, or by objective.
+        value_functions: Hub id or folder of the value functions: one, or by objective; None where all settings have
+            their own, or objectives in words alone.
         rewards: the true rewards, by objective, as for `mavis label`.
         settings: by name, fields of `MavisConfig`, `value_functions` where they are not those above, and to decode by a
-            strategy `strategy` with its own arguments; an empty one is the base model left alone. Left out, that one,
-            each reward's objective alone and, of several, all of them with equal weights. Where
+            strategy `strategy` with its own arguments; `objectives` are further ones in words, by name. An empty one is
+            the base model left alone. Left out, that one, each reward's objective alone and, of several, all of them
+            with equal weights. Where
             `num_return_sequences` is above 1, the first one returned is measured and, on a line of its own, the one of
             the highest combined reward.
         combined: weights by objective of a combined reward, which is measured too.
@@ -81,7 +83,7 @@ class EvaluateConfig:
     prompts: str
     output: str
     completions: str
-    value_functions: str | dict[str, str]
+    value_functions: str | dict[str, str] | None
     rewards: dict[str, str | dict[str, Any]]
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     combined: dict[str, float] | None = None

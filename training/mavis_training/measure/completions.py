@@ -1,8 +1,9 @@
 """What settings of steered decoding write to prompts, and how reward models judge it; both are kept in files.
 
-A setting is a mapping of fields of `MavisConfig`, of `value_functions` where they are not those of all settings, and of
-`strategy` with that strategy's own arguments where it is not to be a logits processor. An empty one is the base model
-left alone.
+A setting is a mapping of fields of `MavisConfig`, of `value_functions` where they are not those of all settings, of
+`objectives` in words beside them, and of `strategy` with that strategy's own arguments where it is not to be a logits
+processor. An empty one is the base model left alone. In words, beta 1 over all candidates is a system prompt, measured
+like everything else.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ STRATEGIES: dict[str, type[MavisStrategy]] = {
 _FORMAT = 2  # of kept completions: other numbers are of versions that would have written other texts
 _RETURNED = "num_return_sequences"
 _OWN_FUNCTIONS = "value_functions"
+_IN_WORDS = "objectives"
 _NO_SETTINGS = {"reward_functions", "reward_weights", "reward_columns"}  # functions, and what goes with them
 
 
@@ -72,6 +74,11 @@ class Completions:
 def check_setting(setting: Mapping[str, Any]) -> None:
     """Raise `ValueError` if `setting` names an unknown strategy or has an unknown key."""
     kind, config, own, returned = _parts(setting)
+    words = setting.get(_IN_WORDS, {})
+    if not isinstance(words, Mapping) or not all(isinstance(x, str) and x.strip() for x in words.values()):
+        raise ValueError(
+            f"{_IN_WORDS} are instructions in words by name, such as {{joke: Answer with a joke.}}, got {words!r}"
+        )
     if kind is None:
         MavisConfig.from_dict({**config, **own})  # everything must be a field of it
         if returned != 1:
@@ -82,7 +89,7 @@ def check_setting(setting: Mapping[str, Any]) -> None:
     known = own_ones - _NO_SETTINGS
     for key in own:
         if key not in known:
-            every = sorted(known | {field.name for field in fields(MavisConfig)} | {_RETURNED})
+            every = sorted(known | {field.name for field in fields(MavisConfig)} | {_RETURNED, _IN_WORDS})
             near = difflib.get_close_matches(key, every, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(every)}"
             raise ValueError(f"the strategy {setting['strategy']!r} has no setting {key!r}: {hint}")
@@ -90,7 +97,7 @@ def check_setting(setting: Mapping[str, Any]) -> None:
 
 def _parts(setting: Mapping[str, Any]) -> tuple[type[MavisStrategy] | None, dict[str, Any], dict[str, Any], int]:
     """A setting as strategy (None: the processor), fields of `MavisConfig`, the strategy's own arguments, and n."""
-    rest = {key: value for key, value in setting.items() if key != _OWN_FUNCTIONS}
+    rest = {key: value for key, value in setting.items() if key not in (_OWN_FUNCTIONS, _IN_WORDS)}
     name = rest.pop("strategy", None)
     if name is not None and name not in STRATEGIES:
         raise ValueError(f"unknown strategy {name!r}: expected one of {', '.join(STRATEGIES)}")
@@ -101,7 +108,7 @@ def _parts(setting: Mapping[str, Any]) -> tuple[type[MavisStrategy] | None, dict
 
 def steerings(
     settings: Mapping[str, Mapping[str, Any]],
-    value_functions: str | Mapping[str, str],
+    value_functions: str | Mapping[str, str] | None,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     plain: bool = True,
@@ -110,7 +117,7 @@ def steerings(
 
     Args:
         settings: by name.
-        value_functions: of those that name none of their own.
+        value_functions: of those that name none of their own; None where all objectives are in words.
         model, tokenizer: of the base model.
         plain: whether the reference is the model's own distribution; at another temperature or nucleus a strategy
             stands in for the processor, which sees scores before these are applied.
@@ -125,12 +132,14 @@ def steerings(
         if kind is None and not plain:
             kind, own = MavisSampling, {}
         common = {"model": model, "tokenizer": tokenizer, "config": MavisConfig.from_dict(config)}
+        if _IN_WORDS in setting:
+            common["objectives"] = setting[_IN_WORDS]
         if not setting:
             made[name] = None
             continue
         source = setting.get(_OWN_FUNCTIONS, value_functions)
         if str(source) not in loaded:
-            loaded[str(source)] = load_value_functions(source, model, model.device, {})
+            loaded[str(source)] = source and load_value_functions(source, model, model.device, {})
         functions = loaded[str(source)]
         if kind is None or kind is MavisSampling:
             made[name] = (kind or MavisLogitsProcessor)(functions, **common, trace=True, **own)
