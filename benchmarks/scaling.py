@@ -26,14 +26,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import set_seed
 
-from mavis_logits.backbone import Backbone
 from mavis_logits.models import load_chat_model
 from mavis_logits.values.value_head import ValueHead
-from mavis_training.base.files import open_safetensors, read_json, replace_when_whole, write_json
-from mavis_training.fitting.efficiency import sample_actions, steering_efficiency, steering_parts
+from mavis_training.base.files import read_json, write_json
+from mavis_training.base.ranks import join
+from mavis_training.base.settings import torch_dtype
+from mavis_training.fitting.efficiency import steering_efficiency, steering_parts
 from mavis_training.fitting.head_config import TrainHeadConfig
 from mavis_training.fitting.paths import fit_paths, ordered_right, paths_of
-from mavis_training.fitting.states import compute_states, read_states, tree_states
+from mavis_training.fitting.states import compute_actions, compute_states, read_actions, read_states
 from mavis_training.train_head import fit_head, starting_head
 from mavis_training.trees.data import LabelledTree, load_trees, reward_units, split_by_prompt
 from mavis_training.trees.packing import pack
@@ -57,15 +58,19 @@ def main() -> None:
     """Make the runs that are missing, and the table."""
     arguments = parser().parse_args()
     stores, trees = load_trees(arguments.store, arguments.objectives, 0.0)
-    model = load_chat_model(arguments.model, torch.float32)[0]
+    model = load_chat_model(arguments.model, torch_dtype(arguments.dtype))[0]
     states: list[Tensor] = []
+    actions: list[Tensor] = []
     for store, folder in zip(stores, arguments.states, strict=True):
         compute_states(store, model, folder, arguments.layer)
+        compute_actions(store, model, folder, ACTIONS, seed=0)
         states += read_states(store, folder)
-    of_tree = {id(item): tensor for item, tensor in zip(trees, states, strict=True)}
+        actions += read_actions(store, folder)
+    if join("cpu").rank:  # under torchrun the others only share the passes above
+        return
+    of_tree, drawn_at = ({id(item): tensor for item, tensor in zip(trees, x, strict=True)} for x in (states, actions))
     training, validation = split_by_prompt(trees, 0.1)
     measured = [item for item in validation if (item.tree.parent == -1).sum() > 1][: arguments.held_out]
-    actions = actions_of(model, measured, Path(arguments.states[0]) / f"held-out-{len(measured)}.safetensors")
     results = read_json(arguments.output) if arguments.output.exists() else {"runs": {}}
     for name, size, branches, seed in runs(arguments, len(training)):
         key = f"{name} | {size} prompts | {branches} branches | seed {seed}"
@@ -73,10 +78,9 @@ def main() -> None:
             continue
         tqdm.write(key)
         chosen = sorted(training, key=lambda item: stable_hash(f"{seed}/{item.tree.prompt_id}"))[:size]
-        kept = [thinned(item, branches, of_tree) for item in chosen]
-        results["runs"][key] = run(
-            name, kept, validation, measured, of_tree, actions, model, arguments.objectives, arguments.layer, seed
-        ) | {"rule": name, "prompts": len(chosen), "branches": branches, "seed": seed}
+        kept = [thinned(item, branches, of_tree, drawn_at) for item in chosen]
+        found = run(name, kept, validation, measured, of_tree, drawn_at, model, arguments, seed)
+        results["runs"][key] = found | {"rule": name, "prompts": len(chosen), "branches": branches, "seed": seed}
         write_json(arguments.output, results)
         arguments.output.with_suffix(".md").write_text(table(results, arguments.objectives), encoding="utf-8")
 
@@ -92,8 +96,8 @@ def runs(arguments: argparse.Namespace, most: int) -> list[tuple[str, int, int, 
     return list(dict.fromkeys(found))
 
 
-def thinned(item: LabelledTree, branches: int, of_tree: dict[int, Tensor]) -> LabelledTree:
-    """A tree with the first `branches` children of its prompt only; its states are put beside."""
+def thinned(item: LabelledTree, branches: int, *beside: dict[int, Tensor]) -> LabelledTree:
+    """A tree with the first `branches` children of its prompt only; its states and actions are put `beside` it."""
     tree = item.tree
     kept = np.zeros(len(tree), dtype=bool)
     kept[np.flatnonzero(tree.parent == -1)[:branches]] = True
@@ -109,7 +113,8 @@ def thinned(item: LabelledTree, branches: int, of_tree: dict[int, Tensor]) -> La
     found = LabelledTree(small, rewards, node_targets(small, rewards))
     layout, prompt = pack(tree), len(tree.prompt_tokens)
     rows = np.concatenate([np.arange(prompt), np.flatnonzero((layout.node >= 0) & kept[layout.node])])
-    of_tree[id(found)] = of_tree[id(item)][torch.from_numpy(rows)]
+    for of_tree in beside:
+        of_tree[id(found)] = of_tree[id(item)][torch.from_numpy(rows)]
     return found
 
 
@@ -119,73 +124,46 @@ def run(
     validation: Sequence[LabelledTree],
     measured: Sequence[LabelledTree],
     of_tree: dict[int, Tensor],
-    actions: Sequence[Tensor],
+    drawn_at: dict[int, Tensor],
     model: Any,
-    objectives: list[str],
-    layer: int,
+    arguments: argparse.Namespace,
     seed: int,
 ) -> dict[str, Any]:
-    """Train one head and measure it."""
+    """Train one head, measure it and, where heads are to be kept, keep it."""
     set_seed(seed)
-    settings = {"layer": layer, "drop_leaves": 0.0, "epochs": 3, "seed": seed, "device": "cpu"} | SETTINGS[name]
-    config = TrainHeadConfig("store", objectives, "output", **settings)
+    settings = {"layer": arguments.layer, "drop_leaves": 0.0, "epochs": 3, "seed": seed, "device": "cpu"}
+    config = TrainHeadConfig("store", arguments.objectives, "output", **settings | SETTINGS[name])
     started = time.process_time()
     head = starting_head(config, model, reward_units(training))
     metrics = fit_head(head, training, list(validation)[:200], of_tree, replace(config, rule="positions"))
-    found: dict[str, Any] = {"before the rule": gain_of(head, measured, of_tree, actions, objectives)}
+    found: dict[str, Any] = {"before the rule": gain_of(head, measured, of_tree, drawn_at, arguments.objectives)}
     if config.rule != "positions":
+        held_out = [paths_of(item, of_tree[id(item)], drawn_at[id(item)][:, :4]) for item in measured]
         seen = [item for item in training if (item.tree.parent == -1).sum() > 1]
-        drawn = [drawn_for(model, item) for item in tqdm(seen, desc="actions", unit="tree")]
-        held_out = [paths_of(item, of_tree[id(item)], own[:, :4]) for item, own in zip(measured, actions, strict=True)]
-        own_paths = [paths_of(item, of_tree[id(item)], own) for item, own in zip(seen, drawn, strict=True)]
-        fit_paths(head, own_paths, held_out, replace(config, learning_rate=3e-4))
+        own = [paths_of(item, of_tree[id(item)], drawn_at[id(item)][:, :4]) for item in seen]
+        fit_paths(head, own, held_out, replace(config, learning_rate=3e-4))
         found["ordered right"] = ordered_right(head, held_out)
+    if arguments.heads is not None:
+        head.save_pretrained(arguments.heads / f"{name}-{len(training)}-{seed}".replace(", ", "-").replace(" ", "-"))
     return found | {
-        "objectives": gain_of(head, measured, of_tree, actions, objectives),
-        "r2": {objective: metrics[objective]["r2"] for objective in objectives},
+        "objectives": gain_of(head, measured, of_tree, drawn_at, arguments.objectives),
+        "r2": {objective: metrics[objective]["r2"] for objective in arguments.objectives},
         "cpu_seconds": round(time.process_time() - started),
         "held_out_trees": len(measured),
-        "made": f"{platform.machine()}, torch {version('torch')}, {datetime.now(UTC):%Y-%m-%d}",
+        "made": f"{platform.machine()}, torch {version('torch')}, base model in {arguments.dtype}, "
+        f"{datetime.now(UTC):%Y-%m-%d}",
     }
-
-
-_drawn: dict[int, Tensor] = {}
-
-
-def drawn_for(model: Any, item: LabelledTree) -> Tensor:
-    """Four actions of the reference at every token of a training tree, drawn once."""
-    if id(item) not in _drawn:
-        generator = torch.Generator().manual_seed(stable_hash(item.tree.prompt_id))
-        embedding = Backbone.of(model).output_embedding
-        _drawn[id(item)] = sample_actions(embedding, tree_states(model, pack(item.tree)), 4, generator)
-    return _drawn[id(item)]
-
-
-def actions_of(model: Any, trees: Sequence[LabelledTree], path: Path) -> list[Tensor]:
-    """Actions of the reference at every token of the trees that heads are measured on, kept in a file."""
-    from safetensors.torch import save_file
-
-    if not path.exists():
-        embedding = Backbone.of(model).output_embedding
-        drawn = {}
-        for i, item in enumerate(tqdm(trees, desc="actions of held-out trees", unit="tree")):
-            generator = torch.Generator().manual_seed(i)
-            drawn[str(i)] = sample_actions(embedding, tree_states(model, pack(item.tree)), ACTIONS, generator)
-        with replace_when_whole(path) as temporary:
-            save_file(drawn, temporary)
-    with open_safetensors(path, "pt") as file:
-        return [file.get_tensor(str(i)) for i in range(len(trees))]
 
 
 def gain_of(
     head: ValueHead,
     trees: Sequence[LabelledTree],
     of_tree: dict[int, Tensor],
-    actions: Sequence[Tensor],
+    drawn_at: dict[int, Tensor],
     objectives: list[str],
 ) -> dict[str, dict[str, float]]:
     """Gain and calibration by objective, with the standard error of the gain by a bootstrap over trees."""
-    parts = [steering_parts(head, item, of_tree[id(item)], own) for item, own in zip(trees, actions, strict=True)]
+    parts = [steering_parts(head, item, of_tree[id(item)], drawn_at[id(item)]) for item in trees]
     rewards = [item.rewards for item in trees]
     found = steering_efficiency(parts, rewards, objectives)
     rng = np.random.default_rng(0)
@@ -231,9 +209,11 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     add = result.add_argument
     add("--store", nargs="+", required=True)
-    add("--states", nargs="+", required=True, help="folders of hidden states, one for each store")
+    add("--states", nargs="+", required=True, help="folders of hidden states and actions, one for each store")
     add("--layer", type=int, default=10)
     add("--model", default="smollm2")
+    add("--dtype", default="bfloat16", help="of its weights, in the passes that write states and actions")
+    add("--heads", type=Path, help="folder in which the heads are kept, for decoding with them")
     add("--objectives", nargs="+", default=["helpful", "harmless", "humour"])
     add("--sizes", type=int, nargs="+", default=[250, 500, 1000, 2000, 4000, 8000])
     add("--rules", nargs="*", default=[], choices=list(SETTINGS))
