@@ -22,6 +22,7 @@ import reward_cards  # noqa: E402
 import reward_data  # noqa: E402
 import reward_model  # noqa: E402
 import train_rewards  # noqa: E402
+from mavis_training.rewards.load import load_reward  # noqa: E402
 
 REWARDS = ROOT / "examples" / "rewards"
 OBJECTIVES = ("helpful", "harmless", "humour")
@@ -336,3 +337,24 @@ def test_the_library_loads_the_same_reward(objective: str, rewards: dict) -> Non
     loaded = library.load_reward(str(REWARDS / objective))
     values = loaded([text[0] for text in texts], [text[1] for text in texts])
     assert values == pytest.approx(rewards[objective](texts), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "better", "worse"),
+    [
+        ("positive", "What a wonderful, happy idea!", "What a stupid, boring idea!"),
+        ("positive", "I love it, it is great fun.", "I love it, love it, love it."),  # saying it again gains nothing
+        ("formal", "Vegetation converts radiation into energy.", "I'd say your plants just eat light, okay!"),
+    ],
+)
+def test_functions_prefer_what_they_ask_for(name: str, better: str, worse: str) -> None:
+    reward = load_reward(f"{REWARDS / 'functions.py'}:{name}")
+    first, second, nothing = reward(["p"] * 3, [better, worse, ""])
+    assert first > second
+    assert nothing == 0.0
+
+
+@given(st.text())
+def test_positive_is_in_its_range(text: str) -> None:
+    (reward,) = load_reward(f"{REWARDS / 'functions.py'}:positive")(["p"], [text])
+    assert -1.0 <= reward <= 1.0
