@@ -345,6 +345,7 @@ def test_the_library_loads_the_same_reward(objective: str, rewards: dict) -> Non
         ("positive", "What a wonderful, happy idea!", "What a stupid, boring idea!"),
         ("positive", "I love it, it is great fun.", "I love it, love it, love it."),  # saying it again gains nothing
         ("formal", "Vegetation converts radiation into energy.", "I'd say your plants just eat light, okay!"),
+        ("formal", "Vegetation converts radiation", "Vegetation vegetation vegetation"),
     ],
 )
 def test_functions_prefer_what_they_ask_for(name: str, better: str, worse: str) -> None:

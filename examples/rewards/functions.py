@@ -36,10 +36,10 @@ def positive(prompts: list[str], completions: list[str], **columns: object) -> l
 
 
 def formal(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
-    """The share of words of eight letters or more, less that of contractions, persons and exclamations."""
+    """Different words of eight letters or more, less contractions, persons and exclamations, as a share of all words."""
     rewards = []
     for text in completions:
-        words = re.findall(r"[A-Za-z']+", text)
-        long = sum(len(word) >= 8 for word in words)
-        rewards.append((long - len(_CHATTY.findall(text))) / max(8, len(words)))
+        words = re.findall(r"[a-z']+", text.lower())
+        long = {word for word in words if len(word) >= 8}
+        rewards.append((len(long) - len(_CHATTY.findall(text))) / max(8, len(words)))
     return rewards
