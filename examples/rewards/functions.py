@@ -36,7 +36,7 @@ def positive(prompts: list[str], completions: list[str], **columns: object) -> l
 
 
 def formal(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
-    """Different words of eight letters or more, less contractions, persons and exclamations, as a share of all words."""
+    """Different words of eight letters or more, less contractions, persons and exclamations, by all words."""
     rewards = []
     for text in completions:
         words = re.findall(r"[a-z']+", text.lower())
