@@ -48,7 +48,7 @@ configs = st.builds(
     MavisConfig,
     beta=st.floats(0, 100),
     top_k=st.none() | st.integers(1, 1000),
-    normalize=st.sampled_from(["minmax", "gap", "center", "none"]),
+    normalize=st.sampled_from(["minmax", "gap", "center", "none", "standard"]),
     kl_budget=st.none() | st.floats(0.01, 5),
 )
 

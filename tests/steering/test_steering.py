@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mavis_logits.steering.policy import Requests, likeliest
+from mavis_logits import MavisConfig
+from mavis_logits.steering.policy import Policy, Requests, likeliest
 from mavis_logits.steering.steering import Steering
 from tiny import VOCABULARY, make_base, make_head, make_value_model
 
 HEAD = make_head(make_base(), "a", "b")
-NORMALIZATIONS = ["minmax", "gap", "center", "none"]
+NORMALIZATIONS = ["minmax", "gap", "center", "none", "standard"]
 
 
 def steering(**settings: Any) -> Steering:
@@ -114,6 +115,30 @@ def test_rows_of_one_request_share_its_weights() -> None:
     mask = choice.mask
     for row, objective in enumerate((1, 0, 0, 1)):
         torch.testing.assert_close(step.combined[row], values[row, :, objective].masked_fill(~mask[row], 0.0))
+
+
+@given(st.integers(0, 10**6), st.floats(0.01, 100.0), st.floats(0.01, 100.0))
+def test_in_standard_units_the_unit_of_a_reward_does_not_matter(seed: int, first: float, second: float) -> None:
+    scores, weights, unit = scores_of(seed), torch.tensor([0.7, 0.3]), torch.tensor([first, second])
+    config = MavisConfig(normalize="standard", top_k=9)
+    plain = Policy(config, weights, torch.tensor(2.0), torch.ones(2))
+    other = Policy(config, weights, torch.tensor(2.0), unit)
+    choice = plain.choose(scores)
+    values = torch.randn(*choice.candidates.shape, 2)
+    torch.testing.assert_close(
+        other.tilt(choice, values * unit).tilted, plain.tilt(choice, values).tilted, atol=1e-4, rtol=1e-4
+    )
+
+
+def test_standard_units_are_those_of_the_value_functions() -> None:
+    head = make_head(make_base(), "a", "b")
+    head.config.reward_scale = [4.0, 0.5]
+    mavis = Steering(head, {"a": 0.7, "b": 0.3}, model=make_base(), normalize="standard")
+    torch.testing.assert_close(mavis.policy.weights_of(torch.zeros(1)), torch.tensor([0.7 / 4.0, 0.3 / 0.5]))
+    mavis.weights = {"a": 1.0, "b": 1.0}
+    torch.testing.assert_close(mavis.policy.weights_of(torch.zeros(1)), torch.tensor([0.25, 2.0]))
+    mavis.config = MavisConfig(normalize="none")
+    torch.testing.assert_close(mavis.policy.weights_of(torch.zeros(1)), torch.ones(2))
 
 
 def test_uncut_steering_is_for_heads_alone() -> None:

@@ -249,7 +249,7 @@ def test_strength_is_found_for_a_divergence(slope, kl, kind):
         found = cut + slope * settings["beta"] ** 2 / 2
         return Trial(settings, found, {"a": math.sqrt(found)})
 
-    best, tried = choose(measure, GRIDS[kind], {"a": 1.0}, kl, lambda: True)
+    best, tried = choose(measure, GRIDS[kind], kl, lambda: True)
     assert abs(best.kl - kl) <= 0.3 * kl
     assert best in tried
     assert len(tried) <= 4 * len(GRIDS[kind])
@@ -259,7 +259,7 @@ def test_most_reward_is_where_it_turns_down():
     def measure(settings):
         return Trial(settings, settings["beta"], {"a": 1 - (settings["beta"] - 8) ** 2 / 100})
 
-    best, _ = choose(measure, GRIDS["head"][:1], {"a": 1.0}, None, lambda: True)
+    best, _ = choose(measure, GRIDS["head"][:1], None, lambda: True)
     assert 5 < best.settings["beta"] < 11
 
 
@@ -270,7 +270,7 @@ def test_without_time_the_first_strengths_must_do():
         trials.append(settings)
         return Trial(settings, 1.0, {"a": 0.1})
 
-    best, tried = choose(measure, GRIDS["head"], {"a": 1.0}, 5.0, lambda: False)
+    best, tried = choose(measure, GRIDS["head"], 5.0, lambda: False)
     assert len(trials) == 2
     assert best in tried
 

@@ -107,7 +107,11 @@ def bundle_parser() -> argparse.ArgumentParser:
     add("--weights", metavar="NAME=NUMBER,...", help="default weights (default: equal)")
     add("--beta", type=float, help="default strength (default: 5)")
     add("--top-k", type=int, help="default number of candidates (default: 15)")
-    add("--normalize", choices=("minmax", "gap", "center", "none"), help="default normalisation (default: minmax)")
+    add(
+        "--normalize",
+        choices=("minmax", "gap", "center", "none", "standard"),
+        help="default normalisation (default: minmax)",
+    )
     add("--kl-budget", type=float, metavar="NATS", help="default divergence per step, in place of a strength")
     add("--base-model", metavar="ID", help="the language model it is for (default: what the value functions name)")
     return parser

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-Normalization = Literal["minmax", "none", "center", "gap"]
+Normalization = Literal["minmax", "none", "standard", "center", "gap"]
 
 DEFAULT_GAP_FLOOR = 0.5
 MAX_BETA = 1e4
@@ -51,7 +51,8 @@ def normalize(
         method: `"minmax"`: equation 14, (v - min) / (max - min), zeros if all are equal;
             `"gap"`: the same, but the divisor never falls below `floor`, so that noise between near-equal values is not
             stretched to [0, 1];
-            `"center"`: v minus its mean over the row; `"none"`: v itself.
+            `"center"`: v minus its mean over the row; `"none"`: v itself; `"standard"`: v itself, whose objectives have
+            been divided by the standard deviations of their rewards before they were combined (`Policy.weights_of`).
         floor: in units of `values`, for `"gap"`.
 
     Returns:
@@ -62,7 +63,7 @@ def normalize(
     """
     values = _wide(values)
     zero = torch.zeros((), dtype=values.dtype, device=values.device)
-    if method == "none":
+    if method in ("none", "standard"):
         return torch.where(mask, values, zero)
     if method == "center":
         kept = torch.where(mask, values, zero)

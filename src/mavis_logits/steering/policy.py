@@ -83,6 +83,7 @@ class Policy:
         config: the settings; `weights` and `beta` below count in place of its own.
         weights: lambda, float32 [M] or [R, M].
         beta: strength of the tilt, float32 [] or [R].
+        scale: standard deviations of the objectives' rewards, [M], for `normalize="standard"`; None for 1.
 
     Raises:
         ValueError: beta is negative, not finite, or no number or vector.
@@ -91,6 +92,7 @@ class Policy:
     config: MavisConfig
     weights: Tensor
     beta: Tensor
+    scale: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.beta.ndim > 1 or not torch.isfinite(self.beta).all() or (self.beta < 0).any():
@@ -148,11 +150,11 @@ class Policy:
     def worth_scoring(self, choice: Choice) -> Tensor:
         """[R, k] bool, the candidates whose values can matter: those that take part, unless the row has but one.
 
-        Every normalisation takes a lone candidate's value to 0, so that the step needs no value at all; with
-        `normalize="none"` it still weighs against tokens that keep their score.
+        Every normalisation takes a lone candidate's value to 0, so that the step needs no value at all; values as they
+        are still weigh it against tokens that keep their score.
         """
         mask = choice.mask
-        if self.config.candidate_min_p is None or (choice.everything is not None and self.config.normalize == "none"):
+        if self.config.candidate_min_p is None or (choice.everything is not None and self._as_they_are):
             return mask
         return mask & (mask.sum(dim=-1, keepdim=True) > 1)
 
@@ -196,9 +198,21 @@ class Policy:
         found = {"weights": self.weights} if self.weights.ndim > 1 else {}
         return found | ({"beta": self.beta} if self.beta.ndim > 0 else {})
 
+    @cached_property
+    def _of_values(self) -> Tensor:
+        """What values in reward units are multiplied by."""
+        if self.config.normalize != "standard" or self.scale is None:
+            return self.weights
+        return self.weights / self.scale.to(self.weights.device)
+
+    @property
+    def _as_they_are(self) -> bool:
+        """Whether combined values are used without regard to the other candidates'."""
+        return self.config.normalize in ("none", "standard")
+
     def weights_of(self, rows: Tensor, requests: Requests = ROWS) -> Tensor:
-        """lambda [M] or [R, M], for and on the device of `rows` [R, ...]."""
-        return requests.spread(self.weights.to(rows.device, non_blocking=True), 1, len(rows), "weights")
+        """lambda [M] or [R, M], for and on the device of `rows` [R, ...]; by the rewards' deviations if "standard"."""
+        return requests.spread(self._of_values.to(rows.device, non_blocking=True), 1, len(rows), "weights")
 
     def beta_of(self, rows: Tensor, requests: Requests = ROWS) -> Tensor:
         """beta [] or [R], for and on the device of `rows` [R, ...]."""

@@ -210,7 +210,8 @@ class Steering(Copied):
 
     def _steer_by(self, config: MavisConfig, weights: Any, beta: Any) -> None:
         own = self.functions.weights(weights)
-        self._policy = Policy(config, own, torch.as_tensor(beta, dtype=torch.float32))
+        scale = self.functions.units()[1]
+        self._policy = Policy(config, own, torch.as_tensor(beta, dtype=torch.float32), scale)
         self.idle = self.functions.idle(own)
 
     def _check_config(self, config: MavisConfig) -> None:

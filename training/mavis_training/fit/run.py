@@ -299,9 +299,7 @@ class _Run:
             self.say(f"      {_in_words(settings)}: {trial.kl:.1f} nats, {told_gains} standard deviations")
             return trial
 
-        config = AutoConfig.from_pretrained(value)
-        scale = dict(zip(config.objectives, config.reward_scale, strict=True))
-        best, tried = choose(measure, GRIDS[self.config.kind], scale, kl, lambda: self.spent < deadline)
+        best, tried = choose(measure, GRIDS[self.config.kind], kl, lambda: self.spent < deadline)
         if kl is not None and not 0.5 * kl <= best.kl <= 1.5 * kl:
             self.say(f"      The nearest that was found to {kl:g} nats is {best.kl:.1f}.")
         self._keep(chosen=best.settings, tried=[asdict(trial) for trial in tried])

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 # What is tried, the likeliest first: values themselves over many candidates are best for heads in docs/results; value
-# models pay for every candidate.
+# models pay for every candidate. Values count in standard deviations of their rewards, so that one strength fits all.
 GRIDS: dict[str, list[dict[str, Any]]] = {
     "head": [
-        {"top_k": 200, "normalize": "none"},
-        {"top_k": 200, "normalize": "none", "candidate_min_p": 0.02},
+        {"top_k": 200, "normalize": "standard"},
+        {"top_k": 200, "normalize": "standard", "candidate_min_p": 0.02},
         {"top_k": 15, "normalize": "minmax"},
     ],
-    "model": [{"top_k": 15, "normalize": "minmax"}, {"top_k": 15, "normalize": "none"}],
+    "model": [{"top_k": 15, "normalize": "minmax"}, {"top_k": 15, "normalize": "standard"}],
 }
 # As which multiples of the chosen strength is measured, and what they are called behind an objective's name.
 STRENGTHS = {"": 1.0, ", half as strong": 0.5, ", twice as strong": 2.0}
@@ -47,7 +47,6 @@ class Trial:
 def choose(
     measure: Callable[[dict[str, Any]], Trial],
     grid: list[dict[str, Any]],
-    scale: Mapping[str, float],
     kl: float | None,
     in_time: Callable[[], bool],
 ) -> tuple[Trial, list[Trial]]:
@@ -59,8 +58,6 @@ def choose(
     Args:
         measure: tries settings.
         grid: settings without `beta`.
-        scale: spread of the rewards by objective, in their own units; without normalisation the first strength is 3
-            over its mean.
         kl: wanted, in nats; None for most reward.
         in_time: whether there is time for another try; the first two are made all the same.
     """
@@ -68,7 +65,7 @@ def choose(
     for settings in grid:
         if len(tried) > 1 and not in_time():
             break
-        beta = 3.0 if settings["normalize"] == "minmax" else 3.0 / max(1e-6, float(np.mean(list(scale.values()))))
+        beta = 3.0
         found: list[Trial] = []
         for _ in range(_TRIES):
             trial = measure({**settings, "beta": float(f"{beta:.3g}")})
