@@ -43,15 +43,14 @@ from mavis_training.trees.targets import node_targets, stable_hash
 from mavis_training.trees.tree import Tree
 
 ACTIONS = 8
+LITTLE = {"bootstrap": 0.0, "dropout": 0.3, "weight_decay": 0.1, "epochs": 2}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "positions": {},
-    "positions, no bootstrap": {"bootstrap": 0.0},
-    "positions, little regularised": {"dropout": 0.1, "weight_decay": 0.05},
-    "positions, width 1024": {"width": 1024},
-    "sums": {"rule": "sums"},
-    "gain": {"rule": "gain"},
-    "pairs": {"rule": "pairs"},
-    "balance": {"rule": "balance"},
+    "much regularised": {},
+    "much regularised, no bootstrap": {"bootstrap": 0.0},
+    "little regularised": LITTLE,
+    "little regularised, width 1024": {**LITTLE, "width": 1024},
+    "little regularised, two layers": {**LITTLE, "num_layers": 2},
+    **{rule: {**LITTLE, "rule": rule} for rule in ("sums", "gain", "pairs", "balance")},
 }
 
 
@@ -89,11 +88,11 @@ def main() -> None:
 def runs(arguments: argparse.Namespace, most: int) -> list[tuple[str, int, int, int]]:
     """(rule, prompts, branches, seed) of everything that is to be made, the small ones first."""
     sizes = [size for size in arguments.sizes if size < most] + [most]
-    found = [("positions", size, 4, seed) for size in sizes for seed in arguments.seeds]
+    found = [(name, size, 4, seed) for name in arguments.curves for size in sizes for seed in arguments.seeds]
     at = min(arguments.rules_at, most)
     found += [(rule, at, 4, seed) for rule in arguments.rules for seed in arguments.seeds]
-    found += [("positions", size * 4 // branches, branches, seed) for size, branches in
-              ((at // 4, 4), (at // 4, 2), (at // 4, 1)) for seed in arguments.seeds]  # fmt: skip
+    found += [(arguments.curves[0], at // branches, branches, seed) for branches in arguments.branches
+              for seed in arguments.seeds]  # fmt: skip
     return list(dict.fromkeys(found))
 
 
@@ -226,8 +225,10 @@ def parser() -> argparse.ArgumentParser:
     add("--heads", type=Path, help="folder in which the heads are kept, for decoding with them")
     add("--objectives", nargs="+", default=["helpful", "harmless", "humour"])
     add("--sizes", type=int, nargs="+", default=[250, 500, 1000, 2000, 4000, 8000])
+    add("--curves", nargs="*", default=["little regularised"], choices=list(SETTINGS), help="settings at every size")
+    add("--branches", type=int, nargs="*", default=[], help="of each prompt, at as many branches in all")
     add("--rules", nargs="*", default=[], choices=list(SETTINGS))
-    add("--rules-at", type=int, default=2000, help="training prompts of the rules, and of the study of branches")
+    add("--rules-at", type=int, default=2000, help="training prompts of the rules, and branches of that study")
     add("--seeds", type=int, nargs="+", default=[0])
     add("--held-out", type=int, default=200, help="trees that heads are measured on")
     add("--output", type=Path, default=Path("docs/results/scaling.json"))

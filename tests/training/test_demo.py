@@ -14,7 +14,7 @@ from mavis_logits import MavisLogitsProcessor, ValueHead
 from mavis_training.demo import demo
 from mavis_training.demo import report as report
 
-OBJECTIVES = demo.OBJECTIVES
+OBJECTIVES = demo.OBJECTIVES["model"]
 
 
 @pytest.fixture
@@ -88,9 +88,9 @@ def test_the_run_is_written_as_json(measured: list[demo.Measured], tmp_path: Pat
 
 
 def test_the_closing_shows_python(tmp_path: Path) -> None:
-    shown = rendered(report.closing("demo.png", "folder", {"beta": 6.0, "normalize": "none"}))
+    shown = rendered(report.closing("demo.png", "folder", ("a", "b"), {"beta": 6.0, "normalize": "none"}))
     assert "MavisLogitsProcessor.from_pretrained" in shown
-    assert "beta=6.0, normalize='none', model=model)" in shown
+    assert "weights={'a': 0.5, 'b': 0.5}, beta=6.0, normalize='none', model=model)" in shown
     assert "demo.png" in shown
 
 
@@ -118,8 +118,26 @@ def test_measuring_answers_judges_and_sums_the_divergence(beta: float, top_k: in
 
 def test_how_to_steer_depends_on_what_steers_unless_it_is_said() -> None:
     head, model = demo.read_options([]), demo.read_options(["--kind", "model", "--beta", "2"])
-    assert (head.beta, head.top_k, head.normalize) == (6.0, 200, "none")
-    assert (model.beta, model.top_k, model.normalize) == (2.0, 15, "minmax")
+    assert (head.beta, head.top_k, head.normalize, head.objectives) == (6.0, 200, "standard", ("concise", "positive"))
+    assert (model.beta, model.top_k, model.normalize, model.objectives) == (2.0, 15, "minmax", ("helpful", "humour"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--objectives", "formal", "formal"], ["--objectives", "formal", "funny"],
+     ["--kind", "model", "--objectives", "formal", "helpful"]],
+)  # fmt: skip
+def test_objectives_are_two_that_there_are_values_for(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        demo.read_options(options)
+    assert "--objectives must be two of helpful, harmless, humour" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("objective", demo.REWARDS)
+def test_every_objective_has_a_reward_in_the_repository(objective: str) -> None:
+    path, colon, function = demo.reward_spec(objective).partition(":")
+    assert Path(path).exists()
+    assert bool(colon) == bool(function)
 
 
 def test_bad_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ prompts, value functions and reward models come with the repository and its pack
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +20,21 @@ if TYPE_CHECKING:
 
     from mavis_logits import MavisLogitsProcessor
 
-OBJECTIVES = ("helpful", "humour")
 VALUE_HEAD = "model_cards/smollm2-135m-value-head"
 VALUE_MODEL = "model_cards/smollm2-135m-value-{objective}"
-REWARD_MODEL = "examples/rewards/{objective}"
+REWARDS = {
+    "helpful": "examples/rewards/helpful",
+    "harmless": "examples/rewards/harmless",
+    "humour": "examples/rewards/humour",
+    "concise": "examples/fit/concise.py:concise",
+    "positive": "examples/rewards/functions.py:positive",
+    "formal": "examples/rewards/functions.py:formal",
+}
+OBJECTIVES = {"head": ("concise", "positive"), "model": ("helpful", "humour")}
+KNOWN = {"head": tuple(REWARDS), "model": ("helpful", "harmless", "humour")}  # what there are value functions for
 PROMPTS = "examples/data/demo_prompts.jsonl"
 STEERING: dict[str, dict[str, float | int | str]] = {
-    "head": {"beta": 6.0, "top_k": 200, "normalize": "none"},
+    "head": {"beta": 6.0, "top_k": 200, "normalize": "standard"},
     "model": {"beta": 5.0, "top_k": 15, "normalize": "minmax"},  # the paper's
 }
 
@@ -49,17 +57,24 @@ def main(argv: list[str]) -> int:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     console = Console()
-    console.print(report.introduction(OBJECTIVES, arguments.top_k, arguments.max_new_tokens))
+    objectives = arguments.objectives
+    console.print(report.introduction(objectives, arguments.top_k, arguments.max_new_tokens))
     rows = read_prompts(arguments.prompts or str(checkout_path(PROMPTS)), arguments.limit)
     prompts = [row["prompt"] for row in rows]
     with console.status("Loading the language model (the first time it is unpacked: half a minute)"):
         model, tokenizer = load_smollm2()
     with console.status("Loading value functions and reward models"):
-        judges = {name: load_reward(str(checkout_path(REWARD_MODEL.format(objective=name)))) for name in OBJECTIVES}
+        judges = {name: load_reward(reward_spec(name)) for name in objectives}
         how = {name: getattr(arguments, name) for name in ("top_k", "normalize")}
-        steer = load_steering(arguments.kind, model, tokenizer, reference_temperature=arguments.temperature, **how)
+        steer = load_steering(
+            value_sources(arguments.kind, objectives),
+            model,
+            tokenizer,
+            reference_temperature=arguments.temperature,
+            **how,
+        )
 
-    settings = weightings(OBJECTIVES, arguments.beta, arguments.top_k)
+    settings = weightings(objectives, arguments.beta, arguments.top_k)
     stage = Stage(model, tokenizer, prompts, judges, arguments.seeds, arguments.max_new_tokens, arguments.temperature)
     measured = []
     with report.progress(console, len(settings) * stage.seeds * stage.max_new_tokens) as advance:
@@ -70,21 +85,29 @@ def main(argv: list[str]) -> int:
     shown = min(arguments.show, len(prompts))
     for index in (len(prompts) * i // shown for i in range(shown)):  # spread over the file, whatever the answers are
         console.print(report.side_by_side(prompts[index], measured, index, console.width))
-    console.print(report.table(measured, OBJECTIVES))
-    console.print(report.reading(measured, OBJECTIVES))
-    report.draw(measured, OBJECTIVES, Path(arguments.out))
+    console.print(report.table(measured, objectives))
+    console.print(report.reading(measured, objectives))
+    report.draw(measured, objectives, Path(arguments.out))
     if arguments.json:
         report.write_results(Path(arguments.json), prompts, measured, vars(arguments))
     steering = {name: getattr(arguments, name) for name in STEERING[arguments.kind]}
     steering["reference_temperature"] = arguments.temperature
-    closing = report.closing(arguments.out, value_sources(arguments.kind), steering)
+    closing = report.closing(arguments.out, value_sources(arguments.kind, objectives), objectives, steering)
     console.print(closing, soft_wrap=True, markup=False, highlight=False)
     return 0
 
 
 def read_options(argv: list[str]) -> argparse.Namespace:
-    """Parse the arguments; how to steer depends on what steers, unless it is said."""
-    arguments = parser().parse_args(argv)
+    """Parse the arguments; how to steer, and towards what, depends on what steers, unless it is said."""
+    command = parser()
+    arguments = command.parse_args(argv)
+    known = KNOWN[arguments.kind]
+    arguments.objectives = tuple(getattr(arguments, "objectives", OBJECTIVES[arguments.kind]))
+    if len(set(arguments.objectives)) != 2 or not set(arguments.objectives) <= set(known):
+        command.error(
+            f"--objectives must be two of {', '.join(known)} for --kind {arguments.kind}, "
+            f"got {' and '.join(arguments.objectives)}"
+        )
     return argparse.Namespace(**(STEERING[arguments.kind] | vars(arguments)))
 
 
@@ -92,8 +115,8 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of ``mavis demo``."""
     result = argparse.ArgumentParser(
         prog="mavis demo",
-        description="A real language model answers everyday questions at several weightings of helpful and humour; "
-        "reward models judge the answers.",
+        description="A real language model answers everyday questions at several weightings of two objectives; "
+        "the rewards judge the answers.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = result.add_argument
@@ -103,6 +126,10 @@ def parser() -> argparse.ArgumentParser:
         default="head",
         help="what foresees the rewards: one value head on the language model, or separate value models",
     )
+    add(
+        "--objectives", nargs=2, metavar="NAME", help=f"two of {', '.join(REWARDS)} (default: concise positive; value "
+        "models: helpful humour)", default=argparse.SUPPRESS,
+    )  # fmt: skip
     add("--prompts", metavar="FILE", help='questions to answer, one JSON object {"id": ..., "prompt": ...} a line')
     add("--limit", type=positive, default=24, metavar="N", help="answer at most this many questions")
     add("--seeds", type=positive, default=3, metavar="N", help="samples of every answer")
@@ -116,8 +143,8 @@ def parser() -> argparse.ArgumentParser:
     add_steering(
         "--normalize",
         "normalize",
-        "values as they are, or rescaled to [0, 1] at every step",
-        choices=["none", "minmax"],
+        "values in standard deviations of their rewards, as they are, or rescaled to [0, 1] at every step",
+        choices=["standard", "none", "minmax"],
     )
     add("--temperature", type=float, default=0.7, help="of the language model, the same in all settings")
     add("--max-new-tokens", type=positive, default=48, help="length at which answers are cut off")
@@ -150,19 +177,26 @@ def weightings(objectives: tuple[str, str], beta: float, top_k: int) -> list[Set
     ]
 
 
-def value_sources(kind: str) -> str | dict[str, str]:
+def reward_spec(objective: str) -> str:
+    """Return what `load_reward` loads an objective's reward from, in the clone that this is."""
+    from mavis_logits.demo.checkout import checkout_path
+
+    path, colon, function = REWARDS[objective].partition(":")
+    return f"{checkout_path(path)}{colon}{function}"
+
+
+def value_sources(kind: str, objectives: Sequence[str]) -> str | dict[str, str]:
     """Return the folder of the value functions, relative to the repository: one for all objectives, or one for each."""
-    return VALUE_HEAD if kind == "head" else {name: VALUE_MODEL.format(objective=name) for name in OBJECTIVES}
+    return VALUE_HEAD if kind == "head" else {name: VALUE_MODEL.format(objective=name) for name in objectives}
 
 
 def load_steering(
-    kind: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **settings: Any
+    sources: str | dict[str, str], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **settings: Any
 ) -> Callable[[Setting], MavisLogitsProcessor]:
     """Load the value head or value models once; the result returns the processor set to the setting asked for."""
     from mavis_logits import MavisLogitsProcessor
     from mavis_logits.demo.checkout import checkout_path
 
-    sources = value_sources(kind)
     values: str | dict[str, str] = (
         str(checkout_path(sources))
         if isinstance(sources, str)

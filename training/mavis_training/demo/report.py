@@ -162,7 +162,7 @@ def write_results(path: Path, prompts: Sequence[str], measured: Sequence[Measure
     write_json(path, content)
 
 
-def closing(out: str, values: str | dict[str, str], steering: Mapping[str, object]) -> str:
+def closing(out: str, values: str | dict[str, str], objectives: Sequence[str], steering: Mapping[str, object]) -> str:
     """Say where the figure is and how to do the same in Python and on the command line."""
     return "\n".join(
         [
@@ -171,12 +171,12 @@ def closing(out: str, values: str | dict[str, str], steering: Mapping[str, objec
             "The same in Python, with a model and tokenized inputs of your own:",
             "    from mavis_logits import MavisLogitsProcessor",
             f"    mavis = MavisLogitsProcessor.from_pretrained({values!r}, "
-            "weights={'helpful': 0.5, 'humour': 0.5}, "
+            f"weights={dict.fromkeys(objectives, 0.5)}, "
             f"{', '.join(f'{name}={value!r}' for name, value in steering.items())}, model=model)",
             "    model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=48, logits_processor=[mavis])",
             "",
             "Your own question:",
-            '    mavis generate --prompt "How do I make good tea?" --weights helpful=0.3,humour=0.7 --unsteered',
+            '    mavis generate --prompt "How do I make good tea?" --weights concise=0.5,positive=0.5 --unsteered',
         ]
     )
 
