@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "docs" / "results"
-_VALUES = {"none": "as they are", "minmax": "rescaled to [0, 1]"}
+_VALUES = {"none": "as they are", "standard": "in standard deviations", "minmax": "rescaled to [0, 1]"}
 _TESTED = ("suite", "sweep")
 SHOWN_PROMPTS = 2  # spread over the file, whatever the answers are
 
@@ -75,10 +75,17 @@ def demo(results: Path) -> str:
     return "\n".join(lines)
 
 
+_STEERED = {
+    "trees": "One value head with six outputs, temperature 1",
+    "cooler": "The same head at temperature 0.7, top-p 0.95, beside a system prompt for each objective",
+    "model": "Three value models in the paper's setting, temperature 1",
+}
+
+
 def steering(results: Path) -> str:
     """Return the gains of every setting, for value heads and for value models."""
     lines = []
-    for kind, title in (("head", "One value head with three outputs"), ("model", "Three value models")):
+    for kind, title in _STEERED.items():
         run = read(results / f"steering_{kind}.json")
         if run is not None:
             about = (

@@ -30,7 +30,7 @@ REWARDS = {
     "positive": "examples/rewards/functions.py:positive",
     "formal": "examples/rewards/functions.py:formal",
 }
-OBJECTIVES = {"head": ("concise", "positive"), "model": ("helpful", "humour")}
+OBJECTIVES = {"head": ("concise", "formal"), "model": ("helpful", "humour")}
 KNOWN = {"head": tuple(REWARDS), "model": ("helpful", "harmless", "humour")}  # what there are value functions for
 PROMPTS = "examples/data/demo_prompts.jsonl"
 STEERING: dict[str, dict[str, float | int | str]] = {
@@ -127,7 +127,7 @@ def parser() -> argparse.ArgumentParser:
         help="what foresees the rewards: one value head on the language model, or separate value models",
     )
     add(
-        "--objectives", nargs=2, metavar="NAME", help=f"two of {', '.join(REWARDS)} (default: concise positive; value "
+        "--objectives", nargs=2, metavar="NAME", help=f"two of {', '.join(REWARDS)} (default: concise formal; value "
         "models: helpful humour)", default=argparse.SUPPRESS,
     )  # fmt: skip
     add("--prompts", metavar="FILE", help='questions to answer, one JSON object {"id": ..., "prompt": ...} a line')

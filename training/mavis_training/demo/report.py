@@ -176,7 +176,7 @@ def closing(out: str, values: str | dict[str, str], objectives: Sequence[str], s
             "    model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=48, logits_processor=[mavis])",
             "",
             "Your own question:",
-            '    mavis generate --prompt "How do I make good tea?" --weights concise=0.5,positive=0.5 --unsteered',
+            '    mavis generate --prompt "How do I make good tea?" --weights concise=0.5,formal=0.5 --unsteered',
         ]
     )
 
