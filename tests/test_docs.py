@@ -84,7 +84,7 @@ def test_sections_are_filled_again_without_growing(tmp_path: Path) -> None:
         "config": {"rewards": {"helpful": "folder"}, "seeds": [0, 1, 2]},
         "settings": {"helpful 1": {"helpful": gain, "kl": 20.04}},
     }
-    (tmp_path / "steering_head.json").write_text(json.dumps(steering))
+    (tmp_path / "steering_trees.json").write_text(json.dumps(steering))
     steering["config"]["combined"] = {"helpful": 1.0}
     steering["settings"] = {"beam search 4": {"helpful": gain, "combined": gain, "kl": None}}
     (tmp_path / "search.json").write_text(json.dumps(steering))

@@ -52,7 +52,7 @@ def config(store, tmp_path):
     [
         {},
         {"targets": "tokens"},
-        {"packing": "nodes", "batch_size": 32},
+        {"packing": "nodes", "batch_size": 32, "epochs": 8},
         {"lora": LoraSettings(rank=0), "learning_rate": 0.02},
     ],
 )
