@@ -27,7 +27,6 @@ REWARDS = {
     "harmless": "examples/rewards/harmless",
     "humour": "examples/rewards/humour",
     "concise": "examples/fit/concise.py:concise",
-    "positive": "examples/rewards/functions.py:positive",
     "formal": "examples/rewards/functions.py:formal",
 }
 OBJECTIVES = {"head": ("concise", "formal"), "model": ("helpful", "humour")}
