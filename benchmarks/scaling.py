@@ -34,9 +34,8 @@ from mavis_training.base.ranks import join
 from mavis_training.base.settings import torch_dtype
 from mavis_training.fitting.efficiency import steering_efficiency, steering_parts
 from mavis_training.fitting.head_config import TrainHeadConfig
-from mavis_training.fitting.paths import fit_paths, ordered_right, paths_of
 from mavis_training.fitting.states import compute_actions, compute_states, read_actions, read_states
-from mavis_training.train_head import fit_head, starting_head
+from mavis_training.train_head import fit_by_rule, fit_head, starting_head
 from mavis_training.trees.data import LabelledTree, load_trees, reward_units, split_by_prompt
 from mavis_training.trees.packing import pack
 from mavis_training.trees.targets import node_targets, stable_hash
@@ -135,7 +134,7 @@ def run(
     config = TrainHeadConfig("store", arguments.objectives, "output", **settings | SETTINGS[name])
     started = time.process_time()
     by_positions = replace(config, rule="positions")
-    key = hash((str(by_positions), len(training), sum(len(item.tree) for item in training)))
+    key = str(by_positions), len(training), sum(len(item.tree) for item in training)
     if key not in _fitted:  # rules start from the same head
         head = starting_head(by_positions, model, reward_units(training))
         metrics = fit_head(head, training, list(validation)[:200], of_tree, by_positions)
@@ -144,11 +143,9 @@ def run(
     found: dict[str, Any] = {}
     if config.rule != "positions":
         found["before the rule"] = gain_of(head, measured, of_tree, drawn_at, arguments.objectives)
-        held_out = [paths_of(item, of_tree[id(item)], drawn_at[id(item)][:, :4]) for item in measured]
         seen = [item for item in training if (item.tree.parent == -1).sum() > 1]
-        own = [paths_of(item, of_tree[id(item)], drawn_at[id(item)][:, :4]) for item in seen]
-        fit_paths(head, own, held_out, replace(config, learning_rate=3e-4))
-        found["ordered right"] = ordered_right(head, held_out)
+        few = {id(item): drawn_at[id(item)][:, : config.actions] for item in (*seen, *measured)}
+        found |= fit_by_rule(head, seen, measured, of_tree, few, replace(config, learning_rate=3e-4))
     if arguments.heads is not None:
         head.save_pretrained(arguments.heads / f"{name}-{len(training)}-{seed}".replace(", ", "-").replace(" ", "-"))
     return found | {
@@ -161,7 +158,7 @@ def run(
     }
 
 
-_fitted: dict[int, tuple[ValueHead, dict[str, Any]]] = {}
+_fitted: dict[tuple[str, int, int], tuple[ValueHead, dict[str, Any]]] = {}
 
 
 def gain_of(
@@ -224,7 +221,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", default="bfloat16", help="of its weights, in the passes that write states and actions")
     add("--heads", type=Path, help="folder in which the heads are kept, for decoding with them")
     add("--objectives", nargs="+", default=["helpful", "harmless", "humour"])
-    add("--sizes", type=int, nargs="+", default=[250, 500, 1000, 2000, 4000, 8000])
+    add("--sizes", type=int, nargs="*", default=[250, 500, 1000, 2000, 4000, 8000])
     add("--curves", nargs="*", default=["little regularised"], choices=list(SETTINGS), help="settings at every size")
     add("--branches", type=int, nargs="*", default=[], help="of each prompt, at as many branches in all")
     add("--rules", nargs="*", default=[], choices=list(SETTINGS))

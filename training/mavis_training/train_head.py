@@ -147,19 +147,39 @@ def fit_head(
     by_rule: dict[str, Any] = {}
     if config.rule != "positions":
         assert drawn_at is not None
-        seen, unseen = (
-            [paths_of(item, of_tree[id(item)], drawn_at[id(item)]) for item in part] for part in (training, validation)
-        )
-        before = ordered_right(head, unseen)
-        by_rule["rule_loss_by_epoch"] = fit_paths(head, seen, unseen, config)
-        after = ordered_right(head, unseen)
-        by_rule["ordered_right"] = {name: {"before": before[name], "after": after[name]} for name in config.objectives}
+        by_rule = fit_by_rule(head, training, validation, of_tree, drawn_at, config)
     metrics = validation_metrics([predict(head, item, of_tree[id(item)]) for item in validation], config.objectives)
     require_finite(metrics, "validation")
     warmup = fitting_warmup(config.warmup_steps, steps_of(config, to_train))
     return metrics | {
         "training_trees": len(training), "validation_loss_by_epoch": history, "warmup_steps": warmup, **by_rule
     }  # fmt: skip
+
+
+def fit_by_rule(
+    head: ValueHead,
+    training: Sequence[LabelledTree],
+    validation: Sequence[LabelledTree],
+    of_tree: Mapping[int, Tensor],
+    drawn_at: Mapping[int, Tensor],
+    config: TrainHeadConfig,
+) -> dict[str, Any]:
+    """Go on from a head that was fitted position by position, by `config.rule` on whole completions.
+
+    Args:
+        head, training, validation, of_tree, drawn_at, config: as for `fit_head`.
+
+    Returns:
+        `rule_loss_by_epoch` on the validation trees and, by objective, `ordered_right` before and after.
+    """
+    seen, unseen = (
+        [paths_of(item, of_tree[id(item)], drawn_at[id(item)]) for item in part] for part in (training, validation)
+    )
+    before = ordered_right(head, unseen)
+    losses = fit_paths(head, seen, unseen, config)
+    after = ordered_right(head, unseen)
+    found = {name: {"before": before[name], "after": after[name]} for name in config.objectives}
+    return {"rule_loss_by_epoch": losses, "ordered_right": found}
 
 
 def training_origin(

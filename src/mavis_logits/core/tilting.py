@@ -18,6 +18,7 @@ from torch import Tensor
 
 Normalization = Literal["minmax", "none", "standard", "center", "gap"]
 
+AS_THEY_ARE = ("none", "standard")  # of these: combined values count without regard to the other candidates'
 DEFAULT_GAP_FLOOR = 0.5
 MAX_BETA = 1e4
 _NEWTON_STEPS = 25
@@ -63,7 +64,7 @@ def normalize(
     """
     values = _wide(values)
     zero = torch.zeros((), dtype=values.dtype, device=values.device)
-    if method in ("none", "standard"):
+    if method in AS_THEY_ARE:
         return torch.where(mask, values, zero)
     if method == "center":
         kept = torch.where(mask, values, zero)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.config import MavisConfig
-from ..core.tilting import combine, kl_divergence, normalize, solve_beta, tilt
+from ..core.tilting import AS_THEY_ARE, combine, kl_divergence, normalize, solve_beta, tilt
 from .step import Choice, Step
 
 _PART = 128  # tokens of a part of the vocabulary
@@ -154,7 +154,9 @@ class Policy:
         are still weigh it against tokens that keep their score.
         """
         mask = choice.mask
-        if self.config.candidate_min_p is None or (choice.everything is not None and self._as_they_are):
+        if self.config.candidate_min_p is None or (
+            choice.everything is not None and self.config.normalize in AS_THEY_ARE
+        ):
             return mask
         return mask & (mask.sum(dim=-1, keepdim=True) > 1)
 
@@ -204,11 +206,6 @@ class Policy:
         if self.config.normalize != "standard" or self.scale is None:
             return self.weights
         return self.weights / self.scale.to(self.weights.device)
-
-    @property
-    def _as_they_are(self) -> bool:
-        """Whether combined values are used without regard to the other candidates'."""
-        return self.config.normalize in ("none", "standard")
 
     def weights_of(self, rows: Tensor, requests: Requests = ROWS) -> Tensor:
         """lambda [M] or [R, M], for and on the device of `rows` [R, ...]; by the rewards' deviations if "standard"."""
