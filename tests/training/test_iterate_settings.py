@@ -136,7 +136,7 @@ def test_bad_files(files, tmp_path):
     same = replace(config.validation, prompts=config.prompts, limit=16)
     with pytest.raises(ValueError, match="16 prompts of iteration 0 are validation prompts too"):
         iterate(replace(config, validation=same))
-    with pytest.raises(ValueError, match="leaves no prompts"):
+    with pytest.raises(ValueError, match="has no prompts after the first 64"):
         iterate(replace(config, iterations=[IterationConfig(skip_prompts=64)]))
     with pytest.raises(ValueError, match="cannot be imported"):
         iterate(replace(config, rewards={"low": "text_rewards:nothing"}))

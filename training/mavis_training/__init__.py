@@ -42,7 +42,6 @@ moved(
         "iterate_record": "iteration.record",
         "iterate_report": "iteration.report",
         "stages": "iteration.stages",
-        "calibrate": "estimates.calibrate",
         "estimate": "estimates.estimate",
         "estimate_iterate": "estimates.iteration",
         "demo_record": "demo.record",

@@ -142,6 +142,15 @@ def _named(argv: Sequence[str], flag: str, mapping: str) -> list[str]:
     return words
 
 
+def calibrate(argv: Sequence[str]) -> None:
+    """`mavis calibrate`: one strength for all objectives of a value function."""
+    from .calibrate import CalibrateConfig, told
+    from .calibrate import calibrate as run
+
+    config = read_config(CalibrateConfig, argv, "calibrate")
+    print(told(config, run(config)))
+
+
 def evaluate(argv: Sequence[str]) -> None:
     """`mavis evaluate`: measure rewards and KL on held-out prompts."""
     from . import closing

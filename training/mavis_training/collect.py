@@ -74,7 +74,7 @@ def collect(
         OSError: the prompts file cannot be read.
         ImportError: backend "vllm" without vllm.
     """
-    rows = read_prompts(config.prompts, config.limit)
+    rows = read_prompts(config.prompts, config.limit, config.skip)
     ranks = join(config.device)
     make = vllm_sampler if config.backend == "vllm" else transformers_sampler
     sampler = make(config, ranks, model, tokenizer)

@@ -159,10 +159,7 @@ class _Run:
     def prompts(self, i: int) -> list[dict[str, Any]]:
         """The prompt rows that iteration i samples from."""
         limit, skip = self.config.collect_config(i, "", None).limit, self.config.iterations[i].skip_prompts
-        rows = read_prompts(self.config.prompts, None if limit is None else skip + limit)[skip:]
-        if not rows:
-            raise ValueError(f"iterations[{i}].skip_prompts = {skip} leaves no prompts of {self.config.prompts}")
-        return rows
+        return read_prompts(self.config.prompts, limit, skip)
 
     def collect(self, i: int, before: Iterated | None) -> Stage:
         """GET_DATA: trees of the policy that the previous value function guides; of the reference in iteration 0."""

@@ -79,6 +79,11 @@ OWN = [
         "mavis_training.cli:iterate",
     ),
     Command(
+        "calibrate",
+        "find units of value in which one strength tilts equally far towards every objective of a value function",
+        "mavis_training.cli:calibrate",
+    ),
+    Command(
         "evaluate",
         "measure rewards and divergence of steered completions on held-out prompts",
         "mavis_training.cli:evaluate",

@@ -25,8 +25,8 @@ class MavisConfig:
         candidate_min_p: of these, only those whose reference probability is at least this share of the best one's
             (0 to 1). Algorithm 2 then runs over fewer candidates: the same distribution as over a smaller k, chosen
             anew at every step. None keeps all k.
-        normalize: `"minmax"` (equation 14), `"gap"`, `"center"`, `"none"`, or `"standard"`: every objective in standard
-            deviations of its reward, so that beta and weights mean the same for all; see
+        normalize: `"minmax"` (equation 14), `"gap"`, `"center"`, `"none"`, or `"standard"`: every objective in its own
+            unit, `tilt_scale` of its value function, so that beta and weights mean the same for all; see
             `mavis_logits.core.tilting.normalize`.
         unscored: what becomes of the other tokens: `"drop"` (the paper: no probability) or `"keep"` (their own score).
         kl_budget: in place of `beta`: the divergence from the reference per step, in nats.

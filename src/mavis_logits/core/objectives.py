@@ -24,6 +24,8 @@ class ObjectivesMixin:
     Attributes:
         objectives: names of the M outputs.
         reward_mean, reward_scale: [M] each; training regresses (reward - mean) / scale.
+        tilt_scale: [M] or None, the differences of value that `normalize="standard"` counts as one; None for
+            `reward_scale`. `mavis calibrate` sets it so that one beta tilts equally far towards every objective.
         tokenizer_fingerprint: of the tokenizer whose ids the value function reads; None when unknown.
         base_model, base_revision: the model whose rollouts it was trained on.
         recipe: how it was trained, as a JSON-able dictionary.
@@ -35,6 +37,7 @@ class ObjectivesMixin:
     objectives: list[str]
     reward_mean: list[float]
     reward_scale: list[float]
+    tilt_scale: list[float] | None
     settings: dict[str, Any]
 
     def _take_objectives(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -45,11 +48,14 @@ class ObjectivesMixin:
         count = len(self.objectives)
         self.reward_mean = [float(x) for x in rest.pop("reward_mean", None) or [0.0] * count]
         self.reward_scale = [float(x) for x in rest.pop("reward_scale", None) or [1.0] * count]
-        for name in ("reward_mean", "reward_scale"):
-            if len(getattr(self, name)) != count:
-                raise ValueError(
-                    f"{name} has {len(getattr(self, name))} numbers for {count} objectives {self.objectives}"
-                )
+        tilt_scale = rest.pop("tilt_scale", None)
+        self.tilt_scale = None if tilt_scale is None else [float(x) for x in tilt_scale]
+        for name in ("reward_mean", "reward_scale", "tilt_scale"):
+            given = getattr(self, name)
+            if given is not None and len(given) != count:
+                raise ValueError(f"{name} has {len(given)} numbers for {count} objectives {self.objectives}")
+        if not all(0 < x < float("inf") for x in self.tilt_scale or ()):
+            raise ValueError(f"tilt_scale must be positive numbers, got {self.tilt_scale}")
         self.tokenizer_fingerprint: str | None = rest.pop("tokenizer_fingerprint", None)
         self.base_model: str | None = rest.pop("base_model", None)
         self.base_revision: str | None = rest.pop("base_revision", None)
@@ -57,6 +63,10 @@ class ObjectivesMixin:
         self.iteration: int = rest.pop("iteration", 0)
         self.settings = dict(rest.pop("settings", None) or {})
         return rest
+
+    def units(self) -> Tensor:
+        """`reward_mean`, `reward_scale` and what stands for `tilt_scale`, [3, M] on the CPU."""
+        return torch.tensor([self.reward_mean, self.reward_scale, self.tilt_scale or self.reward_scale])
 
     def reward_units(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """`reward_mean` and `reward_scale` as float32 [M] tensors on `device`, kept between calls."""

@@ -53,7 +53,7 @@ def normalize(
             `"gap"`: the same, but the divisor never falls below `floor`, so that noise between near-equal values is not
             stretched to [0, 1];
             `"center"`: v minus its mean over the row; `"none"`: v itself; `"standard"`: v itself, whose objectives have
-            been divided by the standard deviations of their rewards before they were combined (`Policy.weights_of`).
+            been divided by their units before they were combined (`Policy.weights_of`).
         floor: in units of `values`, for `"gap"`.
 
     Returns:

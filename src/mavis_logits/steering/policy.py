@@ -83,7 +83,7 @@ class Policy:
         config: the settings; `weights` and `beta` below count in place of its own.
         weights: lambda, float32 [M] or [R, M].
         beta: strength of the tilt, float32 [] or [R].
-        scale: standard deviations of the objectives' rewards, [M], for `normalize="standard"`; None for 1.
+        scale: units of the objectives' values, [M], for `normalize="standard"`; None for 1.
 
     Raises:
         ValueError: beta is negative, not finite, or no number or vector.
@@ -208,7 +208,7 @@ class Policy:
         return self.weights / self.scale.to(self.weights.device)
 
     def weights_of(self, rows: Tensor, requests: Requests = ROWS) -> Tensor:
-        """lambda [M] or [R, M], for and on the device of `rows` [R, ...]; by the rewards' deviations if "standard"."""
+        """lambda [M] or [R, M], for and on the device of `rows` [R, ...]; over the units of values if "standard"."""
         return requests.spread(self._of_values.to(rows.device, non_blocking=True), 1, len(rows), "weights")
 
     def beta_of(self, rows: Tensor, requests: Requests = ROWS) -> Tensor:

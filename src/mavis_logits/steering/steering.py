@@ -210,7 +210,7 @@ class Steering(Copied):
 
     def _steer_by(self, config: MavisConfig, weights: Any, beta: Any) -> None:
         own = self.functions.weights(weights)
-        scale = self.functions.units()[1]
+        scale = self.functions.units()[2]
         self._policy = Policy(config, own, torch.as_tensor(beta, dtype=torch.float32), scale)
         self.idle = self.functions.idle(own)
 

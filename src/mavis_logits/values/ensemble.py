@@ -115,7 +115,7 @@ class ValueFunctions:
         return torch.stack(columns, dim=-1)
 
     def units(self) -> Tensor:
-        """Mean and scale of the rewards that each objective's value function was trained on, [2, M] on the CPU."""
+        """Of each objective: mean and scale of the rewards, and what counts as one in a tilt, [3, M] on the CPU."""
         return torch.stack([f.units[:, output] for _, f, output in self.outputs], dim=1)
 
     def idle(self, weights: Tensor) -> list[bool]:

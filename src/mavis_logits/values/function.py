@@ -30,7 +30,7 @@ class ValueFunction(Protocol):
 
     @property
     def units(self) -> Tensor:
-        """Mean and scale of the rewards that it was trained on, [2, M] on the CPU."""
+        """Mean and scale of the rewards that it was trained on, and what counts as one in a tilt, [3, M] on the CPU."""
         ...
 
     def refresh(self, thorough: bool = True) -> None:

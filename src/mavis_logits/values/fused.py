@@ -95,6 +95,7 @@ class FusedValueModel(nn.Module):
             objectives=[name for model in models for name in model.config.objectives],
             reward_mean=[x for model in models for x in model.config.reward_mean],
             reward_scale=[x for model in models for x in model.config.reward_scale],
+            tilt_scale=[x for model in models for x in model.units[2].tolist()],
             settings=recommended(model.config.settings for model in models),
             base_model=first.base_model,
             tokenizer_fingerprint=first.tokenizer_fingerprint,
@@ -131,8 +132,8 @@ class FusedValueModel(nn.Module):
 
     @property
     def units(self) -> Tensor:
-        """Mean and scale of the rewards of all objectives, [2, M] on the CPU."""
-        return torch.stack(self.config.reward_units(torch.device("cpu")))
+        """Of all objectives: mean and scale of the rewards, and what counts as one in a tilt, [3, M] on the CPU."""
+        return self.config.units()
 
     def refresh(self, thorough: bool = True) -> None:
         """Raise `ValueError` if one of the models fused here is another by now, whose values this one would not give.

@@ -200,8 +200,8 @@ class ValueHead(PushMixin, PreTrainedModel):
 
     @property
     def units(self) -> Tensor:
-        """`reward_mean` and `reward_scale` of the config, [2, M] on the CPU."""
-        return torch.stack(self.config.reward_units(torch.device("cpu")))
+        """Of all objectives: mean and scale of the rewards, and what counts as one in a tilt, [3, M] on the CPU."""
+        return self.config.units()
 
     @property
     def is_bound(self) -> bool:

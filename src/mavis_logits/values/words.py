@@ -127,8 +127,8 @@ class Words:
 
     @property
     def units(self) -> Tensor:
-        """Mean 0 and scale 1: values are in nats, [2, M]."""
-        return torch.tensor([[0.0], [1.0]]).repeat(1, len(self.config.objectives))
+        """Mean 0 and scale 1: values are in nats, [3, M]."""
+        return torch.tensor([[0.0], [1.0], [1.0]]).repeat(1, len(self.config.objectives))
 
     def refresh(self, thorough: bool = True) -> None:
         """There are no weights but the base model's own."""

@@ -17,7 +17,7 @@ from .files import numbered_json_lines, numbered_lines
 from .formats import Columns, Dropped, Limits, column_prompt
 
 
-def read_prompts(source: str, limit: int | None = None) -> list[dict[str, Any]]:
+def read_prompts(source: str, limit: int | None = None, skip: int = 0) -> list[dict[str, Any]]:
     """Rows of a JSON-lines file with a unique `id` (a text) and a non-empty `prompt` each, or the lines of a .txt file.
 
     A row without an id gets one made from its prompt, and is left out, with a warning, if that is there already. A
@@ -26,7 +26,8 @@ def read_prompts(source: str, limit: int | None = None) -> list[dict[str, Any]]:
 
     Args:
         source: the file, such as `make_prompts` writes.
-        limit: at most this many rows, from the top of the file; None for all.
+        limit: at most this many rows; None for all.
+        skip: rows to leave out at the top of the file.
 
     Raises:
         OSError: there is no such file.
@@ -47,15 +48,16 @@ def read_prompts(source: str, limit: int | None = None) -> list[dict[str, Any]]:
                 continue
             raise ValueError(f"{source}, line {number}: the id {identifier!r} occurs twice; ids must be unique")
         rows[identifier] = row
-        if len(rows) == limit:
+        if limit is not None and len(rows) == skip + limit:
             break
-    if not rows:
-        raise ValueError(f"{source} has no prompts")
+    kept = list(rows.values())[skip:]
+    if not kept:
+        raise ValueError(f"{source} has no prompts" + (f" after the first {len(rows)}" if rows else ""))
     if repeated:
         warnings.warn(
             f"{source}: {repeated} lines repeat a prompt that stands before them and are left out", stacklevel=2
         )
-    return list(rows.values())
+    return kept
 
 
 def numbered_rows(source: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -85,7 +85,7 @@ class _Plan:
             return _Trees(Counts.of(every), small)
         config = self.config.collect_config(i, "", policy)
         skip = self.config.iterations[i].skip_prompts
-        rows = read_prompts(self.config.prompts, None if config.limit is None else skip + config.limit)[skip:]
+        rows = read_prompts(self.config.prompts, config.limit, skip)
         sample, small = self.once(
             ("collect", policy is None, _costly(asdict(config)), policy and _costly(policy.settings)),
             lambda: self.calibration.collect(config, rows),

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from ..base.kept import model_origin, require_same
 from ..base.prompts import prompt_id, read_prompts
 from ..base.ranks import join
 from ..base.settings import torch_dtype
+from ..calibrate import set_tilt_scale, strength
 from ..cards import CardConfig, can_draw, write_card
 from ..collect import collect
 from ..evaluate import EvaluateConfig, evaluate
@@ -131,6 +132,7 @@ class _Run:
         store = self._collected() if config.pairs is None else self._paired()
         value = self._trained(store)
         chosen, tried = self._chosen(value)
+        chosen = self._in_units(value, chosen)
         results = self._measured(value, chosen)
         bundle = self._bundled(value, chosen)
         self._keep(temperature=self.temperature, top_p=self.top_p, bundle=str(bundle), results=results)
@@ -302,8 +304,38 @@ class _Run:
         best, tried = choose(measure, GRIDS[self.config.kind], kl, lambda: self.spent < deadline)
         if kl is not None and not 0.5 * kl <= best.kl <= 1.5 * kl:
             self.say(f"      The nearest that was found to {kl:g} nats is {best.kl:.1f}.")
-        self._keep(chosen=best.settings, tried=[asdict(trial) for trial in tried])
+        betas = self._alike(value, best, plain)
+        self._keep(chosen=best.settings, tried=[asdict(trial) for trial in tried], betas=betas)
         return best.settings, tried
+
+    def _alike(self, value: Path, best: Trial, plain: Measurement) -> list[float] | None:
+        """The strength of each of several objectives at which all diverge as far as `best` does on average."""
+        if len(self.config.objectives) < 2 or best.settings["normalize"] != "standard":
+            return None
+
+        def spent(beta: float, name: str) -> float:
+            policy = PolicyConfig(str(value), {**best.settings, "beta": beta, "weights": {name: 1.0}})
+            return self._validated(_file_name({**best.settings, "beta": beta}, name), policy, plain).kl
+
+        tried = {
+            name: strength(partial(spent, name=name), best.kl, best.settings["beta"]) for name in self.config.objectives
+        }
+        found = {name: one for name, one in tried.items() if one is not None}
+        if len(found) < len(tried):  # one makes no difference: all stay in standard deviations
+            return None
+        told_betas = ", ".join(f"{name} {one.beta:g} ({one.kl:.1f} nats)" for name, one in found.items())
+        self.say(f"      Units of value in which one strength does for all: {told_betas}.")
+        return [one.beta for one in found.values()]
+
+    def _in_units(self, value: Path, chosen: dict[str, Any]) -> dict[str, Any]:
+        """The chosen settings with the one strength that does for all objectives, whose units go into the config."""
+        betas = self.state.get("betas")
+        if betas is None:
+            return chosen
+        config = AutoConfig.from_pretrained(value)
+        set_tilt_scale(config, betas)
+        config.save_pretrained(value)
+        return {**chosen, "beta": config.settings["beta"]}
 
     def _validated(self, name: str, policy: PolicyConfig | None, plain: Measurement | None) -> Measurement:
         return self._validator.measure(self.work / "trials" / name, policy, plain)

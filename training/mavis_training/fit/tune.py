@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ..calibrate import next_strength
+
 # What is tried, the likeliest first: values themselves over many candidates are best for heads in docs/results; value
 # models pay for every candidate. Values count in standard deviations of their rewards, so that one strength fits all.
 GRIDS: dict[str, list[dict[str, Any]]] = {
@@ -82,7 +84,7 @@ def choose(
             elif len(found) > 1 and trial.kl < kl and trial.kl < 1.05 * max(one.kl for one in found[:-1]):
                 break  # the best candidates are taken already: no strength diverges further
             else:
-                beta = _stronger(found, kl)
+                beta = next_strength([(one.settings["beta"], one.kl) for one in found], kl)
                 if beta < 1e-2 * found[0].settings["beta"]:  # its cut alone diverges further
                     break
     if kl is None:
@@ -92,16 +94,3 @@ def choose(
     if near or within:
         return max(near or within, key=lambda trial: trial.gain), tried
     return min(tried, key=lambda trial: trial.kl), tried
-
-
-def _stronger(found: list[Trial], kl: float) -> float:
-    """The next strength to try, from those before: between the nearest on both sides, or by the square law."""
-    below = max((t for t in found if t.kl < kl), key=lambda t: t.kl, default=None)
-    above = min((t for t in found if t.kl >= kl), key=lambda t: t.kl, default=None)
-    if below is not None and above is not None:
-        share = (np.sqrt(kl) - np.sqrt(max(0.0, below.kl))) / max(1e-9, np.sqrt(above.kl) - np.sqrt(max(0.0, below.kl)))
-        low, high = below.settings["beta"], above.settings["beta"]
-        return float(low + (high - low) * min(0.9, max(0.1, share)))
-    last = found[-1]
-    factor = float(np.sqrt(kl / max(last.kl, 1e-3)))
-    return float(last.settings["beta"] * min(4.0, max(0.25, factor)))

@@ -38,7 +38,8 @@ class CollectConfig:
         prompts: JSON-lines file with the fields `id` and `prompt`; other fields are handed on to reward functions.
         store: folder of the tree store.
         model: base model, by Hub id or folder; `"smollm2"` is the one the demo uses.
-        limit: at most this many prompts, from the top of the file; None for all.
+        skip: prompts to leave out at the top of the file, such as those that another store has.
+        limit: at most this many prompts, from there on; None for all.
         max_new_tokens: T, length of a completion.
         layers: L, depth of a tree.
         root_children: K_root, completions begun at the prompt.
@@ -70,6 +71,7 @@ class CollectConfig:
     two_layers: bool = True
     temperature: float = 1.0
     top_p: float = field(default=1.0, kw_only=True)
+    skip: int = field(default=0, kw_only=True)
     policy: PolicyConfig | None = None
     backend: Backend = "transformers"
     vllm: dict[str, Any] = field(default_factory=dict)
@@ -84,6 +86,8 @@ class CollectConfig:
         for name in ("max_new_tokens", "layers", "root_children", "children", "prompts_per_shard", "max_prompt_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.skip < 0:
+            raise ValueError(f"skip must be a number of prompts, got {self.skip}")
         check_sampling(self.temperature, self.top_p)
         torch_dtype(self.dtype)
         self._check_backend()

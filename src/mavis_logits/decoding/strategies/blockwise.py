@@ -195,7 +195,7 @@ class MavisBlockwise(MavisStrategy):
             step = self.policy.tilt(Choice(every, uniform, None), values, requests)
             combined, log_probs, scores = step.combined, step.tilted, step.combined
         else:
-            mean, scale = self.functions.units().to(values.device)
+            mean, scale, _ = self.functions.units().to(values.device)
             standard = (values - mean) / scale
             active = (self.policy.weights_of(values, requests) != 0).expand(count, -1)
             beta = self.policy.beta_of(values, requests)

@@ -1,0 +1,207 @@
+"""One strength for all objectives: units of value in which the same beta tilts equally far towards each.
+
+To first order a tilt by beta Q spends beta^2 / 2 times the variance of Q within the steps (`fitting.efficiency`). How
+much that is in standard deviations of the reward differs by objective: a reward that one word decides has values that
+hardly differ at most steps and differ much at a few. So it is measured: completions are sampled at several strengths.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from mavis_logits.core.chat import ChatTemplate
+from mavis_logits.models import DEFAULT_MODEL, load_chat_model
+
+from .base.prompts import encode_prompts, read_prompts
+from .base.ranks import join
+from .base.settings import check_sampling, torch_dtype
+from .measure.completions import complete_all, steerings
+from .sampling.reference import Reference, contexts, require_room
+
+_NEAR = 0.1  # of the wanted divergence
+_TRIES = 5
+
+
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """Which value function to calibrate, for what divergence and on which prompts.
+
+    Attributes:
+        value_function: folder of a value head or value model; its config is written anew: `tilt_scale`, and in its
+            `settings` beta and temperature.
+        prompts: JSON-lines file with the fields `id` and `prompt`, or a .txt file; nothing that it was trained on.
+        kl: nats an answer that steering towards one objective alone is to spend.
+        model: base model, by Hub id or folder.
+        limit: at most this many prompts, from the top of the file.
+        seeds: each prompt is answered once per seed and strength.
+        max_new_tokens: T, length of an answer.
+        temperature, top_p: at which the model is decoded.
+        batch_size: prompts side by side.
+        chat_template: how prompts are put, as for `mavis collect`.
+        dtype: of the base model's weights.
+        device: where to sample; None for a GPU if there is one.
+    """
+
+    value_function: str
+    prompts: str
+    kl: float = 5.0
+    model: str = DEFAULT_MODEL
+    limit: int | None = 50
+    seeds: list[int] = field(default_factory=lambda: [0])
+    max_new_tokens: int = 48
+    temperature: float = 0.7
+    top_p: float = 1.0
+    batch_size: int = 50
+    chat_template: ChatTemplate = "auto"
+    dtype: str = "float32"
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.kl < float("inf"):
+            raise ValueError(f"kl must be a positive number of nats an answer, got {self.kl}")
+        if not self.seeds or self.batch_size < 1 or self.max_new_tokens < 1:
+            raise ValueError(
+                f"seeds must not be empty, batch_size and max_new_tokens at least 1, got {self.seeds}, "
+                f"{self.batch_size}, {self.max_new_tokens}"
+            )
+        check_sampling(self.temperature, self.top_p)
+        torch_dtype(self.dtype)
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What was found for one objective.
+
+    Attributes:
+        beta: the strength of a tilt by values in standard deviations of the reward.
+        kl: nats an answer that it spends.
+    """
+
+    beta: float
+    kl: float
+
+
+def calibrate(
+    config: CalibrateConfig, loaded_base: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
+) -> dict[str, Calibrated]:
+    """Find the strength that spends `kl` nats for every objective, and write the units that follow into the config.
+
+    Args:
+        config: what to calibrate.
+        loaded_base: the base model and its tokenizer, if they are loaded already.
+
+    Raises:
+        ValueError: the value function's settings normalise its values by step, so that units cancel; prompts that
+            cannot be used; an objective whose values tilt nothing. The config is as it was then.
+        OSError: a file that cannot be read or written.
+    """
+    rows = read_prompts(config.prompts, config.limit)
+    own = AutoConfig.from_pretrained(config.value_function)
+    settings = {key: value for key, value in own.settings.items() if key not in ("beta", "temperature", "weights")}
+    settings.setdefault("normalize", "standard")
+    if settings["normalize"] != "standard":
+        raise ValueError(
+            f"{config.value_function} recommends normalize={settings['normalize']!r}, under which the unit of a value "
+            "does not matter: set normalize to 'standard' in the settings of its config.json, or calibrate nothing"
+        )
+    if loaded_base is None:
+        loaded_base = load_chat_model(config.model, torch_dtype(config.dtype))
+        loaded_base[0].to(join(config.device).device).eval()  # type: ignore[arg-type]
+    model, tokenizer = loaded_base
+    reference = Reference.of(model, tokenizer, config.temperature, config.top_p)
+    prompts = encode_prompts(rows, tokenizer, 10**6, config.chat_template)
+    require_room(rows, prompts, config.max_new_tokens, contexts(model))
+    scale, deviations = own.units()[2], own.units()[1]
+
+    def spent(beta: float, objective: str) -> float:
+        unit = (scale / deviations)[own.objectives.index(objective)]  # what is there already is undone
+        setting = settings | {"beta": float(beta * unit), "weights": {objective: 1.0}}
+        steering = steerings({"": setting}, config.value_function, model, tokenizer, reference.is_plain)[""]
+        done = complete_all(
+            model, tokenizer, [row["id"] for row in rows], prompts, config.seeds, config.max_new_tokens,
+            config.batch_size, steering, setting, progress.update, config.temperature, config.top_p,
+        )  # fmt: skip
+        return float(np.mean(done.log_ratios or [0.0]))
+
+    with tqdm(desc="calibrate", unit="prompt") as progress:
+        found = {name: strength(partial(spent, objective=name), config.kl) for name in own.objectives}
+    strengths: dict[str, Calibrated] = {}
+    for name, one in found.items():
+        if one is None:
+            raise ValueError(
+                f"steering towards {name!r} changes nothing: its values do not differ between tokens. Train it on more "
+                "trees, or leave the objective out"
+            )
+        if abs(one.kl - config.kl) > 0.3 * config.kl:
+            warnings.warn(
+                f"the nearest to {config.kl:g} nats that was found for {name!r} is {one.kl:.1f}, at beta {one.beta:g}",
+                stacklevel=2,
+            )
+        strengths[name] = one
+    set_tilt_scale(own, [one.beta for one in strengths.values()])
+    own.settings |= {"normalize": "standard", "temperature": config.temperature}
+    own.save_pretrained(config.value_function)
+    return strengths
+
+
+def set_tilt_scale(config: Any, betas: Sequence[float]) -> None:
+    """Units under which one beta, their geometric mean, does for every objective what its own does in standard
+    deviations of the reward; it is put into the config's settings.
+
+    Args:
+        config: of a value function of M objectives.
+        betas: M strengths.
+    """
+    beta = float(f"{np.exp(np.mean(np.log(betas))):.2g}")
+    config.tilt_scale = [float(f"{s * beta / own:.4g}") for s, own in zip(config.reward_scale, betas, strict=True)]
+    config.settings = {**config.settings, "beta": beta}
+
+
+def strength(spent: Callable[[float], float], kl: float, first: float = 4.0) -> Calibrated | None:
+    """The strength nearest to the divergence `kl` of a few that are tried; None if none makes a difference.
+
+    Args:
+        spent: nats at a strength; they grow with it.
+        kl: wanted.
+        first: strength to begin with.
+    """
+    found: list[Calibrated] = []
+    beta = first
+    for _ in range(_TRIES):
+        found.append(Calibrated(float(f"{beta:.3g}"), spent(float(f"{beta:.3g}"))))
+        if abs(found[-1].kl - kl) <= _NEAR * kl:
+            break
+        beta = next_strength([(one.beta, one.kl) for one in found], kl)
+    if len(found) > 1 and len({one.kl for one in found}) == 1:  # what it spends, if anything, is the cut's
+        return None
+    return min(found, key=lambda one: abs(np.log(max(one.kl, 1e-9) / kl)))
+
+
+def next_strength(tried: Sequence[tuple[float, float]], kl: float) -> float:
+    """The next strength to try, of (strength, nats) before: between the nearest on both sides, or by the square law."""
+    below = max((t for t in tried if t[1] < kl), key=lambda t: t[1], default=None)
+    above = min((t for t in tried if t[1] >= kl), key=lambda t: t[1], default=None)
+    if below is not None and above is not None:
+        low, high = (float(np.sqrt(max(0.0, t[1]))) for t in (below, above))
+        share = (np.sqrt(kl) - low) / max(1e-9, high - low)
+        return float(below[0] + (above[0] - below[0]) * min(0.9, max(0.1, share)))
+    beta, spent = tried[-1]
+    return float(beta * min(4.0, max(0.25, np.sqrt(kl / max(spent, 1e-3)))))
+
+
+def told(config: CalibrateConfig, found: dict[str, Calibrated]) -> str:
+    """What was done, for people."""
+    own = AutoConfig.from_pretrained(config.value_function)
+    lines = [
+        f"{name}: {one.kl:.1f} nats at beta {one.beta:.3g} in standard deviations; unit now {unit:.3g}"
+        for (name, one), unit in zip(found.items(), own.tilt_scale, strict=True)
+    ]
+    return "\n".join([*lines, f"{config.value_function}: beta {own.settings['beta']:g} for all of them"])
