@@ -23,18 +23,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import set_seed
 
+from mavis_logits.backbone import Backbone
 from mavis_logits.models import load_chat_model
 from mavis_logits.values.value_head import ValueHead
-from mavis_training.base.files import read_json, write_json
+from mavis_training.base.files import read_json, replace_when_whole, write_json
 from mavis_training.base.ranks import join
 from mavis_training.base.settings import torch_dtype
-from mavis_training.fitting.efficiency import steering_efficiency, steering_parts
+from mavis_training.fitting.efficiency import sample_actions, steering_efficiency, steering_parts
 from mavis_training.fitting.head_config import TrainHeadConfig
-from mavis_training.fitting.states import compute_actions, compute_states, read_actions, read_states
+from mavis_training.fitting.states import compute_states, read_states, tree_states
 from mavis_training.train_head import fit_by_rule, fit_head, starting_head
 from mavis_training.trees.data import LabelledTree, load_trees, reward_units, split_by_prompt
 from mavis_training.trees.packing import pack
@@ -59,17 +61,15 @@ def main() -> None:
     stores, trees = load_trees(arguments.store, arguments.objectives, 0.0)
     model = load_chat_model(arguments.model, torch_dtype(arguments.dtype))[0]
     states: list[Tensor] = []
-    actions: list[Tensor] = []
     for store, folder in zip(stores, arguments.states, strict=True):
         compute_states(store, model, folder, arguments.layer)
-        compute_actions(store, model, folder, ACTIONS, seed=0)
         states += read_states(store, folder)
-        actions += read_actions(store, folder)
-    if join("cpu").rank:  # under torchrun the others only share the passes above
+    if join("cpu").rank:  # under torchrun the others only share the pass above
         return
-    of_tree, drawn_at = ({id(item): tensor for item, tensor in zip(trees, x, strict=True)} for x in (states, actions))
+    of_tree = {id(item): tensor for item, tensor in zip(trees, states, strict=True)}
     training, validation = split_by_prompt(trees, 0.1)
     measured = [item for item in validation if (item.tree.parent == -1).sum() > 1][: arguments.held_out]
+    drawn_at = actions_of(measured, model, Path(arguments.states[0], "drawn.safetensors"))
     results = read_json(arguments.output) if arguments.output.exists() else {"runs": {}}
     for name, size, branches, seed in runs(arguments, len(training)):
         key = f"{name} | {size} prompts | {branches} branches | seed {seed}"
@@ -77,16 +77,32 @@ def main() -> None:
             continue
         tqdm.write(key)
         chosen = sorted(training, key=lambda item: stable_hash(f"{seed}/{item.tree.prompt_id}"))[:size]
-        kept = [thinned(item, branches, of_tree, drawn_at) for item in chosen]
+        if name in arguments.rules:
+            drawn_at |= actions_of(chosen, model, Path(arguments.states[0], "drawn.safetensors"))
+        kept = [thinned(item, branches, of_tree) for item in chosen]
         found = run(name, kept, validation, measured, of_tree, drawn_at, model, arguments, seed)
         results["runs"][key] = found | {"rule": name, "prompts": len(chosen), "branches": branches, "seed": seed}
         write_json(arguments.output, results)
         arguments.output.with_suffix(".md").write_text(table(results, arguments.objectives), encoding="utf-8")
 
 
+def actions_of(items: Sequence[LabelledTree], model: Any, file: Path) -> dict[int, Tensor]:
+    """Tokens that the reference would choose at every token of some trees; kept in a file."""
+    kept = load_file(file) if file.exists() else {}
+    missing = [item.tree for item in items if item.tree.prompt_id not in kept]
+    embedding = Backbone.of(model).output_embedding
+    for i, tree in enumerate(tqdm(missing, desc="actions of the reference", unit="tree")):
+        generator = torch.Generator().manual_seed(stable_hash(tree.prompt_id))
+        kept[tree.prompt_id] = sample_actions(embedding, tree_states(model, pack(tree)), ACTIONS, generator)
+        if i % 100 == 99 or i == len(missing) - 1:
+            with replace_when_whole(file) as temporary:
+                save_file(kept, temporary)
+    return {id(item): kept[item.tree.prompt_id] for item in items}
+
+
 def runs(arguments: argparse.Namespace, most: int) -> list[tuple[str, int, int, int]]:
     """(rule, prompts, branches, seed) of everything that is to be made, the small ones first."""
-    sizes = [size for size in arguments.sizes if size < most] + [most]
+    sizes = list(dict.fromkeys(min(size, most) for size in arguments.sizes))
     found = [(name, size, 4, seed) for name in arguments.curves for size in sizes for seed in arguments.seeds]
     at = min(arguments.rules_at, most)
     found += [(rule, at, 4, seed) for rule in arguments.rules for seed in arguments.seeds]
@@ -215,7 +231,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     add = result.add_argument
     add("--store", nargs="+", required=True)
-    add("--states", nargs="+", required=True, help="folders of hidden states and actions, one for each store")
+    add("--states", nargs="+", required=True, help="folders of hidden states, one for each store; actions in the first")
     add("--layer", type=int, default=10)
     add("--model", default="smollm2")
     add("--dtype", default="bfloat16", help="of its weights, in the passes that write states and actions")
