@@ -12,7 +12,8 @@ from chat_model import chat_model
 from mavis_logits.values.value_model import ValueModel
 from mavis_training.base.prompts import encode_prompts
 from mavis_training.collect import CollectConfig, collect
-from mavis_training.measure.completions import complete, steerings
+from mavis_training.measure.completions import complete
+from mavis_training.measure.settings import steerings
 from mavis_training.sampling.reference import Reference, require_trees_fit
 from mavis_training.trees.data import LabelledTree
 from mavis_training.trees.targets import node_targets

@@ -23,7 +23,8 @@ from mavis_logits.models import DEFAULT_MODEL, load_chat_model
 from .base.prompts import encode_prompts, read_prompts
 from .base.ranks import join
 from .base.settings import check_sampling, torch_dtype
-from .measure.completions import complete_all, steerings
+from .measure.completions import Protocol, complete_all
+from .measure.settings import steerings
 from .sampling.reference import Reference, contexts, require_room
 
 _NEAR = 0.1  # of the wanted divergence
@@ -119,16 +120,16 @@ def calibrate(
     reference = Reference.of(model, tokenizer, config.temperature, config.top_p)
     prompts = encode_prompts(rows, tokenizer, 10**6, config.chat_template)
     require_room(rows, prompts, config.max_new_tokens, contexts(model))
+    protocol = Protocol(
+        config.seeds, config.max_new_tokens, config.batch_size, config.temperature, config.top_p, config.chat_template
+    )
     scale, deviations = own.units()[2], own.units()[1]
 
     def spent(beta: float, objective: str) -> float:
         unit = (scale / deviations)[own.objectives.index(objective)]  # what is there already is undone
         setting = settings | {"beta": float(beta * unit), "weights": {objective: 1.0}}
         steering = steerings({"": setting}, config.value_function, model, tokenizer, reference.is_plain)[""]
-        done = complete_all(
-            model, tokenizer, [row["id"] for row in rows], prompts, config.seeds, config.max_new_tokens,
-            config.batch_size, steering, setting, progress.update, config.temperature, config.top_p,
-        )  # fmt: skip
+        done = complete_all(model, tokenizer, rows, protocol, steering, setting, progress.update)
         return float(np.mean(done.log_ratios or [0.0]))
 
     with tqdm(desc="calibrate", unit="prompt") as progress:

@@ -26,16 +26,15 @@ from .base.prompts import encode_prompts, read_prompts
 from .base.settings import check_sampling, torch_dtype
 from .measure.completions import (
     Completions,
-    check_setting,
+    Protocol,
     complete_all,
     completions_origin,
-    judge,
-    perplexity,
     read_completions,
     sampled_at,
-    steerings,
     write_completions,
 )
+from .measure.judging import judge, perplexity
+from .measure.settings import check_setting, steerings
 from .measure.summary import Rewards, gains, reward_cell, summarise, taken, with_error
 from .rewards.load import Reward, RewardSpec, describe_spec, load_reward, split_spec
 from .sampling.reference import Reference, contexts, require_room
@@ -164,7 +163,7 @@ def evaluate(
             load(spec)
     base = (lambda: loaded_base) if loaded_base is not None else lru_cache(maxsize=None)(partial(_load_base, config))
     reused = list(written)
-    written = _generate_all(config, rows, base, origins, written)
+    written = _generate_all(config, rows, base, origins, written, load)
     if reused:
         tqdm.write(f"{config.completions}: taken as they are, under the same settings: {', '.join(reused)}")
     results: dict[str, Any] = {
@@ -239,10 +238,11 @@ def _generate_all(
     base: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
     origins: Mapping[str, dict[str, Any]],
     kept: Mapping[str, Completions],
+    load: Callable[[RewardSpec], Reward],
 ) -> dict[str, Completions]:
     """Completions of every setting: those kept, and the others."""
     Path(config.completions).mkdir(parents=True, exist_ok=True)
-    paths, ids = _paths(config), [row["id"] for row in rows]
+    paths = _paths(config)
     todo = {name: setting for name, setting in config.settings.items() if name not in kept}
     if todo:
         model, tokenizer = base()
@@ -254,14 +254,15 @@ def _generate_all(
         steering = steerings(todo, config.value_functions, model, tokenizer, reference.is_plain)
         for steered in steering.values():
             require_room(rows, prompts, config.max_new_tokens, contexts(model, steered))
+        protocol = Protocol(
+            config.seeds, config.max_new_tokens, config.batch_size, config.temperature, config.top_p,
+            config.chat_template,
+        )  # fmt: skip
         total = len(todo) * len(config.seeds) * len(prompts)
         with tqdm(total=total, desc="evaluate", unit="prompt") as progress:
             for name, setting in todo.items():
                 progress.set_postfix_str(name)
-                done = complete_all(
-                    model, tokenizer, ids, prompts, config.seeds, config.max_new_tokens, config.batch_size,
-                    steering[name], setting, progress.update, config.temperature, config.top_p,
-                )  # fmt: skip
+                done = complete_all(model, tokenizer, rows, protocol, steering[name], setting, progress.update, load)
                 for beside in (".rewards.json", ".likelihood.json"):
                     paths[name].with_suffix(beside).unlink(missing_ok=True)
                 write_completions(paths[name], origins[name], done)

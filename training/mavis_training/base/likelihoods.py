@@ -11,9 +11,12 @@ from transformers import PreTrainedModel
 
 @torch.inference_mode()
 def log_likelihoods(
-    model: PreTrainedModel, prompts: Sequence[list[int]], completions: Sequence[list[int]]
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    completions: Sequence[list[int]],
+    temperature: float = 1.0,
 ) -> list[float]:
-    """log pi_ref of every completion after its prompt, in nats."""
+    """log pi_ref of every completion after its prompt, in nats, at a temperature."""
     rows = [p + c for p, c in zip(prompts, completions, strict=True)]
     width, most = max(map(len, rows)), max(map(len, completions))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=model.device)
@@ -25,6 +28,6 @@ def log_likelihoods(
     sums = []
     for row, completion in enumerate(completions):
         count = len(completion)
-        own = torch.log_softmax(logits[row, most - count :].float(), dim=-1)
+        own = torch.log_softmax(logits[row, most - count :].float() / temperature, dim=-1)
         sums.append(float(own.gather(1, ids[row, width - count :][:, None]).sum()))
     return sums

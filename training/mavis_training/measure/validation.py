@@ -23,16 +23,17 @@ from ..sampling.config import PolicyConfig
 from ..sampling.reference import contexts, require_room
 from .completions import (
     Completions,
+    Protocol,
     complete_all,
     completions_origin,
-    judge,
     prompts_digest,
     read_completions,
     sampled_at,
-    steerings,
     write_completions,
 )
+from .judging import judge
 from .schedule import Measurement
+from .settings import steerings
 from .summary import Rewards, summarise
 
 RESULT_FILE = "validation.json"
@@ -156,7 +157,7 @@ class Validator:
         return values.reshape(-1, len(self.rows)).mean(axis=0)
 
     def _complete(self, path: Path, policy: PolicyConfig | None) -> Completions:
-        seeds, ids = self.config.seeds, [row["id"] for row in self.rows]
+        seeds = self.config.seeds
         setting = {} if policy is None else {"strategy": "sampling", **policy.settings}
         model, tokenizer = self.base()
         shared = {name: getattr(self.config, name) for name in ("seeds", "max_new_tokens", "batch_size")}
@@ -168,12 +169,13 @@ class Validator:
             steering = None
             if policy is not None:
                 steering = steerings({"policy": setting}, policy.value_functions, model, tokenizer)["policy"]
+            protocol = Protocol(
+                seeds, self.config.max_new_tokens, self.config.batch_size, self.config.temperature, self.config.top_p,
+                self.chat_template,
+            )  # fmt: skip
             require_room(self.rows, prompts, self.config.max_new_tokens, contexts(model, steering))
-            with tqdm(total=len(seeds) * len(ids), desc="validate", unit="prompt") as progress:
-                done = complete_all(
-                    model, tokenizer, ids, prompts, seeds, self.config.max_new_tokens, self.config.batch_size,
-                    steering, setting, progress.update, self.config.temperature, self.config.top_p,
-                )  # fmt: skip
+            with tqdm(total=len(seeds) * len(self.rows), desc="validate", unit="prompt") as progress:
+                done = complete_all(model, tokenizer, self.rows, protocol, steering, setting, progress.update)
             write_completions(path, origin, done)
         return read_completions(path, origin, "output", fresh=False)
 
