@@ -142,6 +142,19 @@ def _named(argv: Sequence[str], flag: str, mapping: str) -> list[str]:
     return words
 
 
+def tune(argv: Sequence[str]) -> None:
+    """`mavis tune`: an adapter that value functions are compared with."""
+    from .tuning.config import TuneConfig
+    from .tuning.run import tune as run
+
+    config = read_config(TuneConfig, argv, "tune")
+    result = run(config)
+    print(
+        f"{config.output}: {config.method} for {config.weights}, {result['steps']} steps, {result['rollout_tokens']:,} "
+        f"tokens sampled, {result['cpu_seconds']:.0f} CPU seconds"
+    )
+
+
 def calibrate(argv: Sequence[str]) -> None:
     """`mavis calibrate`: one strength for all objectives of a value function."""
     from .calibrate import CalibrateConfig, told

@@ -79,6 +79,11 @@ OWN = [
         "mavis_training.cli:iterate",
     ),
     Command(
+        "tune",
+        "tune an adapter by DPO, RLOO, GRPO or SFT, or find a direction: what value functions are compared with",
+        "mavis_training.cli:tune",
+    ),
+    Command(
         "calibrate",
         "find units of value in which one strength tilts equally far towards every objective of a value function",
         "mavis_training.cli:calibrate",

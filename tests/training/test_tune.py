@@ -1,0 +1,165 @@
+"""`mavis tune`: adapters by TRL from trees or prompts, on a tiny model, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from chat_model import chat_model
+from mavis_training.collect import collect
+from mavis_training.fitting.settings import LoraSettings
+from mavis_training.label import LabelConfig, label
+from mavis_training.measure.completions import Protocol, complete_all
+from mavis_training.rivals.directions import load_direction
+from mavis_training.sampling.config import CollectConfig
+from mavis_training.trees.data import load_trees
+from mavis_training.tuning.config import TuneConfig
+from mavis_training.tuning.examples import answer, best_answers, chosen_trees, preference_pairs
+from mavis_training.tuning.run import tune
+
+REWARDS = """
+def ones(prompts, completions, **columns):
+    return [sum(word in ("w1", "w5", "w9", "w13", "w17") for word in text.split()) for text in completions]
+
+def same(prompts, completions, **columns):
+    return [1.0] * len(prompts)
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """Labelled trees of the chat model, its prompts, rewards and the model."""
+    folder = tmp_path_factory.mktemp("tune")
+    (folder / "rewards.py").write_text(REWARDS)
+    rows = [{"id": str(i), "prompt": f"w{i % 40} w{i // 3 % 40} w{i * 7 % 40}"} for i in range(60)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model, tokenizer = chat_model()
+    model.save_pretrained(folder / "chat")
+    tokenizer.save_pretrained(folder / "chat")
+    given = CollectConfig(
+        str(folder / "prompts.jsonl"), str(folder / "trees"), max_new_tokens=10, layers=2, prompts_per_shard=30
+    )
+    collect(given, model, tokenizer)
+    rewards = {name: f"{folder / 'rewards.py'}:{name}" for name in ("ones", "same")}
+    label(LabelConfig(str(folder / "trees"), rewards), tokenizer=tokenizer)
+    return folder
+
+
+def config(place: Path, method: str, output: Path, **changes) -> TuneConfig:
+    given = {
+        "weights": {"ones": 1.0}, "store": str(place / "trees"), "model": str(place / "chat"), "device": "cpu",
+        "lora": LoraSettings(rank=4, alpha=8, dropout=0.0),
+    }  # fmt: skip
+    if method in ("rloo", "grpo"):
+        given |= {"prompts": str(place / "prompts.jsonl"), "rewards": {"ones": f"{place / 'rewards.py'}:ones"}}
+        given |= {"steps": 2, "generations": 4, "batch_size": 8, "max_new_tokens": 8}
+    return TuneConfig(method, str(output), **given | changes)
+
+
+def ones(setting: dict) -> float:
+    """Mean reward that a setting has on prompts."""
+    model, tokenizer = chat_model()
+    rows = [{"id": str(i), "prompt": f"w{i} w{i + 1}"} for i in range(30)]
+    done = complete_all(model, tokenizer, rows, Protocol([0, 1, 2], 10, 30), None, setting, lambda _: None)
+    space = {}
+    exec(REWARDS, space)
+    return float(np.mean(space["ones"]([""] * len(done.texts), done.texts)))
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("dpo", {"learning_rate": 2e-2, "epochs": 8, "pairs": 4}),
+        ("sft", {"learning_rate": 2e-2, "epochs": 20}),
+        ("rloo", {"learning_rate": 3e-2, "steps": 25, "batch_size": 64, "beta": 0.01}),
+    ],
+)
+def test_a_tuned_policy_has_more_of_the_reward(place, tmp_path, method, changes) -> None:
+    result = tune(config(place, method, tmp_path / "out", **changes))
+    assert result["steps"] > 0
+    assert result["cpu_seconds"] > 0
+    tuned = ones({"adapters": {str(tmp_path / "out"): 1.0}})
+    assert tuned > ones({"temperature": 1.0}) + 0.3
+
+
+def test_grpo_runs_and_counts_its_tokens(place, tmp_path) -> None:
+    result = tune(config(place, "grpo", tmp_path / "out"))
+    assert 2 * 8 <= result["rollout_tokens"] <= 2 * 8 * 8
+    assert (tmp_path / "out" / "adapter_config.json").exists()
+
+
+def test_a_direction_is_the_difference_of_the_two_sides(place, tmp_path) -> None:
+    """Against every answer read alone."""
+    tune(config(place, "direction", tmp_path / "out", layer=1))
+    vector, layer = load_direction(str(tmp_path / "out"))
+    assert layer == 1
+    model, _ = chat_model()
+    sides = {True: [], False: []}
+    for item in load_trees(str(place / "trees"), ["ones"], 0.0)[1]:
+        rewards = item.rewards[:, 0]
+        if rewards.std() == 0:
+            continue
+        for leaf, reward in zip(item.tree.leaves(), rewards, strict=True):
+            prompt, own = item.tree.prompt_tokens.tolist(), answer(item.tree, int(leaf))
+            with torch.no_grad():
+                states = model(torch.tensor([prompt + own]), output_hidden_states=True).hidden_states[1]
+            sides[bool(reward > rewards.mean())].append(states[0, len(prompt) :].mean(dim=0))
+    expected = torch.stack(sides[True]).mean(dim=0) - torch.stack(sides[False]).mean(dim=0)
+    torch.testing.assert_close(vector, expected, atol=2e-3, rtol=2e-2)  # states are kept in bfloat16
+
+
+def test_pairs_and_best_answers_are_those_of_the_rewards(place) -> None:
+    trees, deviations, tokens = chosen_trees(str(place / "trees"), {"ones": 1.0}, 20, 0)
+    assert len(trees) == 20
+    assert tokens == sum(len(item.tree.tokens) for item in trees)
+    by_prompt = {tuple(item.tree.prompt_tokens.tolist()): item for item in trees}
+    pairs = preference_pairs(trees, {"ones": 1.0}, deviations, 2)
+    assert pairs
+
+    def reward(item, ids):
+        leaves = zip(item.tree.leaves(), item.rewards[:, 0], strict=True)
+        return max(r for leaf, r in leaves if answer(item.tree, int(leaf)) == ids)
+
+    for pair in pairs:
+        item = by_prompt[tuple(pair["prompt_ids"])]
+        assert reward(item, pair["chosen_ids"]) > reward(item, pair["rejected_ids"])
+    for row in best_answers(trees, {"ones": 1.0}, deviations):
+        prompt = row["completion_mask"].count(0)
+        item = by_prompt[tuple(row["input_ids"][:prompt])]
+        assert reward(item, row["input_ids"][prompt:]) == item.rewards[:, 0].max()
+
+
+def test_what_is_finished_is_not_done_again_and_another_tuning_is_refused(place, tmp_path) -> None:
+    first = tune(config(place, "sft", tmp_path / "out"))
+    stamp = (tmp_path / "out" / "adapter_model.safetensors").stat().st_mtime_ns
+    assert tune(config(place, "sft", tmp_path / "out")) == first
+    assert (tmp_path / "out" / "adapter_model.safetensors").stat().st_mtime_ns == stamp
+    with pytest.raises(ValueError, match="another training"):
+        tune(config(place, "sft", tmp_path / "out", learning_rate=1e-3))
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [
+        ("ppo", {}, "method must be one of"),
+        ("dpo", {"weights": {"ones": 0.0}}, "weights must give a share"),
+        ("dpo", {"store": None}, "learns from labelled trees"),
+        ("rloo", {"rewards": {}}, "give prompts, and rewards for ones"),
+        ("sft", {"trees": 1}, "trees must be at least 2"),
+        ("dpo", {"beta": -1.0}, "beta must not be negative"),
+        ("grpo", {"batch_size": 6}, "batch_size a multiple of it"),
+    ],
+)
+def test_settings_that_are_none_are_refused(place, tmp_path, method, changes, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(place, method, tmp_path, **changes)
+
+
+def test_rewards_that_never_differ_are_refused(place, tmp_path) -> None:
+    for method in ("dpo", "direction"):
+        with pytest.raises(ValueError, match="answers of different rewards"):
+            tune(config(place, method, tmp_path / method, weights={"same": 1.0}, layer=1))

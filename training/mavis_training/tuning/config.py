@@ -1,0 +1,99 @@
+"""How to tune an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from mavis_logits.core.chat import ChatTemplate
+from mavis_logits.models import DEFAULT_MODEL
+
+from ..base.settings import check_sampling
+from ..fitting.settings import LoraSettings, TrainerSettings
+from ..rewards.load import split_spec
+
+Method = Literal["dpo", "sft", "rloo", "grpo", "direction"]
+ONLINE = ("rloo", "grpo")
+
+
+@dataclass(frozen=True)
+class TuneConfig(TrainerSettings):
+    """What to tune the base model for, how, and on what.
+
+    Attributes:
+        method: "dpo": on pairs of answers of the trees, the better against the worse; "sft": on the best answer of
+            each tree; "rloo", "grpo": by reinforcement learning on prompts; "direction": no training, the difference of
+            mean hidden states of better and worse answers (`rivals.directions`).
+        output: folder for the adapter, or for the direction.
+        weights: lambda by objective: rewards count in standard deviations, by these shares (MORLHF for several).
+        store: labelled trees, one store or several: what "dpo", "sft" and "direction" learn from, and where "rloo" and
+            "grpo" take the rewards' standard deviations from.
+        prompts: JSON-lines file of the prompts of "rloo" and "grpo".
+        rewards: by objective, for "rloo" and "grpo", as for `mavis label`.
+        trees: at most this many of the store's trees, a sample by prompt; None for all.
+        pairs: of every tree, for "dpo": the best with the worst, the second with the second last, and so on.
+        beta: of the KL penalty: in DPO's loss, or on the rewards of "rloo" and "grpo".
+        steps: optimizer steps of "rloo" and "grpo", whatever `epochs` says.
+        generations: answers to each prompt side by side, of "rloo" and "grpo".
+        max_new_tokens: T of these.
+        temperature: that they are sampled at.
+        layer: of "direction".
+        model: base model, by Hub id or folder.
+        chat_template: as in collecting.
+        lora: of the adapter.
+        trl: further arguments of TRL's config by name; they override what is set here.
+    """
+
+    method: Method
+    output: str
+    weights: dict[str, float]
+    store: str | list[str] | None = None
+    prompts: str | None = None
+    rewards: dict[str, str | dict[str, Any]] = field(default_factory=dict)
+    trees: int | None = None
+    pairs: int = 2
+    beta: float = 0.1
+    steps: int = 100
+    generations: int = 8
+    max_new_tokens: int = 48
+    temperature: float = 1.0
+    layer: int = 10
+    model: str = DEFAULT_MODEL
+    chat_template: ChatTemplate = "auto"
+    lora: LoraSettings = field(default_factory=lambda: LoraSettings(rank=16, alpha=32, dropout=0.05))
+    learning_rate: float = field(default=1e-4, kw_only=True)
+    batch_size: int = field(default=16, kw_only=True)
+    trl: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.method not in get_args(Method):
+            raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {self.method!r}")
+        if not isinstance(self.weights, Mapping) or not any(self.weights.values()):
+            raise ValueError(f"weights must give a share to an objective, such as {{helpful: 1.0}}, got {self.weights}")
+        for name in ("pairs", "steps", "generations", "max_new_tokens", "batch_size", "layer"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.trees is not None and self.trees < 2:
+            raise ValueError(f"trees must be at least 2, got {self.trees}")
+        if self.beta < 0:
+            raise ValueError(f"beta must not be negative, got {self.beta}")
+        if self.method != "direction" and self.lora.rank < 1:
+            raise ValueError("lora.rank must be at least 1: what is tuned is an adapter")
+        check_sampling(self.temperature, 1.0)
+        if self.method in ONLINE:
+            missing = sorted(set(self.weights) - set(self.rewards))
+            if self.prompts is None or missing:
+                raise ValueError(
+                    f"{self.method} samples answers itself: give prompts, and rewards for {', '.join(self.weights)}"
+                    + (f" ({', '.join(missing)} have none)" if missing else "")
+                )
+            for spec in self.rewards.values():
+                split_spec(spec)
+            if self.generations < 2 or self.batch_size % self.generations:
+                raise ValueError(
+                    f"generations must be at least 2 and batch_size a multiple of it, got {self.generations} and "
+                    f"{self.batch_size}: answers to one prompt are compared within a batch"
+                )
+        elif self.store is None:
+            raise ValueError(f"{self.method} learns from labelled trees: give store, as `mavis collect` writes it")

@@ -1,0 +1,84 @@
+"""What trees teach a tuned policy: pairs of answers, best answers; the tokens are those that were sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..trees.data import LabelledTree, load_trees, reward_units
+from ..trees.targets import stable_hash
+from ..trees.tree import Tree
+
+
+def chosen_trees(
+    store: str | list[str], weights: Mapping[str, float], most: int | None, seed: int
+) -> tuple[list[LabelledTree], dict[str, float], int]:
+    """Trees of a store, the rewards' standard deviations by objective, and the tokens sampled for these trees.
+
+    Raises:
+        ValueError: as `load_trees`.
+        OSError: no store there.
+    """
+    _, trees = load_trees(store, list(weights), 0.0)
+    kept = sorted(trees, key=lambda item: stable_hash(f"{seed}/{item.tree.prompt_id}"))[:most]
+    deviations = dict(zip(weights, map(float, reward_units(kept)[1]), strict=True))
+    return kept, deviations, sum(len(item.tree.tokens) for item in kept)
+
+
+def combined(item: LabelledTree, weights: Mapping[str, float], deviations: Mapping[str, float]) -> NDArray[np.float64]:
+    """Weighted reward of every leaf, in standard deviations, [leaves]."""
+    return np.asarray(item.rewards @ np.array([weights[name] / deviations[name] for name in weights]))
+
+
+def answer(tree: Tree, leaf: int) -> list[int]:
+    """Token ids of the completion that ends in a leaf."""
+    nodes = [leaf]
+    while tree.parent[nodes[-1]] >= 0:
+        nodes.append(int(tree.parent[nodes[-1]]))
+    spans = [tree.tokens[tree.start[node] : tree.start[node] + tree.length[node]] for node in reversed(nodes)]
+    return [int(token) for token in np.concatenate(spans)]
+
+
+def preference_pairs(
+    trees: Sequence[LabelledTree], weights: Mapping[str, float], deviations: Mapping[str, float], count: int
+) -> list[dict[str, list[int]]]:
+    """Token ids of prompts with a better and a worse answer, up to `count` a tree.
+
+    Raises:
+        ValueError: no tree has answers of different rewards.
+    """
+    found = []
+    for item in trees:
+        rewards, leaves = combined(item, weights, deviations), item.tree.leaves()
+        order = np.argsort(rewards, kind="stable")
+        for i in range(min(count, len(order) // 2)):
+            worse, better = order[i], order[-1 - i]
+            if rewards[better] > rewards[worse]:
+                ends = {"chosen_ids": int(leaves[better]), "rejected_ids": int(leaves[worse])}
+                own = {name: answer(item.tree, leaf) for name, leaf in ends.items()}
+                found.append({"prompt_ids": [int(token) for token in item.tree.prompt_tokens]} | own)
+    if not found:
+        raise ValueError(
+            f"no tree has answers of different rewards for {', '.join(weights)}: there is nothing to prefer"
+        )
+    return found
+
+
+def best_answers(
+    trees: Sequence[LabelledTree], weights: Mapping[str, float], deviations: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """`input_ids` of prompts with the best answer of each tree, and `completion_mask`, 1 where the loss counts."""
+    found = []
+    for item in trees:
+        best = int(item.tree.leaves()[int(combined(item, weights, deviations).argmax())])
+        prompt, own = [int(token) for token in item.tree.prompt_tokens], answer(item.tree, best)
+        found.append({"input_ids": prompt + own, "completion_mask": [0] * len(prompt) + [1] * len(own)})
+    return found
+
+
+def combined_item(item: LabelledTree, weights: Mapping[str, float], deviations: Mapping[str, float]) -> LabelledTree:
+    """A tree whose one reward is the weighted one."""
+    return LabelledTree(item.tree, combined(item, weights, deviations)[:, None], item.targets)

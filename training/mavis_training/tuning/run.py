@@ -1,0 +1,172 @@
+"""`mavis tune`: an adapter by DPO, SFT on best answers, RLOO or GRPO; or a direction in hidden states."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTTrainer
+from trl import SFTConfig as TrlSftConfig
+
+from mavis_logits.backbone.fingerprint import parameters_fingerprint
+from mavis_logits.models import load_chat_model
+
+from ..base.files import read_json, write_json
+from ..base.kept import digest
+from ..base.prompts import read_prompts
+from ..base.record import Record, clear_checkpoints
+from ..base.settings import torch_dtype
+from ..fitting.model_config import lora_config
+from ..fitting.trainer_arguments import common_arguments
+from ..rewards.load import Reward, compute_rewards, load_reward, reward_digest
+from ..rivals.directions import contrast, save_direction
+from ..trees.data import LabelledTree
+from .config import ONLINE, TuneConfig
+from .examples import best_answers, chosen_trees, combined_item, preference_pairs
+
+RESULT = "tuned.json"
+_SHAPELESS = ("output", "device", "fresh", "model", "store", "prompts")
+
+
+def tune(
+    config: TuneConfig, model: PreTrainedModel | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> dict[str, Any]:
+    """Tune as `config` says; write the adapter or direction and `tuned.json`, and return what that holds.
+
+    `tuned.json` has the CPU seconds, the tokens that were sampled for it and the steps. What is finished is not done
+    again; of other settings or data it is refused.
+
+    Args:
+        config: what to tune for.
+        model: the base model, if it is loaded already (then `tokenizer` too).
+        tokenizer: its tokenizer.
+
+    Raises:
+        ValueError: trees or prompts that cannot be used, rewards that never differ, another tuning in `output`.
+        OSError: a file that cannot be read.
+    """
+    set_seed(config.seed)
+    if model is None or tokenizer is None:
+        model, tokenizer = load_chat_model(config.model, torch_dtype(config.dtype))
+    trees: list[LabelledTree] = []
+    deviations, tokens = dict.fromkeys(config.weights, 1.0), 0
+    if config.store is not None:
+        trees, deviations, tokens = chosen_trees(config.store, config.weights, config.trees, config.seed)
+    rows = [] if config.prompts is None else read_prompts(config.prompts)
+    origin = {name: value for name, value in asdict(config).items() if name not in _SHAPELESS} | {
+        "starting_weights": parameters_fingerprint(model),
+        "trees": digest([[item.tree.prompt_id, item.rewards.tolist()] for item in trees]),
+        "prompts": digest([row["prompt"] for row in rows]),
+        "rewards_are": {name: reward_digest(spec) for name, spec in config.rewards.items()},
+    }
+    record, output = Record(config.output, origin), Path(config.output)
+    if record.is_finished(True, config.fresh):
+        return cast(dict[str, Any], read_json(output / RESULT))
+    started = time.process_time()
+    if config.method == "direction":
+        one = [combined_item(item, config.weights, deviations) for item in trees]
+        save_direction(output, contrast(model, one, 0, config.layer), config.layer, model.config.name_or_path)
+        result: dict[str, Any] = {"steps": 0}
+    else:
+        trainer = _offline(config, model, tokenizer, trees, deviations)
+        sampled = [0]
+        if config.method in ONLINE:
+            trainer = _online(config, model, tokenizer, rows, deviations, sampled)
+        trainer.train()
+        tuned = trainer.accelerator.unwrap_model(trainer.model)
+        tuned.eval().save_pretrained(output)
+        result = {"steps": trainer.state.global_step, "log": trainer.state.log_history[-3:]}
+        tokens = sampled[0] if config.method in ONLINE else tokens
+        clear_checkpoints(output)
+    result = {
+        "method": config.method, "weights": dict(config.weights), "deviations": deviations,
+        "rollout_tokens": tokens, "cpu_seconds": round(time.process_time() - started, 1),
+    } | result  # fmt: skip
+    write_json(output / RESULT, result)
+    record.write(finished=True)
+    return result
+
+
+class _Tokenized(DPOTrainer):
+    """DPO on token ids as they were sampled: a text tokenized anew would end, and begin, otherwise."""
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataset
+
+
+def _arguments(config: TuneConfig) -> dict[str, Any]:
+    return common_arguments(config) | {
+        "eval_strategy": "no", "save_strategy": "no", "report_to": "none", "disable_tqdm": False,
+    }  # fmt: skip
+
+
+def _offline(
+    config: TuneConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    trees: Sequence[LabelledTree],
+    deviations: Mapping[str, float],
+) -> Any:
+    """A trainer on trees; None for what is not trained on them."""
+    shared = {"model": model, "processing_class": tokenizer, "peft_config": lora_config(config.lora)}
+    if config.method == "dpo":
+        rows = preference_pairs(trees, config.weights, deviations, config.pairs)
+        arguments = _arguments(config) | {"beta": config.beta, "max_length": None} | config.trl
+        return _Tokenized(args=DPOConfig(**arguments), train_dataset=Dataset.from_list(rows), **shared)
+    if config.method == "sft":
+        rows = best_answers(trees, config.weights, deviations)
+        arguments = _arguments(config) | {"max_length": None, "completion_only_loss": True} | config.trl
+        return SFTTrainer(args=TrlSftConfig(**arguments), train_dataset=Dataset.from_list(rows), **shared)
+    return None
+
+
+def _online(
+    config: TuneConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[dict[str, Any]],
+    deviations: Mapping[str, float],
+    sampled: list[int],
+) -> Any:
+    """A trainer that samples; `sampled` counts its tokens."""
+    chat = tokenizer.chat_template is not None and config.chat_template != "none"
+
+    def put(row: dict[str, Any]) -> Any:
+        given = row.get("conversation") or row["prompt"]
+        return [{"role": "user", "content": given}] if chat and isinstance(given, str) else given
+
+    data = Dataset.from_list([{"prompt": put(row), "asked": row["prompt"]} for row in rows])
+    functions = [
+        _reward(name, load_reward(spec, config.device or "cpu"), sampled if i == 0 else None)
+        for i, (name, spec) in enumerate(config.rewards.items())
+        if name in config.weights
+    ]
+    shares = [config.weights[name] / deviations[name] for name in config.rewards if name in config.weights]
+    arguments = _arguments(config) | {
+        "beta": config.beta, "num_generations": config.generations, "max_completion_length": config.max_new_tokens,
+        "temperature": config.temperature, "top_k": 0, "top_p": 1.0, "max_steps": config.steps,
+        "reward_weights": shares,
+    } | config.trl  # fmt: skip
+    kind, settings = (RLOOTrainer, RLOOConfig) if config.method == "rloo" else (GRPOTrainer, GRPOConfig)
+    return kind(
+        model=model, reward_funcs=functions, args=settings(**arguments), train_dataset=data,
+        processing_class=tokenizer, peft_config=lora_config(config.lora),
+    )  # fmt: skip
+
+
+def _reward(name: str, reward: Reward, sampled: list[int] | None) -> Callable[..., list[float]]:
+    """A reward as TRL calls it: of completions that may be turns, beside columns of the data set."""
+
+    def function(prompts: Any, completions: Any, asked: list[str], completion_ids: Any, **kwargs: Any) -> list[float]:
+        if sampled is not None:
+            sampled[0] += sum(map(len, completion_ids))
+        texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
+        return compute_rewards(reward, list(asked), texts, {}, name)
+
+    function.__name__ = name
+    return function
