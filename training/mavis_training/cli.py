@@ -175,6 +175,18 @@ def evaluate(argv: Sequence[str]) -> None:
     print(closing.of_evaluation(config, results))
 
 
+def pareto(argv: Sequence[str]) -> None:
+    """`mavis pareto`: whole trade-offs of several methods."""
+    from .pareto.config import ParetoConfig
+    from .pareto.run import pareto as run
+
+    config = read_config(ParetoConfig, argv, "pareto")
+    for name, found in run(config)["methods"].items():
+        low, high = found["interval"]
+        print(f"{name}: hypervolume {found['hypervolume']:.2f} ({low:.2f} to {high:.2f})")
+    print(f"{Path(config.output).with_suffix('.html')}: what was measured, point by point, and answers side by side")
+
+
 def card(argv: Sequence[str]) -> None:
     """`mavis card`: write the model card of a trained value function."""
     from .cards import CardConfig, write_card

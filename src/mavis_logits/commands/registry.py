@@ -94,6 +94,12 @@ OWN = [
         "mavis_training.cli:evaluate",
     ),
     Command(
+        "pareto",
+        "compare methods over whole trade-offs between objectives: fronts, hypervolume, intervals, a page",
+        "mavis_training.cli:pareto",
+        "demo,training",
+    ),
+    Command(
         "export",
         "make a data set with a card of trees of completions, here or on the Hub",
         "mavis_training.cli:export",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -40,6 +41,7 @@ class Completions:
         lengths: tokens of each.
         log_ratios: log pi / pi_ref of each whole completion in nats; None where the policy has none (a search).
         reference: pi_ref, as `Reference.record` says it.
+        seconds: that the sampling took, on whatever else the machine did; None where that was not noted.
     """
 
     prompt_ids: list[str]
@@ -47,6 +49,7 @@ class Completions:
     lengths: list[int]
     log_ratios: list[float] | None
     reference: dict[str, Any] | None = None
+    seconds: float | None = None
 
     @property
     def returned(self) -> int:
@@ -121,7 +124,7 @@ def complete_by(
     steering: Steering | None,
     load: Callable[[str], Reward],
 ) -> Completions:
-    """A completion of every prompt by a rival of value functions, or by both.
+    """Completions of every prompt, `decoding.samples` each, by a rival of value functions, or by both.
 
     log pi is that of what was sampled from, log pi_ref that of the same tokens after the reference's prompt.
 
@@ -137,6 +140,8 @@ def complete_by(
     """
     assert steering is None or isinstance(steering, MavisLogitsProcessor), "see check_setting"
     reference = Reference.of(model, tokenizer, protocol.temperature, protocol.top_p)
+    rows = [row for row in rows for _ in range(decoding.samples)]
+    prompts = [prompt for prompt in prompts for _ in range(decoding.samples)]
     own = [decoding.encode(row, tokenizer, protocol.chat_template) for row in rows]
     batch = tokenizer.pad({"input_ids": own}, return_tensors="pt", padding_side="left").to(model.device)
     start = batch["input_ids"].shape[1]
@@ -192,7 +197,7 @@ def complete_all(
     """
     every, decoding = list(rows), Decoding.of(setting)
     prompts = encode_prompts(every, tokenizer, 10**6, protocol.chat_template)  # type: ignore[arg-type]
-    at, found = (protocol.temperature, protocol.top_p), []
+    at, found, started = (protocol.temperature, protocol.top_p), [], time.monotonic()
     for seed in protocol.seeds:
         for start in range(0, len(every), protocol.batch_size):
             which = slice(start, start + protocol.batch_size)
@@ -213,6 +218,7 @@ def complete_all(
         [length for part in found for length in part.lengths],
         ratios if found[0].log_ratios is not None else None,
         found[0].reference,
+        round(time.monotonic() - started, 2),
     )
 
 

@@ -10,6 +10,7 @@ Every rival is a key of a setting, so that they combine with each other and with
     {token_rewards: {runs/helpful: 1.5}}             log pi_tuned - log pi_ref added to the scores
     {partial_rewards: {rewards/helpful: 1.5}}        a reward model asked about every candidate's text
     {directions: {runs/direction-humour: 4}}         a vector added to hidden states
+    {samples: 8}                                     several answers, for the best of them
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Decoding:
         partial_rewards: strength by reward, as `mavis label` takes them, of every candidate's text so far (ARGS).
         candidates: tokens a step that `partial_rewards` asks about; the others are dropped.
         directions: strength by folder of vectors that are added to the states of a layer.
+        samples: answers to each prompt, of which the best by reward can be taken (best of N).
     """
 
     system: str | None = None
@@ -59,6 +61,7 @@ class Decoding:
     partial_rewards: Mapping[str, float] = field(default_factory=dict)
     candidates: int = 10
     directions: Mapping[str, float] = field(default_factory=dict)
+    samples: int = 1
 
     def __post_init__(self) -> None:
         if self.system is not None and (not isinstance(self.system, str) or not self.system.strip()):
@@ -75,8 +78,9 @@ class Decoding:
             raise ValueError(f"the shares of a mixture must sum to 1, got {dict(self.mixture)}")
         if sum(map(bool, (self.adapters, self.mixture, self.token_rewards))) > 1:
             raise ValueError("adapters, mixture and token_rewards each take the model's adapters: give one of them")
-        if not isinstance(self.candidates, int) or self.candidates < 1:
-            raise ValueError(f"candidates must be a number of at least 1, got {self.candidates!r}")
+        for name in ("candidates", "samples"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a number of at least 1, got {getattr(self, name)!r}")
 
     @classmethod
     def of(cls, setting: Mapping[str, Any]) -> Decoding | None:
