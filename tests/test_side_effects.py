@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-import side_effects
 from hypothesis import given
 from hypothesis import strategies as st
+
+import side_effects
 
 QUESTIONS = Path(__file__).parents[1] / side_effects.QUESTIONS
 

@@ -11,6 +11,7 @@ import torch
 
 from chat_model import chat_model
 from mavis_training.collect import collect
+from mavis_training.fitting.efficiency import leaf_shares
 from mavis_training.fitting.settings import LoraSettings
 from mavis_training.label import LabelConfig, label
 from mavis_training.measure.completions import Protocol, complete_all
@@ -19,6 +20,7 @@ from mavis_training.sampling.config import CollectConfig
 from mavis_training.trees.data import load_trees
 from mavis_training.tuning.config import TuneConfig
 from mavis_training.tuning.examples import answer, best_answers, chosen_trees, preference_pairs
+from mavis_training.tuning.paths import answer_ratios, path_loss
 from mavis_training.tuning.run import tune
 
 REWARDS = """
@@ -74,6 +76,7 @@ def ones(setting: dict) -> float:
     ("method", "changes"),
     [
         ("dpo", {"learning_rate": 2e-2, "epochs": 8, "pairs": 4}),
+        ("paths", {"learning_rate": 2e-2, "epochs": 8, "batch_size": 4}),
         ("sft", {"learning_rate": 2e-2, "epochs": 20}),
         ("rloo", {"learning_rate": 3e-2, "steps": 25, "batch_size": 64, "beta": 0.01}),
     ],
@@ -163,3 +166,32 @@ def test_rewards_that_never_differ_are_refused(place, tmp_path) -> None:
     for method in ("dpo", "direction"):
         with pytest.raises(ValueError, match="answers of different rewards"):
             tune(config(place, method, tmp_path / method, weights={"same": 1.0}, layer=1))
+
+
+@torch.no_grad()
+def test_ratios_of_answers_are_those_of_reading_each_alone(place) -> None:
+    model, _ = chat_model()
+    other = chat_model()[0]
+    for parameter in other.parameters():
+        parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    for item in load_trees(str(place / "trees"), ["ones"], 0.0)[1][:5]:
+        prompt = item.tree.prompt_tokens.tolist()
+
+        def said(policy, own, prompt=prompt) -> float:
+            logits = policy(torch.tensor([prompt + own])).logits[0, len(prompt) - 1 : -1]
+            return float(torch.log_softmax(logits, -1).gather(1, torch.tensor(own)[:, None]).sum())
+
+        answers = [answer(item.tree, int(leaf)) for leaf in item.tree.leaves()]
+        expected = [said(other, own) - said(model, own) for own in answers]
+        torch.testing.assert_close(answer_ratios(other, item.tree), torch.tensor(expected), atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(answer_ratios(model, item.tree), torch.zeros(len(answers)), atol=1e-3, rtol=0)
+
+
+def test_the_loss_of_paths_is_0_for_the_optimum_whatever_its_partition(place) -> None:
+    for item in load_trees(str(place / "trees"), ["ones"], 0.0)[1]:
+        rewards = torch.from_numpy(item.rewards[:, 0]).float()
+        optimal = rewards / 0.4 - 3.7
+        assert float(path_loss(optimal, rewards, item.tree, 0.4)) == pytest.approx(0.0, abs=1e-4)
+        share = leaf_shares(item.tree)
+        spread = float((share * (item.rewards[:, 0] - share @ item.rewards[:, 0]) ** 2).sum())
+        assert float(path_loss(torch.zeros_like(rewards), rewards, item.tree, 0.4)) == pytest.approx(spread, abs=1e-4)

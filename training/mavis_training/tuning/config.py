@@ -13,8 +13,9 @@ from ..base.settings import check_sampling
 from ..fitting.settings import LoraSettings, TrainerSettings
 from ..rewards.load import split_spec
 
-Method = Literal["dpo", "sft", "rloo", "grpo", "direction"]
+Method = Literal["dpo", "sft", "paths", "rloo", "grpo", "direction"]
 ONLINE = ("rloo", "grpo")
+BETA = {"dpo": 0.1, "paths": 1 / 3, "rloo": 0.05, "grpo": 0.05}
 
 
 @dataclass(frozen=True)
@@ -22,18 +23,20 @@ class TuneConfig(TrainerSettings):
     """What to tune the base model for, how, and on what.
 
     Attributes:
-        method: "dpo": on pairs of answers of the trees, the better against the worse; "sft": on the best answer of
-            each tree; "rloo", "grpo": by reinforcement learning on prompts; "direction": no training, the difference of
-            mean hidden states of better and worse answers (`rivals.directions`).
+        method: "dpo": on pairs of answers of the trees, the better against the worse; "paths": path consistency over
+            all answers of a tree (`tuning.paths`); "sft": on the best answer of each tree; "rloo", "grpo": by
+            reinforcement learning on prompts; "direction": no training, the difference of mean hidden states of better
+            and worse answers (`rivals.directions`).
         output: folder for the adapter, or for the direction.
         weights: lambda by objective: rewards count in standard deviations, by these shares (MORLHF for several).
-        store: labelled trees, one store or several: what "dpo", "sft" and "direction" learn from, and where "rloo" and
-            "grpo" take the rewards' standard deviations from.
+        store: labelled trees, one store or several: what all but "rloo" and "grpo" learn from; these two take the
+            rewards' standard deviations from there.
         prompts: JSON-lines file of the prompts of "rloo" and "grpo".
         rewards: by objective, for "rloo" and "grpo", as for `mavis label`.
         trees: at most this many of the store's trees, a sample by prompt; None for all.
         pairs: of every tree, for "dpo": the best with the worst, the second with the second last, and so on.
-        beta: of the KL penalty: in DPO's loss, or on the rewards of "rloo" and "grpo".
+        beta: of the KL penalty, eta of equation 1: in DPO's loss, of the policy that "paths" aims at (rewards being in
+            standard deviations), on the rewards of "rloo" and "grpo". None for 0.1, 1/3 and 0.05.
         steps: optimizer steps of "rloo" and "grpo", whatever `epochs` says.
         generations: answers to each prompt side by side, of "rloo" and "grpo".
         max_new_tokens: T of these.
@@ -53,7 +56,7 @@ class TuneConfig(TrainerSettings):
     rewards: dict[str, str | dict[str, Any]] = field(default_factory=dict)
     trees: int | None = None
     pairs: int = 2
-    beta: float = 0.1
+    beta: float | None = None
     steps: int = 100
     generations: int = 8
     max_new_tokens: int = 48
@@ -66,6 +69,11 @@ class TuneConfig(TrainerSettings):
     batch_size: int = field(default=16, kw_only=True)
     trl: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def eta(self) -> float:
+        """`beta`, or what stands for it."""
+        return BETA.get(self.method, 0.0) if self.beta is None else self.beta
+
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
             raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {self.method!r}")
@@ -76,8 +84,8 @@ class TuneConfig(TrainerSettings):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.trees is not None and self.trees < 2:
             raise ValueError(f"trees must be at least 2, got {self.trees}")
-        if self.beta < 0:
-            raise ValueError(f"beta must not be negative, got {self.beta}")
+        if self.beta is not None and (self.beta < 0 or (self.method == "paths" and not self.beta)):
+            raise ValueError(f"beta must not be negative, nor 0 for paths, got {self.beta}")
         if self.method != "direction" and self.lora.rank < 1:
             raise ValueError("lora.rank must be at least 1: what is tuned is an adapter")
         check_sampling(self.temperature, 1.0)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from peft import get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTTrainer
 from trl import SFTConfig as TrlSftConfig
 
@@ -28,6 +29,7 @@ from ..rivals.directions import contrast, save_direction
 from ..trees.data import LabelledTree
 from .config import ONLINE, TuneConfig
 from .examples import best_answers, chosen_trees, combined_item, preference_pairs
+from .paths import PathTrainer, collate, tree_rows
 
 RESULT = "tuned.json"
 _SHAPELESS = ("output", "device", "fresh", "model", "store", "prompts")
@@ -116,12 +118,24 @@ def _offline(
     shared = {"model": model, "processing_class": tokenizer, "peft_config": lora_config(config.lora)}
     if config.method == "dpo":
         rows = preference_pairs(trees, config.weights, deviations, config.pairs)
-        arguments = _arguments(config) | {"beta": config.beta, "max_length": None} | config.trl
+        arguments = _arguments(config) | {"beta": config.eta, "max_length": None} | config.trl
         return _Tokenized(args=DPOConfig(**arguments), train_dataset=Dataset.from_list(rows), **shared)
     if config.method == "sft":
         rows = best_answers(trees, config.weights, deviations)
         arguments = _arguments(config) | {"max_length": None, "completion_only_loss": True} | config.trl
         return SFTTrainer(args=TrlSftConfig(**arguments), train_dataset=Dataset.from_list(rows), **shared)
+    if config.method == "paths":
+        one = [combined_item(item, config.weights, deviations) for item in trees]
+        adapted = get_peft_model(model, lora_config(config.lora))
+        # A tree is as many sequences as it has answers: one at a time, and steps of `batch_size` trees.
+        arguments = _arguments(config) | {
+            "per_device_train_batch_size": 1, "gradient_accumulation_steps": config.batch_size,
+            "remove_unused_columns": False, "label_names": [],
+        } | config.trl  # fmt: skip
+        return PathTrainer(
+            model=adapted, args=TrainingArguments(**arguments), train_dataset=tree_rows(one), eta=config.eta,
+            data_collator=collate,
+        )  # fmt: skip
     return None
 
 
@@ -148,7 +162,7 @@ def _online(
     ]
     shares = [config.weights[name] / deviations[name] for name in config.rewards if name in config.weights]
     arguments = _arguments(config) | {
-        "beta": config.beta, "num_generations": config.generations, "max_completion_length": config.max_new_tokens,
+        "beta": config.eta, "num_generations": config.generations, "max_completion_length": config.max_new_tokens,
         "temperature": config.temperature, "top_k": 0, "top_p": 1.0, "max_steps": config.steps,
         "reward_weights": shares,
     } | config.trl  # fmt: skip

@@ -1,0 +1,92 @@
+"""Path consistency over whole trees: the optimal policy of equation 1 from rollouts of the reference alone.
+
+Where pi is optimal, log pi / pi_ref = R / eta - log Z(x) for every answer to a prompt x, so that over the answers of
+one tree eta log pi / pi_ref - R does not vary. Its variance is the loss (VarGrad; of pairs of answers it would be
+REBEL, the squared cousin of DPO). All answers of a tree are learned from at once: they share prefixes in one packed
+sequence, and log pi_ref is in the tree already, so that the reference is not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+
+from mavis_logits.backbone import Backbone
+
+from ..fitting.efficiency import leaf_shares
+from ..trees.data import LabelledTree
+from ..trees.packing import pack, packed_inputs
+from ..trees.tree import Tree
+
+
+class PathTrainer(Trainer):
+    """Path consistency; a batch is a list of trees with the rewards of their answers.
+
+    Args:
+        eta: of equation 1, the KL penalty.
+        rest: of `Trainer`.
+    """
+
+    def __init__(self, *, eta: float, **rest: Any) -> None:
+        super().__init__(**rest)
+        self.eta = eta
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean over the trees of `path_loss`."""
+        found = [path_loss(answer_ratios(model, tree), rewards, tree, self.eta) for tree, rewards in inputs["trees"]]  # type: ignore[arg-type]
+        return torch.stack(found).mean()
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return inputs  # trees, whose tensors are made where they are read
+
+
+def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of `tree_rows`."""
+    return {"trees": [(row["tree"], row["rewards"]) for row in rows]}
+
+
+def tree_rows(trees: Sequence[LabelledTree]) -> list[dict[str, Any]]:
+    """Rows of a data set: trees, and the one reward [leaves] that they are labelled with."""
+    return [{"tree": item.tree, "rewards": torch.from_numpy(item.rewards[:, 0]).float()} for item in trees]
+
+
+def answer_ratios(model: PreTrainedModel, tree: Tree) -> Tensor:
+    """log pi / pi_ref of every answer of a tree, [leaves], at temperature 1.
+
+    Args:
+        model: pi; with adapters or without.
+        tree: of the reference.
+    """
+    layout, backbone = pack(tree), Backbone.of(model)
+    inputs = packed_inputs([layout], backbone.windows, backbone.decoder.dtype)
+    moved = {name: value.to(backbone.output_embedding.device) for name, value in inputs.items()}
+    every = backbone.logits(**moved, use_cache=False, every=True)[0]
+    logits = every[torch.from_numpy(layout.previous).to(every.device)].float()
+    taken = torch.from_numpy(layout.input_ids[layout.new]).to(logits.device)
+    said = logits.gather(1, taken[:, None])[:, 0] - logits.logsumexp(dim=1)
+    node = torch.from_numpy(layout.node[layout.new]).to(logits.device)
+    own = said.new_zeros(len(tree)).index_add(0, node, said)
+    own = own - torch.from_numpy(np.asarray(tree.logp_ref)).to(own)
+    on_path = torch.from_numpy(layout.ancestry[tree.leaves()][:, :-1]).to(own)
+    return on_path @ own
+
+
+def path_loss(ratios: Tensor, rewards: Tensor, tree: Tree, eta: float) -> Tensor:
+    """Variance of eta log pi / pi_ref - R over the answers of a tree, siblings counting alike.
+
+    Args:
+        ratios: log pi / pi_ref [leaves].
+        rewards: [leaves], in standard deviations.
+        tree: that they are of.
+        eta: of equation 1.
+    """
+    share = torch.from_numpy(leaf_shares(tree)).to(ratios)
+    missed = eta * ratios - rewards.to(ratios)
+    return (share * (missed - (share * missed).sum()).square()).sum()
