@@ -8,22 +8,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..trees.data import LabelledTree, load_trees, reward_units
+from ..trees.data import LabelledTree, load_trees, reward_units, split_by_prompt
 from ..trees.targets import stable_hash
 from ..trees.tree import Tree
 
 
 def chosen_trees(
-    store: str | list[str], weights: Mapping[str, float], most: int | None, seed: int
+    store: str | list[str], weights: Mapping[str, float], most: int | None, seed: int, held_out: float = 0.1
 ) -> tuple[list[LabelledTree], dict[str, float], int]:
     """Trees of a store, the rewards' standard deviations by objective, and the tokens sampled for these trees.
+
+    The `held_out` share of the prompts is left out, the same that value functions are not trained on.
 
     Raises:
         ValueError: as `load_trees`.
         OSError: no store there.
     """
     _, trees = load_trees(store, list(weights), 0.0)
-    kept = sorted(trees, key=lambda item: stable_hash(f"{seed}/{item.tree.prompt_id}"))[:most]
+    training, _ = split_by_prompt(trees, held_out)
+    kept = sorted(training, key=lambda item: stable_hash(f"{seed}/{item.tree.prompt_id}"))[:most]
     deviations = dict(zip(weights, map(float, reward_units(kept)[1]), strict=True))
     return kept, deviations, sum(len(item.tree.tokens) for item in kept)
 

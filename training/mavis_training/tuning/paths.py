@@ -40,7 +40,11 @@ class PathTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Mean over the trees of `path_loss`."""
-        found = [path_loss(answer_ratios(model, tree), rewards, tree, self.eta) for tree, rewards in inputs["trees"]]  # type: ignore[arg-type]
+        found = []
+        for tree, rewards in inputs["trees"]:
+            with self.accelerator.autocast():  # the decoder is read past the wrapped `forward`, which has it
+                ratios = answer_ratios(model, tree)  # type: ignore[arg-type]
+            found.append(path_loss(ratios, rewards, tree, self.eta))
         return torch.stack(found).mean()
 
     def _prepare_inputs(self, inputs: Any) -> Any:

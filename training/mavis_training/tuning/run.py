@@ -58,7 +58,9 @@ def tune(
     trees: list[LabelledTree] = []
     deviations, tokens = dict.fromkeys(config.weights, 1.0), 0
     if config.store is not None:
-        trees, deviations, tokens = chosen_trees(config.store, config.weights, config.trees, config.seed)
+        trees, deviations, tokens = chosen_trees(
+            config.store, config.weights, config.trees, config.seed, config.validation_share
+        )
     rows = [] if config.prompts is None else read_prompts(config.prompts)
     origin = {name: value for name, value in asdict(config).items() if name not in _SHAPELESS} | {
         "starting_weights": parameters_fingerprint(model),
