@@ -24,8 +24,8 @@ ORDERS = {
     ],
     "training/mavis_training": [
         "base", "trees", "rewards", "sampling", "fitting", "label", "collect", "train_head", "train_model", "distil",
-        "sft", "pairs", "make_prompts", "export", "rivals", "tuning", "measure", "calibrate", "evaluate", "pareto", "cards",
-        "iteration", "iterate", "estimates", "demo", "fit", "closing", "cli",
+        "sft", "pairs", "make_prompts", "export", "rivals", "tuning", "measure", "calibrate", "evaluate", "pareto",
+        "cards", "iteration", "iterate", "estimates", "demo", "fit", "closing", "cli",
     ],
 }  # fmt: skip
 

@@ -31,12 +31,13 @@ def main(argv: list[str]) -> int:
     """Answer a prompt as the arguments say, on standard output; headings and figures go to standard error."""
     arguments = parser().parse_args(argv)
     weights = parse_weights(arguments.weights) if arguments.weights else None
-    values = parse_values(arguments.values) if arguments.values else None
-    words = parse_words(arguments.words) if arguments.words else None
+    for given, parse in ((arguments.values, parse_values), (arguments.words, parse_words)):
+        if given:  # what is wrong with them is told before anything is loaded
+            parse(given)
     if arguments.trace is not None and (arguments.trace.is_dir() or not arguments.trace.parent.is_dir()):
         raise OSError(f"--trace got {arguments.trace}; expected the name of a file in a folder that exists")
     with quiet_transformers():
-        return _answer(arguments, weights, values, words)
+        return _answer(arguments, weights)
 
 
 @contextmanager
@@ -56,15 +57,20 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _answer(
-    arguments: argparse.Namespace, weights: dict[str, float] | None, values: Any, words: dict[str, str] | None
-) -> int:
-    # Imported only here, so that `--help` and a mistyped option answer at once.
-    import torch
-    import transformers
+def steered_model(
+    arguments: argparse.Namespace, weights: dict[str, float] | None, trace: bool
+) -> tuple[Any, Any, MavisLogitsProcessor, float]:
+    """Model, tokenizer, what steers it and the temperature, as the arguments of `value_arguments` say.
 
+    Raises:
+        ValueError: value functions or words that cannot be read, or do not fit the model.
+        OSError: a model or value function that cannot be found.
+    """
+    values = parse_values(arguments.values) if arguments.values else None
+    words = parse_words(arguments.words) if arguments.words else None
+
+    # Imported only here, so that `--help` and a mistyped option answer at once.
     from .. import MavisLogitsProcessor
-    from ..core.chat import chat_inputs
     from ..demo.checkout import checkout_path
     from ..models import load_chat_model
 
@@ -73,14 +79,13 @@ def _answer(
         sources = str(checkout_path(DEFAULT_VALUES))
     settings = {} if arguments.top_k is None else {"top_k": arguments.top_k}
     model, tokenizer = load_chat_model(arguments.model)
-    inputs = chat_inputs(tokenizer, [arguments.prompt])
     mavis = MavisLogitsProcessor.from_pretrained(
         sources,
         weights=weights,
         beta=arguments.beta,
         model=model,
         tokenizer=tokenizer,
-        trace=arguments.trace is not None,
+        trace=trace,
         objectives=words,
         **settings,
     )
@@ -88,6 +93,17 @@ def _answer(
     if temperature is None:
         recommended = [function.config.settings.get("temperature") for function in mavis.functions.all]
         temperature = next((found for found in recommended if found is not None), DEFAULT_TEMPERATURE)
+    return model, tokenizer, mavis, temperature
+
+
+def _answer(arguments: argparse.Namespace, weights: dict[str, float] | None) -> int:
+    import torch
+    import transformers
+
+    from ..core.chat import chat_inputs
+
+    model, tokenizer, mavis, temperature = steered_model(arguments, weights, arguments.trace is not None)
+    inputs = chat_inputs(tokenizer, [arguments.prompt])
     mavis.config = replace(mavis.config, reference_temperature=temperature)
 
     def answer(processors: list[MavisLogitsProcessor]) -> Tensor:
@@ -128,8 +144,19 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    value_arguments(result)
     add = result.add_argument
     add("--prompt", required=True, metavar="TEXT", help="what to ask")
+    add("--max-new-tokens", type=int, default=48, help="length of the answer (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
+    add("--unsteered", action="store_true", help="first print what the model says by itself, with the same seed")
+    add("--trace", type=Path, metavar="FILE.html", help="write a page that shows how each token was steered")
+    return result
+
+
+def value_arguments(result: argparse.ArgumentParser) -> None:
+    """Add what says which model is steered by what."""
+    add = result.add_argument
     add(
         "--weights",
         metavar="NAME=NUMBER,...",
@@ -170,11 +197,6 @@ def parser() -> argparse.ArgumentParser:
         help="of the language model, which is sharpened by it before it is steered (default: as recommended, else "
         f"{DEFAULT_TEMPERATURE})",
     )
-    add("--max-new-tokens", type=int, default=48, help="length of the answer (default: %(default)s)")
-    add("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
-    add("--unsteered", action="store_true", help="first print what the model says by itself, with the same seed")
-    add("--trace", type=Path, metavar="FILE.html", help="write a page that shows how each token was steered")
-    return result
 
 
 def parse_weights(text: str) -> dict[str, float]:

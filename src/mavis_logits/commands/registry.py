@@ -37,6 +37,7 @@ OWN = [
     Command(
         "generate", "answer your own prompt, steered by value functions", "mavis_logits.commands.generate:main", "demo"
     ),
+    Command("chat", "talk to a language model and steer it while you do", "mavis_logits.commands.chat:main", "demo"),
     Command(
         "doctor",
         "tell how a language model would be read and steered, and why not faster",
