@@ -39,6 +39,12 @@ OWN = [
     ),
     Command("chat", "talk to a language model and steer it while you do", "mavis_logits.commands.chat:main", "demo"),
     Command(
+        "verify",
+        "see on your own model whether steering does what it should and what it costs; one block to paste",
+        "mavis_logits.commands.verify:main",
+        "demo",
+    ),
+    Command(
         "doctor",
         "tell how a language model would be read and steered, and why not faster",
         "mavis_logits.commands.doctor:main",
