@@ -1,6 +1,6 @@
 """What steering does beside what it is for: prompts put in other ways, and questions that have one right answer.
 
-    python benchmarks/side_effects.py --config training/recipes/smollm2/side-effects.yaml
+    python benchmarks/side_effects.py --config training/recipes/smollm2/evaluate-side-effects.yaml
 
 The recipe is one of `mavis evaluate`; its settings are measured on every variant of its prompts (a gain that holds only
 for prompts as they stood in training would be no use), and on `examples/data/questions.jsonl` by whether the answer is

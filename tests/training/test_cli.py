@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from mavis_training import cli
+from mavis_training.calibrate import CalibrateConfig
 from mavis_training.cards import CardConfig
 from mavis_training.cli import read_config
 from mavis_training.collect import CollectConfig
@@ -14,9 +15,11 @@ from mavis_training.export import ExportConfig
 from mavis_training.iterate import IterateConfig
 from mavis_training.label import LabelConfig
 from mavis_training.make_prompts import PromptsConfig
+from mavis_training.pareto.config import ParetoConfig
 from mavis_training.sft import SftConfig
 from mavis_training.train_head import TrainHeadConfig
 from mavis_training.train_model import LoraSettings, TrainModelConfig
+from mavis_training.tuning.config import TuneConfig
 
 RECIPES = Path(__file__).parents[2] / "training" / "recipes"
 # Settings of the methods that the paper compares with are read by no command.
@@ -32,6 +35,9 @@ KINDS = {
     "distil": DistilConfig,
     "iterate": IterateConfig,
     "evaluate": EvaluateConfig,
+    "tune": TuneConfig,
+    "calibrate": CalibrateConfig,
+    "pareto": ParetoConfig,
     "card": CardConfig,
 }
 

@@ -82,7 +82,7 @@ class EvaluateConfig:
     prompts: str
     output: str
     completions: str
-    value_functions: str | dict[str, str] | None
+    value_functions: str | dict[str, str] | None = field(default=None, kw_only=True)
     rewards: dict[str, str | dict[str, Any]]
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     combined: dict[str, float] | None = None
