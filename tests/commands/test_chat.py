@@ -160,3 +160,31 @@ def test_the_command_reads_lines_and_ends_with_them(tmp_path, monkeypatch, capsy
     shown = capsys.readouterr().out
     assert shown.count("nats]") == 2
     assert "a 1" in shown
+
+
+def test_choices_find_the_weights() -> None:
+    talk, out = chat(max_new_tokens=6)
+    talk.take("/find a b")
+    assert "There is no question yet" in out.getvalue()
+    run(talk, ["w3 w4", "/find a"])
+    assert "/find takes two or more" in out.getvalue()
+    before, turns = talk.mavis.weights.tolist(), list(talk.turns)
+    talk.take("/find a b")
+    assert talk.mavis.weights.tolist() == before
+    assert talk.turns == turns
+    finding = talk.finding
+    assert finding.rewards.shape == (6, 2)
+    assert torch.isfinite(finding.rewards).all()
+    for _ in range(10):  # somebody who wants nothing but a
+        if talk.finding is None:
+            break
+        first, second = (float(finding.rewards[which, 0]) for which in finding.pair)
+        talk.take("a" if first >= second else "b")
+    assert talk.finding is None
+    assert "weights now: a " in out.getvalue()
+    assert talk.mavis.weights[0] > 0.6
+    run(talk, ["/find", "/stop"])
+    assert out.getvalue().count("weights now") == 2
+    run(talk, ["/find a b", "w5"])  # to say something else is to leave off
+    assert talk.finding is None
+    assert talk.turns[-2]["content"] == "w5"

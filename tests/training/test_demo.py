@@ -118,7 +118,7 @@ def test_measuring_answers_judges_and_sums_the_divergence(beta: float, top_k: in
 
 def test_how_to_steer_depends_on_what_steers_unless_it_is_said() -> None:
     head, model = demo.read_options([]), demo.read_options(["--kind", "model", "--beta", "2"])
-    assert (head.beta, head.top_k, head.normalize, head.objectives) == (6.0, 200, "standard", ("concise", "formal"))
+    assert (head.beta, head.top_k, head.normalize, head.objectives) == (5.6, 200, "standard", ("concise", "formal"))
     assert (model.beta, model.top_k, model.normalize, model.objectives) == (2.0, 15, "minmax", ("helpful", "humour"))
 
 

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from .finding import Finding
 from .generate import (
     DEFAULT_TEMPERATURE,
     parse_weights,
@@ -30,6 +31,7 @@ COMMANDS = {
     "/temperature NUMBER": "of the language model",
     "/why": "the last answer, token by token: what steering made likelier, and what less likely",
     "/compare": "the last question once more, unsteered, by the same seed",
+    "/find NAME NAME ...": "weights of some objectives, by up to ten choices between answers to the last question",
     "/new": "forget the conversation",
     "/help": "this list",
     "/quit": "the end (Ctrl-D, too); Ctrl-C stops an answer",
@@ -73,6 +75,7 @@ class Chat:
         self.begin = [] if system is None else [{"role": "system", "content": system}]
         self.turns: list[dict[str, str]] = list(self.begin)
         self.last: Tensor | None = None  # the new tokens of the last answer
+        self.finding: Finding | None = None
         self.mavis.config = replace(self.mavis.config, reference_temperature=temperature)
 
     @property
@@ -88,6 +91,10 @@ class Chat:
         line = line.strip()
         if not line:
             return True
+        if self.finding is not None and line in ("a", "b", "/stop"):
+            self._choose(line)
+            return True
+        self.finding = None
         if not line.startswith("/"):
             self.say(line)
             return True
@@ -97,6 +104,7 @@ class Chat:
         actions: dict[str, Callable[[str], None]] = {
             "/weights": self._weights, "/beta": self._beta, "/kl": self._kl, "/temperature": self._temperature,
             "/why": lambda _: self.why(), "/compare": lambda _: self.compare(), "/new": lambda _: self._new(),
+            "/find": self.find,
             "/help": lambda _: self.help(),
         }  # fmt: skip
         if name not in actions:
@@ -152,13 +160,66 @@ class Chat:
             self.turns.append(kept)
         self.console.print("[unsteered, the same seed]", style="dim", markup=False)
 
+    def find(self, names: str) -> None:
+        """Begin to find the weights of some objectives, those that have a weight if none are named.
+
+        Raises:
+            ValueError: fewer than two, or unknown ones; or nothing has been asked yet.
+        """
+        import torch
+
+        kept = self.mavis.weights
+        chosen = names.split() or [n for n, share in zip(self.mavis.objectives, kept.tolist(), strict=True) if share]
+        unknown = [name for name in chosen if name not in self.mavis.objectives]
+        if unknown or len(set(chosen)) < 2:
+            raise ValueError(f"/find takes two or more of {', '.join(self.mavis.objectives)}; got {', '.join(chosen)}")
+        if len(self.turns) < 2 + len(self.begin):
+            raise ValueError("There is no question yet: say something first.")
+        mixes = [{name: 1.0} for name in chosen for _ in range(2)] + 2 * [dict.fromkeys(chosen, 1 / len(chosen))]
+        answer, answers, rewards = self.turns.pop(), [], []
+        units = self.mavis.functions.units()[1]
+        try:
+            with self.console.status(f"Writing {len(mixes)} answers"):
+                for mix in mixes:
+                    # All count a little, so that a value model that has no say is asked, too.
+                    self.mavis.weights = dict.fromkeys(self.mavis.objectives, 1e-6) | mix
+                    _, text = self._answer([self.mavis], shown=False)
+                    assert self.mavis.trace is not None
+                    last = self.mavis.trace[len(self.mavis.trace) - 1]
+                    values = last.values[0, int((last.candidates[0] == self._end).int().argmax())].cpu() / units
+                    answers.append(text)
+                    rewards.append(values[[self.mavis.objectives.index(name) for name in chosen]])
+        finally:
+            self.mavis.weights = kept
+            self.turns.append(answer)
+        self.finding = Finding(chosen, answers, torch.stack(rewards))
+        self._ask()
+
+    def _choose(self, line: str) -> None:
+        assert self.finding is not None
+        if line != "/stop":
+            self.finding.choose(line == "a")
+        if line == "/stop" or self.finding.done:
+            self.mavis.weights = self.finding.finder.weights
+            self.console.print(f"weights now: {self.finding.told()}", markup=False)
+            self.finding = None
+        else:
+            self._ask()
+
+    def _ask(self) -> None:
+        assert self.finding is not None
+        for letter, which in zip("ab", self.finding.pair, strict=True):
+            self.console.print(f"{letter}: {self.finding.answers[which]}", markup=False, highlight=False)
+        count = self.finding.finder.choices + 1
+        self.console.print(f"[choice {count}: a or b; /stop takes {self.finding.told()}]", style="dim", markup=False)
+
     def help(self) -> None:
         """Print the commands."""
         width = max(map(len, COMMANDS))
         for name, what in COMMANDS.items():
             self.console.print(f"{name:<{width}}  {what}", markup=False, highlight=False)
 
-    def _answer(self, processors: list[MavisLogitsProcessor]) -> tuple[Tensor, str]:
+    def _answer(self, processors: list[MavisLogitsProcessor], shown: bool = True) -> tuple[Tensor, str]:
         """New tokens and text of an answer to the turns; Ctrl-C leaves what has been written until then."""
         import torch
         from transformers import TextStreamer
@@ -175,7 +236,8 @@ class Chat:
                 written.append(value.reshape(-1))
 
             def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-                console.print(text, end="\n" if stream_end else "", markup=False, highlight=False, soft_wrap=True)
+                if shown:
+                    console.print(text, end="\n" if stream_end else "", markup=False, highlight=False, soft_wrap=True)
 
         torch.manual_seed(self.seed)
         self.seed += 1
@@ -191,6 +253,7 @@ class Chat:
         except KeyboardInterrupt:
             console.print(" ... stopped", style="dim")
         tokens = torch.cat(written)[start:]
+        self._end = int(tokens[-1]) if len(tokens) else -1
         return tokens, self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
     def _weights(self, rest: str) -> None:

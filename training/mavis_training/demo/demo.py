@@ -27,13 +27,14 @@ REWARDS = {
     "harmless": "examples/rewards/harmless",
     "humour": "examples/rewards/humour",
     "concise": "examples/fit/concise.py:concise",
+    "positive": "examples/rewards/functions.py:positive",
     "formal": "examples/rewards/functions.py:formal",
 }
 OBJECTIVES = {"head": ("concise", "formal"), "model": ("helpful", "humour")}
 KNOWN = {"head": tuple(REWARDS), "model": ("helpful", "harmless", "humour")}  # what there are value functions for
 PROMPTS = "examples/data/demo_prompts.jsonl"
 STEERING: dict[str, dict[str, float | int | str]] = {
-    "head": {"beta": 6.0, "top_k": 200, "normalize": "standard"},
+    "head": {"beta": 5.6, "top_k": 200, "normalize": "standard"},  # what it recommends
     "model": {"beta": 5.0, "top_k": 15, "normalize": "minmax"},  # the paper's
 }
 
