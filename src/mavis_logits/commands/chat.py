@@ -122,7 +122,7 @@ class Chat:
         self.last, answer = self._answer([self.mavis])
         self.turns.append({"role": "assistant", "content": answer})
         shares = zip(self.mavis.objectives, self.mavis.weights.tolist(), strict=True)
-        shown = ", ".join(f"{name} {share:g}" for name, share in shares if share)
+        shown = ", ".join(f"{name} {share:.3g}" for name, share in shares if share)
         self.console.print(
             f"[{shown or 'unsteered'}; {len(self.last)} tokens, {self.mavis.stats.kl:.1f} nats]",
             style="dim",
@@ -260,7 +260,7 @@ class Chat:
         if rest:
             self.mavis.weights = parse_weights(rest)
         shares = zip(self.mavis.objectives, self.mavis.weights.tolist(), strict=True)
-        self.console.print(", ".join(f"{name} {share:g}" for name, share in shares), markup=False)
+        self.console.print(", ".join(f"{name} {share:.3g}" for name, share in shares), markup=False)
 
     def _beta(self, rest: str) -> None:
         beta = _number(rest, "/beta 5", 0.0)
