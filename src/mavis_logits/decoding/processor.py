@@ -185,6 +185,9 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
             over=ended if self.pad_token_id is None else ended | (input_ids[:, -1:] == self.pad_token_id).any(dim=1),
             probe=_is_probe(scores),
         )  # fmt: skip
+        steered = self._steered(call)
+        if self.trace is None and steered is not None and not steered.any():
+            return scores
         step = self.policy.step(self.known(scores), partial(self._read, call))
         broken, live, (probe, *_) = torch.stack(
             [step.broken & call.live, call.live, call.probe.expand_as(call.live)]
@@ -196,12 +199,13 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
             check_scores(step.reference, call.live)
             self.check_values(step.values, call.scored)
 
-        step = replace(step, kl=torch.where(call.live & ~ended, step.kl, 0.0))
+        shown = call.live if steered is None else call.live & steered
+        step = replace(step, kl=torch.where(shown & ~ended, step.kl, 0.0))
         self.stats.add(len(scores), step.kl, call.seconds)
         if self.trace is not None:
             idle = torch.tensor(self.idle, device=scores.device)
             values = step.values.masked_fill(idle | ~call.scored[..., None], torch.nan)
-            self._record(input_ids, replace(step, values=values), call.live)
+            self._record(input_ids, replace(step, values=values), shown)
         if self._leaves_scores_alone(step.candidates.shape[1], scores.shape[1]):
             return scores
         log_probs = step.everything
@@ -211,7 +215,25 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
             steered = torch.where(step.tilted.isneginf(), log_probs.gather(1, step.candidates), step.tilted)
             log_probs.scatter_(1, step.candidates, steered)
         log_probs = log_probs.to(scores.dtype)
-        return log_probs if all(live) else torch.where(call.live[:, None], log_probs, scores)
+        return log_probs if all(live) and steered is None else torch.where(shown[:, None], log_probs, scores)
+
+    def _steered(self, call: _Call) -> Tensor | None:
+        """[R] whether the next token of each row lies where its answer is steered; None for all of them."""
+        if self.regions is None:
+            return None
+        prompt, ids = getattr(self._local, "asked", None), call.input_ids
+        if call.prompts or prompt is None or not _begins(prompt, ids):
+            prompt = self._local.asked = ids.clone()
+        start, rows = prompt.shape[1], ids.tolist()
+        every = list(self.regions) if isinstance(self.regions, Sequence) else [self.regions]
+        if len(rows) % len(every):
+            raise ValueError(f"regions are given for {len(every)} requests, but the batch has {len(rows)} rows")
+        repeats, found = len(rows) // len(every), []
+        for number, row in enumerate(rows):
+            own = every[number // repeats]
+            # Without a tokenizer there are no marks to look for, only numbers of tokens.
+            found.append(own is None or own.steers(row[:start], row[start:], self.tokenizer))  # type: ignore[arg-type]
+        return torch.tensor(found, device=ids.device)
 
     def _states(self, input_ids: Tensor) -> States | None:
         """The base model's states behind these scores, by layer; None if they are another's."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from ..core.config import MavisConfig, Unscored
 from ..core.tilting import Normalization
 from ..scoring.scorer import WantedReading
+from .regions import Regions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,6 +44,7 @@ class SteeringOptions(Settings, total=False):
     fuse: bool | None
     compile: bool
     reading: WantedReading
+    regions: Regions | Sequence[Regions | None] | None
     config: MavisConfig | None
 
 

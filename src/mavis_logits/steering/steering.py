@@ -22,6 +22,7 @@ from ..values.ensemble import ValueFunctions, load_value_functions, special_toke
 from ..values.function import ValueFunction
 from .copies import Copied
 from .policy import Policy
+from .regions import Regions
 from .signatures import OfClass, Settings, require_known, shown, signature
 from .step import Step, check_scores
 from .trace import MavisStats, MavisTrace
@@ -55,6 +56,8 @@ class Steering(Copied):
         compile: compile the value models' steps, on a GPU into CUDA graphs (`scoring.scorer.RaggedScorer`).
         reading: how value models (and by a strategy the base model) read candidates: "auto", the fastest way that is
             right; "packed" to insist on one packed forward, and be told why it cannot be; "repeated" to do without.
+        regions: which tokens of an answer are steered (`steering.regions`), by a processor: not the thinking, the code,
+            the tool calls; for all requests alike, or one for each. They need `tokenizer`.
         config: all other settings; see `MavisConfig`, whose fields may also be given by name. By default what the value
             functions themselves recommend (`ObjectivesMixin.settings`), else the paper's.
 
@@ -88,6 +91,7 @@ class Steering(Copied):
         fuse: bool | None = None,
         compile: bool = False,
         reading: WantedReading = "auto",
+        regions: Regions | Sequence[Regions | None] | None = None,
         config: MavisConfig | None = None,
         **settings: Unpack[Settings],
     ) -> None:
@@ -104,6 +108,7 @@ class Steering(Copied):
         self._steer_by(config, weights, beta if beta is not None else config.beta)
         self.special = special_tokens(self.functions.value_models, model, tokenizer, pad_token_id, eos_token_id)
         self.tokenizer, self.compile, self.reading = tokenizer, compile, reading
+        self.regions = regions
         self.stats = MavisStats()
         self.trace = MavisTrace(self.objectives, self.special.eos) if trace else None
         if model is not None:
@@ -179,6 +184,21 @@ class Steering(Copied):
     def policy(self) -> Policy:
         """Settings and weights as they are now. Each of them may be set between steps, by its own name."""
         return self._policy
+
+    @property
+    def regions(self) -> Regions | Sequence[Regions | None] | None:
+        """Where answers are steered: in all requests alike, or one for each; None for everywhere. May be set between
+        calls."""
+        return self._regions
+
+    @regions.setter
+    def regions(self, regions: Regions | Sequence[Regions | None] | None) -> None:
+        every = list(regions) if isinstance(regions, Sequence) else [regions]
+        if not every or not all(one is None or isinstance(one, Regions) for one in every):
+            raise ValueError(f"regions must be Regions, or a list of one (or None) for each request, got {regions!r}")
+        if self.tokenizer is None and any(one is not None and (one.skip or one.only) for one in every):
+            raise ValueError("regions look for marks in the text: pass tokenizer= as well")
+        self._regions = regions
 
     @property
     def config(self) -> MavisConfig:

@@ -98,6 +98,8 @@ class MavisStrategy(Steering):
     ) -> None:
         super().__init__(value_functions, weights, beta, **kwargs)
         name = type(self).__name__
+        if self.regions is not None:
+            raise ValueError(f"{name} steers whole answers: leave regions out, or use MavisLogitsProcessor")
         self._check_streams(streamer)
         if self.trace is not None and not self.shows_steps:
             raise ValueError(
