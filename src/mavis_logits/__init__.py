@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from .values.value_model import ValueModel
     from .values.value_model import ValueModelConfig as ValueModelConfig
     from .values.value_model import ValueModelOutput as ValueModelOutput
+    from .values.value_policy import ValuePolicy as ValuePolicy
+    from .values.value_policy import ValuePolicyConfig as ValuePolicyConfig
 
 _MODULES = {
     "MavisBeamSearch": "decoding.strategies",
@@ -47,6 +49,8 @@ _MODULES = {
     "ValueModel": "values.value_model",
     "ValueModelConfig": "values.value_model",
     "ValueModelOutput": "values.value_model",
+    "ValuePolicy": "values.value_policy",
+    "ValuePolicyConfig": "values.value_policy",
 }
 # What users need; the others are for whoever writes strategies or reads results, and can be had in the same way.
 __all__ = [

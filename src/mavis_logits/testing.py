@@ -59,15 +59,15 @@ def recompute_head_values(
 def recompute_words(
     words: Words, base: PreTrainedModel, sequence: Sequence[int] | Tokens, candidates: Tensor
 ) -> Tensor:
-    """What each instruction makes likelier, the base model reading everything from scratch; float32 [k, M]."""
+    """What each instruction, or a tuned policy, makes likelier, everything being read from scratch; float32 [k, M]."""
 
-    def log_probs(ids: Sequence[int]) -> Tensor:
-        logits = base(torch.tensor([ids], device=base.device)).logits[0, -1].float()
+    def log_probs(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
+        logits = model(torch.tensor([ids], device=model.device)).logits[0, -1].float()
         return torch.log_softmax(logits, dim=-1)[candidates]
 
     text = [int(token) for token in sequence]
-    plain = log_probs(text)
-    return torch.stack([log_probs(place.applied(text)) - plain for place in words.places(text)], dim=1)
+    plain, reader = log_probs(base, text), words.backbone
+    return torch.stack([log_probs(reader, place.applied(text)) - plain for place in words.places(text)], dim=1)
 
 
 def recompute_all(

@@ -41,7 +41,7 @@ class WordsScorer(ValueScorer):
             self._limit = 0
         if why is not None and cached:
             warnings.warn(
-                f"the instructions {model.config.instructions} are read from scratch at every token, which is slow: "
+                f"{model.told} is read from scratch at every token, which is slow: "
                 f"{self._backbone.name} cannot be read faster ({why})",
                 stacklevel=2,
             )
@@ -98,9 +98,8 @@ class WordsScorer(ValueScorer):
         longest = max(self._own_lengths())
         if self._longest is not None and longest > self._longest:
             raise ValueError(
-                f"with its instruction a sequence has {longest} tokens, more than the {self._longest} that "
-                f"{self._backbone.name} can read: shorten the prompt, max_new_tokens or the instructions "
-                f"{self.model.config.instructions}"
+                f"read for {self.model.told} a sequence has {longest} tokens, more than the {self._longest} that "
+                f"{self._backbone.name} can read: shorten the prompt, max_new_tokens or the instructions"
             )
         if self._texts is not None:
             ends = new.shape[1]

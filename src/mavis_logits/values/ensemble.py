@@ -25,6 +25,7 @@ from .fused import FusedValueModel, fusable_groups, why_not_fused
 from .value_head import ValueHead, ValueHeadConfig
 from .value_model import ValueModel
 from .value_model_config import ValueModelConfig
+from .value_policy import ValuePolicy, ValuePolicyConfig
 from .words import Words
 
 if TYPE_CHECKING:
@@ -47,8 +48,8 @@ class ValueFunctions:
         outputs: (objective, value function, which of its outputs) of every objective.
         objectives: their names.
         all, models, heads: the value functions; those that read tokens; those that read the base model's states.
-        words, value_models: of `models`, those that are objectives in words; those that are language models of their
-            own.
+        words, value_models: of `models`, those whose values are what something makes likelier (an instruction, a tuned
+            policy); those that are language models with a head of their own.
 
     Raises:
         ValueError: none given, an objective twice, one that its value function has not, another tokenizer, or with
@@ -322,7 +323,7 @@ def load_value_functions(
         ValueError: a value head without its base model, or something that is no value function.
         OSError: nothing there.
     """
-    loaded: dict[Source, ValueModel | ValueHead] = {}
+    loaded: dict[Source, ValueModel | ValueHead | ValuePolicy] = {}
 
     def get(item: Any) -> Any:
         if is_value_function(item):
@@ -354,7 +355,7 @@ def load_value_functions(
 
 def _load(
     source: Source, model: PreTrainedModel | None, loading: Mapping[str, Any], merge: bool
-) -> ValueModel | ValueHead:
+) -> ValueModel | ValueHead | ValuePolicy:
     name, arguments = source.name, source.arguments(loading)
     path = find_file(name, "config.json", hub_arguments(arguments))
     config = read_json(path) if path is not None else {}  # ValueModel says what it expects in its place
@@ -364,6 +365,10 @@ def _load(
             raise ValueError(f"{name} is a value head, which needs its base model's hidden states: pass model=")
         of_models = ("dtype", "torch_dtype", "attn_implementation", "quantization_config")
         return ValueHead.from_pretrained(name, **{k: v for k, v in arguments.items() if k not in of_models})
+    if kind == ValuePolicyConfig.model_type:
+        if model is None:
+            raise ValueError(f"{name} is a policy tuned from its base model, on whose layers it lies: pass model=")
+        return ValuePolicy.from_pretrained(name, model, **arguments)
     own = kind == ValueModelConfig.model_type
     return ValueModel.load(name, Options(base=model if own else None, merge=merge or not own), **arguments)
 

@@ -126,6 +126,11 @@ class Words:
         return self.backbone.device
 
     @property
+    def told(self) -> str:
+        """What it is, for messages."""
+        return f"what the instructions {self.config.instructions} ask for"
+
+    @property
     def units(self) -> Tensor:
         """Mean 0 and scale 1: values are in nats, [3, M]."""
         return torch.tensor([[0.0], [1.0], [1.0]]).repeat(1, len(self.config.objectives))

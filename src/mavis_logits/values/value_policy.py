@@ -1,0 +1,188 @@
+"""Values in the form of a policy: what a tuned copy of the base model makes likelier.
+
+The optimum of equation 1 is pi*(a | s) proportional to pi_ref(a | s) exp(Q(s, a) / eta), Q being its soft values. So a
+policy that was tuned for an objective holds them, up to what all tokens of a step share:
+
+    V(s + a) = log pi_tuned(a | s) - log pi_ref(a | s) = Q(s, a) / eta + c(s)
+
+Any adapter will do that was tuned with a KL penalty against this base model: by path consistency on trees or DPO
+(`mavis tune`), by TRL. It reads every text beside the base model, in a cache of its own: one forward more a step for
+all candidates at once, and its layers are the base model's own, so that only the adapter takes memory. With
+`normalize="none"` beta = 1 is the tuned model itself; strengths between and beyond, and mixtures with other value
+functions, are what tuning alone cannot give.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from ..backbone import Backbone
+from ..backbone.fingerprint import Identity
+from ..backbone.weights import WeakModel
+from ..core.objectives import ObjectivesMixin
+from ..hub.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_file, hub_arguments
+from .words import Place, Words
+
+SETTINGS = {"beta": 2.0, "top_k": 200, "normalize": "standard"}
+
+
+class ValuePolicyConfig(ObjectivesMixin, PreTrainedConfig):
+    """Configuration of a `ValuePolicy`, beside the adapter in its folder.
+
+    Args:
+        vocab_size: token ids that it knows.
+        backbone_fingerprint, backbone_sketch: of the base model's weights (`backbone.fingerprint.Identity`).
+        eta: of equation 1, that it was tuned with; None if unknown.
+        objectives, reward_mean, reward_scale, tilt_scale, tokenizer_fingerprint, base_model, base_revision, recipe,
+            iteration, settings: see `ObjectivesMixin`; one objective.
+    """
+
+    model_type = "mavis_value_policy"
+
+    def __init__(
+        self,
+        vocab_size: int | None = None,
+        backbone_fingerprint: str | None = None,
+        backbone_sketch: str | None = None,
+        eta: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size, self.eta = vocab_size, eta
+        self.backbone_fingerprint, self.backbone_sketch = backbone_fingerprint, backbone_sketch
+        kwargs = self._take_objectives(kwargs)
+        if len(self.objectives) != 1:
+            raise ValueError(f"a tuned policy is for one objective, got {self.objectives}")
+        super().__init__(**kwargs)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, objective: str, **fields: Any) -> ValuePolicyConfig:
+        """That of an adapter tuned on `model` for `objective`."""
+        identity = Identity(model)
+        return cls(
+            vocab_size=Backbone.of(model).vocabulary,
+            backbone_fingerprint=identity.fingerprint,
+            backbone_sketch=identity.sketch,
+            objectives=[objective],
+            base_model=model.config.name_or_path or None,
+            **({"settings": dict(SETTINGS)} | fields),
+        )
+
+
+class ValuePolicy(Words):
+    """A value function of one objective, in nats, from a tuned policy.
+
+    Args:
+        config: what it is for.
+        policy: the tuned model, of the base model's tokenizer; a causal language model of any size.
+    """
+
+    config: ValuePolicyConfig  # type: ignore[assignment]
+
+    def __init__(self, config: ValuePolicyConfig, policy: PreTrainedModel) -> None:
+        Backbone.of(policy).require_causal()
+        self.config, self._policy = config, policy.eval()
+        self._base = WeakModel()
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, model: PreTrainedModel, **kwargs: Any) -> ValuePolicy:
+        """The policy in a folder or Hub repository of an adapter, on `model`, which stays as it is.
+
+        Args:
+            name: as `mavis tune` writes it: a PEFT adapter with a `ValuePolicyConfig`.
+            model: the base model.
+            kwargs: `revision`, `token`, `cache_dir` and so on, as for `from_pretrained` everywhere.
+
+        Raises:
+            ValueError: an adapter for another model.
+            OSError: nothing there, or an adapter without config.
+        """
+        hub = hub_arguments(kwargs)
+        bare = "ValuePolicy.from_adapter takes a bare adapter, with the name of its objective"
+        if find_file(str(name), "config.json", hub) is None:
+            raise OSError(f"{name} has no config.json, which says what a tuned policy is for: {bare}")
+        config = AutoConfig.from_pretrained(name, **hub)
+        if not isinstance(config, ValuePolicyConfig):
+            raise ValueError(f"{name} has a config of type {config.model_type!r}, not of a tuned policy: {bare}")
+        difference = Identity(model).difference(config.backbone_fingerprint, config.backbone_sketch)
+        if config.backbone_fingerprint is not None and difference is not None:
+            raise ValueError(
+                f"the policy for {config.objectives} was tuned on {config.base_model or 'another model'}, not on this "
+                f"{type(model).__name__} ({difference}): tune one on it, or load the model that it belongs to"
+            )
+        return cls(config, _tuned(str(name), model, hub))
+
+    @classmethod
+    def from_adapter(cls, name: str | Path, objective: str, model: PreTrainedModel, **kwargs: Any) -> ValuePolicy:
+        """The same from a bare PEFT adapter: of TRL, of anybody.
+
+        Raises:
+            OSError: nothing there.
+        """
+        return cls(ValuePolicyConfig.of(model, objective), _tuned(str(name), model, hub_arguments(kwargs)))
+
+    def bind(self, model: PreTrainedModel) -> ValuePolicy:
+        """Look whether it can steer `model`; returns self.
+
+        Raises:
+            ValueError: it knows fewer tokens, or `model` reads prompts with an encoder.
+        """
+        if Backbone.of(model).is_encoder_decoder:
+            raise ValueError(
+                f"{type(model).__name__} reads its prompts with an encoder, which the policy for "
+                f"{self.config.objectives} never sees: use value heads"
+            )
+        own, wanted = Backbone.of(self._policy).scores, Backbone.of(model).scores
+        if own < wanted:
+            raise ValueError(
+                f"the policy for {self.config.objectives} has scores for {own} tokens, the base model for {wanted}: "
+                "use one of the base model's own tokenizer"
+            )
+        return self
+
+    @property
+    def backbone(self) -> PreTrainedModel:
+        """The tuned model."""
+        return self._policy
+
+    @property
+    def told(self) -> str:
+        return f"the tuned policy for {self.config.objectives}"
+
+    @property
+    def units(self) -> Tensor:
+        """Mean 0 and scale 1, values being in nats, and what counts as one in a tilt: [3, 1]."""
+        return self.config.units()
+
+    def to(self, device: torch.device | str) -> ValuePolicy:
+        """Move it; what it shares with the base model has moved already."""
+        self._policy.to(device)  # type: ignore[arg-type]
+        return self
+
+    def places(self, text: Any) -> list[Place]:
+        """Nothing is put into its texts."""
+        return [Place(0, 0, [])]
+
+
+def _tuned(name: str, model: PreTrainedModel, hub: dict[str, Any]) -> PreTrainedModel:
+    """`model` with an adapter on it, as a second model that shares all weights with the first."""
+    for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if find_file(name, file, hub) is None:
+            raise OSError(f"{name} has no {file}: expected an adapter, as mavis tune, TRL or PEFT writes it")
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    twin = copy.deepcopy(model, dict(shared))
+    tuned = PeftModel.from_pretrained(twin, name, **{k: v for k, v in hub.items() if k != "force_download"})
+    for parameter, mode in trained.items():  # PEFT freezes what it is put on, which is the base model's own
+        parameter.requires_grad_(mode)
+    policy: PreTrainedModel = tuned.get_base_model()  # type: ignore[assignment]
+    return policy.eval()
+
+
+AutoConfig.register(ValuePolicyConfig.model_type, ValuePolicyConfig, exist_ok=True)
