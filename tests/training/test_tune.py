@@ -102,7 +102,7 @@ def test_a_direction_is_the_difference_of_the_two_sides(place, tmp_path) -> None
     assert layer == 1
     model, _ = chat_model()
     sides = {True: [], False: []}
-    for item in load_trees(str(place / "trees"), ["ones"], 0.0)[1]:
+    for item in chosen_trees(str(place / "trees"), {"ones": 1.0}, None, 0)[0]:
         rewards = item.rewards[:, 0]
         if rewards.std() == 0:
             continue

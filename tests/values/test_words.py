@@ -161,7 +161,7 @@ def test_what_cannot_be_is_told():
     mavis = MavisLogitsProcessor(objectives={"joke": JOKE}, tokenizer=tiny_tokenizer())
     with pytest.raises(ValueError, match="pass model=model"):
         base.generate(torch.tensor([[5, 6]]), max_new_tokens=2, logits_processor=[mavis])
-    with pytest.raises(ValueError, match=r"with its instruction a sequence has 513 tokens, more than the 512"):
+    with pytest.raises(ValueError, match=r"a sequence has 513 tokens, more than the 512"):
         base.generate(
             torch.full((1, 510), 5), max_new_tokens=2, logits_processor=[steer(base, objectives={"j": "w5 w6 w7"})]
         )

@@ -98,7 +98,7 @@ class WordsScorer(ValueScorer):
         longest = max(self._own_lengths())
         if self._longest is not None and longest > self._longest:
             raise ValueError(
-                f"read for {self.model.told} a sequence has {longest} tokens, more than the {self._longest} that "
+                f"{self.model.told}: a sequence has {longest} tokens, more than the {self._longest} that "
                 f"{self._backbone.name} can read: shorten the prompt, max_new_tokens or the instructions"
             )
         if self._texts is not None:
