@@ -76,7 +76,7 @@ def test_one_block_without_sampling_is_greedy_decoding(base: Any, prompts: dict[
 def slow_search(mavis: MavisBlockwise, base: Any, prompt: list[int], steps: int, mask: list[bool]) -> list[int]:
     """Without sampling: K blocks from the K likeliest tokens, written greedily; the best by value is kept."""
     sequence = list(prompt)
-    mean, scale = mavis.functions.units()
+    mean, scale, _ = mavis.functions.units()
     while len(sequence) < len(prompt) + steps and sequence[-1] not in ENDS:
         first = base(torch.tensor([sequence])).logits[0, -1].topk(mavis.num_blocks).indices
         blocks = []
@@ -107,7 +107,7 @@ def test_without_sampling_the_best_block_is_kept(
         functions(kind, base), weights, 1.5, num_blocks=4, block_length=length, combination=combination
     )
     output = base.generate(**prompts, do_sample=False, max_new_tokens=10, custom_generate=mavis, **FULL)
-    mean, scale = mavis.functions.units()
+    mean, scale, _ = mavis.functions.units()
     for row, (ids, mask) in enumerate(zip(prompts["input_ids"], prompts["attention_mask"], strict=True)):
         sequence = written(output.sequences[row], len(ids))
         assert sequence == slow_search(mavis, base, ids[mask.bool()].tolist(), 10, [True, True])
@@ -219,7 +219,7 @@ def test_blocks_are_kept_in_proportion_to_the_exponential_of_their_value(base: A
 def test_the_worst_case_policy_serves_both_objectives_alike(base: Any) -> None:
     """One block is good for a, one for b: the equilibrium keeps either as often as makes the expectations equal."""
     mavis = MavisBlockwise(make_value_model("a", "b"), beta=2.0, num_blocks=2, combination="worst-case")
-    mean, scale = mavis.functions.units()
+    mean, scale, _ = mavis.functions.units()
     standard = torch.tensor([[1.0, -0.5], [-1.0, 0.7]])
     places, scores = choose(mavis, base, standard * scale + mean)
     expected = standard[places].mean(dim=0)

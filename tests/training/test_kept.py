@@ -58,8 +58,9 @@ def evaluation(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     save_head(tmp_path / "head", 0)
     return EvaluateConfig(
-        str(tmp_path / "prompts.jsonl"), str(tmp_path / "result.json"), str(tmp_path / "kept"), str(tmp_path / "head"),
+        str(tmp_path / "prompts.jsonl"), str(tmp_path / "result.json"), str(tmp_path / "kept"),
         {"low": "text_rewards:low"}, {"unsteered": {}, "low": {"beta": 9.0, "top_k": 9}}, seeds=[0], max_new_tokens=4,
+        value_functions=str(tmp_path / "head"),
         batch_size=4, model=str(tmp_path / "model"), device="cpu",
     )  # fmt: skip
 

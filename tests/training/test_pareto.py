@@ -13,6 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+pytest.importorskip("moocore")
+
 from chat_model import chat_model
 from mavis_logits.values.value_head import ValueHead
 from mavis_training.pareto.analysis import (

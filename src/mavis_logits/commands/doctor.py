@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 NEEDED = ("mavis-logits", "torch", "transformers", "peft", "accelerate", "safetensors", "huggingface-hub")
 OPTIONAL = {
-    "training": ("datasets", "h5py", "trl", "jsonargparse", "moocore", "tqdm"),
+    "training": ("datasets", "h5py", "trl", "jsonargparse", "tqdm"),
     "demo": ("rich", "matplotlib", "gguf"),
+    "pareto": ("moocore",),
     "vllm": ("vllm",),
 }
 MEANING = {

@@ -104,7 +104,7 @@ OWN = [
         "pareto",
         "compare methods over whole trade-offs between objectives: fronts, hypervolume, intervals, a page",
         "mavis_training.cli:pareto",
-        "demo,training",
+        "demo,training,pareto",
     ),
     Command(
         "export",

@@ -67,6 +67,7 @@ class TuneConfig(TrainerSettings):
     lora: LoraSettings = field(default_factory=lambda: LoraSettings(rank=16, alpha=32, dropout=0.05))
     learning_rate: float = field(default=1e-4, kw_only=True)
     batch_size: int = field(default=16, kw_only=True)
+    warmup_steps: int = field(default=5, kw_only=True)
     trl: dict[str, Any] = field(default_factory=dict)
 
     @property
