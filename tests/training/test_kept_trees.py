@@ -20,7 +20,8 @@ from mavis_training.trees.tree_store import TreeStore
 
 # Other values of what shapes a tree; of places, other content; None: shapes none.
 COLLECTED = {
-    "prompts": "edited", "store": None, "model": "edited", "limit": None, "skip": None, "max_new_tokens": 7, "layers": 2,
+    "prompts": "edited", "store": None, "model": "edited", "limit": None, "skip": None, "max_new_tokens": 7,
+    "layers": 2,
     "top_p": 0.5, "root_children": 2, "children": 3, "two_layers": False, "temperature": 0.7, "policy": "head",
     "backend": "vllm",
     "vllm": None, "chat_template": "none", "max_prompt_tokens": None, "prompts_per_shard": None, "dtype": "bfloat16",
