@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "docs" / "results"
-_VALUES = {"none": "as they are", "standard": "in standard deviations", "minmax": "rescaled to [0, 1]"}
+_VALUES = {"none": "as they are", "standard": "in units of their own", "minmax": "rescaled to [0, 1]"}
 _TESTED = ("suite", "sweep")
 SHOWN_PROMPTS = 2  # spread over the file, whatever the answers are
 
