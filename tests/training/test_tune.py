@@ -19,7 +19,7 @@ from mavis_training.rivals.directions import load_direction
 from mavis_training.sampling.config import CollectConfig
 from mavis_training.trees.data import load_trees
 from mavis_training.tuning.config import TuneConfig
-from mavis_training.tuning.examples import answer, best_answers, chosen_trees, preference_pairs
+from mavis_training.tuning.examples import best_answers, chosen_trees, preference_pairs
 from mavis_training.tuning.paths import answer_ratios, path_loss
 from mavis_training.tuning.run import tune
 
@@ -107,7 +107,7 @@ def test_a_direction_is_the_difference_of_the_two_sides(place, tmp_path) -> None
         if rewards.std() == 0:
             continue
         for leaf, reward in zip(item.tree.leaves(), rewards, strict=True):
-            prompt, own = item.tree.prompt_tokens.tolist(), answer(item.tree, int(leaf))
+            prompt, own = item.tree.prompt_tokens.tolist(), item.tree.completion(int(leaf)).tolist()
             with torch.no_grad():
                 states = model(torch.tensor([prompt + own]), output_hidden_states=True).hidden_states[1]
             sides[bool(reward > rewards.mean())].append(states[0, len(prompt) :].mean(dim=0))
@@ -125,7 +125,7 @@ def test_pairs_and_best_answers_are_those_of_the_rewards(place) -> None:
 
     def reward(item, ids):
         leaves = zip(item.tree.leaves(), item.rewards[:, 0], strict=True)
-        return max(r for leaf, r in leaves if answer(item.tree, int(leaf)) == ids)
+        return max(r for leaf, r in leaves if item.tree.completion(int(leaf)).tolist() == ids)
 
     for pair in pairs:
         item = by_prompt[tuple(pair["prompt_ids"])]
@@ -181,7 +181,7 @@ def test_ratios_of_answers_are_those_of_reading_each_alone(place) -> None:
             logits = policy(torch.tensor([prompt + own])).logits[0, len(prompt) - 1 : -1]
             return float(torch.log_softmax(logits, -1).gather(1, torch.tensor(own)[:, None]).sum())
 
-        answers = [answer(item.tree, int(leaf)) for leaf in item.tree.leaves()]
+        answers = [item.tree.completion(int(leaf)).tolist() for leaf in item.tree.leaves()]
         expected = [said(other, own) - said(model, own) for own in answers]
         torch.testing.assert_close(answer_ratios(other, item.tree), torch.tensor(expected), atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(answer_ratios(model, item.tree), torch.zeros(len(answers)), atol=1e-3, rtol=0)

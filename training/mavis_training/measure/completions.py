@@ -197,6 +197,7 @@ def complete_all(
     """
     every, decoding = list(rows), Decoding.of(setting)
     prompts = encode_prompts(every, tokenizer, 10**6, protocol.chat_template)  # type: ignore[arg-type]
+    load = cache(load)  # a reward that a rival asks is loaded once
     at, found, started = (protocol.temperature, protocol.top_p), [], time.monotonic()
     for seed in protocol.seeds:
         for start in range(0, len(every), protocol.batch_size):
@@ -206,9 +207,7 @@ def complete_all(
                 returned = parts(setting)[3]
                 done = complete(model, tokenizer, prompts[which], protocol.max_new_tokens, steering, returned, *at)
             else:
-                done = complete_by(
-                    decoding, model, tokenizer, every[which], prompts[which], protocol, steering, cache(load)
-                )
+                done = complete_by(decoding, model, tokenizer, every[which], prompts[which], protocol, steering, load)
             found.append(done)
             advance(len(every[which]))
     ratios = [ratio for part in found for ratio in part.log_ratios or ()]

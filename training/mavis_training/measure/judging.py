@@ -15,7 +15,7 @@ from mavis_logits.backbone import Backbone
 from ..base.files import read_json, write_json
 from ..base.kept import as_json, digest
 from ..base.likelihoods import log_likelihoods
-from ..rewards.load import Reward, RewardSpec, compute_rewards, reward_digest
+from ..rewards.load import Reward, RewardSpec, compute_rewards, reward_digest, shared_columns
 from .completions import Completions
 
 
@@ -82,8 +82,7 @@ def judge(
     sources = {name: {"of": spec, "digest": reward_digest(spec)} for name, spec in rewards.items()}
     missing = [name for name in rewards if not _is_of(kept["rewards"].get(name, {}), sources[name])]
     rows = [row for row in rows for _ in range(done.returned)]
-    shared = set(rows[0]).intersection(*rows) - {"prompt"}
-    columns = {name: [row[name] for row in rows] for name in sorted(shared)}
+    columns = shared_columns(rows)
     for name in missing:
         values = compute_rewards(load(rewards[name]), [row["prompt"] for row in rows], done.texts, columns, name)
         kept["rewards"][name] = sources[name] | {"values": values}

@@ -10,7 +10,7 @@ import importlib.util
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
@@ -117,6 +117,12 @@ def packaged_folder(model_id: str) -> str:
     package, folder = PACKAGED_MODELS.get(model_id, ("", ""))
     found = importlib.util.find_spec(package) if package else None
     return str(Path(found.origin).parent / folder) if found and found.origin else model_id
+
+
+def shared_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The columns that all prompt rows have, beside `prompt` itself, as reward functions take them."""
+    shared = set(rows[0]).intersection(*rows) - {"prompt"}
+    return {name: [row[name] for row in rows] for name in sorted(shared)}
 
 
 def reward_digest(spec: RewardSpec) -> str | None:

@@ -47,10 +47,7 @@ def contrast(model: PreTrainedModel, trees: Sequence[LabelledTree], objective: i
         layout = pack(item.tree)
         states = tree_states(model, layout, layer).float()
         for leaf, reward in zip(item.tree.leaves(), rewards, strict=True):
-            path = [int(leaf)]
-            while item.tree.parent[path[-1]] >= 0:
-                path.append(int(item.tree.parent[path[-1]]))
-            own = states[torch.from_numpy(np.isin(layout.node, path))]
+            own = states[torch.from_numpy(np.isin(layout.node, item.tree.path(int(leaf))))]
             side = int(reward > rewards.mean())
             sums[side] += own.mean(dim=0)
             counts[side] += 1

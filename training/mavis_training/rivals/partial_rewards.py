@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
-from ..rewards.load import Reward, compute_rewards
+from ..rewards.load import Reward, compute_rewards, shared_columns
 
 
 class PartialRewards(LogitsProcessor):
@@ -48,9 +48,8 @@ class PartialRewards(LogitsProcessor):
                 texts.append(self.tokenizer.decode([*written, token], skip_special_tokens=True))
                 rows.append(self.prompts[row])
         tilt = torch.zeros_like(top.values)
+        columns = shared_columns(rows) if live else {}
         for spec, reward in self.rewards.items() if live else ():
-            shared = set(rows[0]).intersection(*rows) - {"prompt"}
-            columns = {name: [row[name] for row in rows] for name in sorted(shared)}
             values = compute_rewards(reward, [row["prompt"] for row in rows], texts, columns, spec)
             own = torch.tensor(values, dtype=tilt.dtype, device=tilt.device).view(len(live), -1)
             tilt[live] += self.strengths[spec] * own

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from ..trees.data import LabelledTree, load_trees, reward_units, split_by_prompt
 from ..trees.targets import stable_hash
-from ..trees.tree import Tree
 
 
 def chosen_trees(
@@ -36,15 +35,6 @@ def combined(item: LabelledTree, weights: Mapping[str, float], deviations: Mappi
     return np.asarray(item.rewards @ np.array([weights[name] / deviations[name] for name in weights]))
 
 
-def answer(tree: Tree, leaf: int) -> list[int]:
-    """Token ids of the completion that ends in a leaf."""
-    nodes = [leaf]
-    while tree.parent[nodes[-1]] >= 0:
-        nodes.append(int(tree.parent[nodes[-1]]))
-    spans = [tree.tokens[tree.start[node] : tree.start[node] + tree.length[node]] for node in reversed(nodes)]
-    return [int(token) for token in np.concatenate(spans)]
-
-
 def preference_pairs(
     trees: Sequence[LabelledTree], weights: Mapping[str, float], deviations: Mapping[str, float], count: int
 ) -> list[dict[str, list[int]]]:
@@ -61,8 +51,8 @@ def preference_pairs(
             worse, better = order[i], order[-1 - i]
             if rewards[better] > rewards[worse]:
                 ends = {"chosen_ids": int(leaves[better]), "rejected_ids": int(leaves[worse])}
-                own = {name: answer(item.tree, leaf) for name, leaf in ends.items()}
-                found.append({"prompt_ids": [int(token) for token in item.tree.prompt_tokens]} | own)
+                own = {name: item.tree.completion(leaf).tolist() for name, leaf in ends.items()}
+                found.append({"prompt_ids": item.tree.prompt_tokens.tolist()} | own)
     if not found:
         raise ValueError(
             f"no tree has answers of different rewards for {', '.join(weights)}: there is nothing to prefer"
@@ -77,7 +67,7 @@ def best_answers(
     found = []
     for item in trees:
         best = int(item.tree.leaves()[int(combined(item, weights, deviations).argmax())])
-        prompt, own = [int(token) for token in item.tree.prompt_tokens], answer(item.tree, best)
+        prompt, own = item.tree.prompt_tokens.tolist(), item.tree.completion(best).tolist()
         found.append({"input_ids": prompt + own, "completion_mask": [0] * len(prompt) + [1] * len(own)})
     return found
 

@@ -14,10 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTTrainer
 from trl import SFTConfig as TrlSftConfig
 
-from mavis_logits.backbone import Backbone
-from mavis_logits.backbone.fingerprint import Identity, parameters_fingerprint, tokenizer_fingerprint
+from mavis_logits.backbone.fingerprint import parameters_fingerprint, tokenizer_fingerprint
 from mavis_logits.models import load_chat_model
-from mavis_logits.values.value_policy import SETTINGS, ValuePolicyConfig
+from mavis_logits.values.value_policy import ValuePolicyConfig
 
 from ..base.files import read_json, write_json
 from ..base.kept import as_json, digest
@@ -74,12 +73,17 @@ def tune(
     if record.is_finished(True, config.fresh):
         return cast(dict[str, Any], read_json(output / RESULT))
     started = time.process_time()
-    identity = Identity(model)  # before an adapter is on it
     if config.method == "direction":
         one = [combined_item(item, config.weights, deviations) for item in trees]
         save_direction(output, contrast(model, one, 0, config.layer), config.layer, model.config.name_or_path)
         result: dict[str, Any] = {"steps": 0}
     else:
+        # What makes the adapter a value function; asked of the model before an adapter is on it.
+        value_policy = ValuePolicyConfig.of(
+            model, "+".join(name for name, weight in config.weights.items() if weight), eta=config.eta or None,
+            recipe=as_json({name: value for name, value in asdict(config).items() if name not in _SHAPELESS}),
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        )  # fmt: skip
         trainer = _offline(config, model, tokenizer, trees, deviations)
         sampled = [0]
         if config.method in ONLINE:
@@ -87,7 +91,7 @@ def tune(
         trainer.train()
         tuned = trainer.accelerator.unwrap_model(trainer.model)
         tuned.eval().save_pretrained(output)
-        _as_value_function(config, model, tokenizer, identity).save_pretrained(output)
+        value_policy.save_pretrained(output)
         result = {"steps": trainer.state.global_step, "log": trainer.state.log_history[-3:]}
         tokens = sampled[0] if config.method in ONLINE else tokens
         clear_checkpoints(output)
@@ -98,19 +102,6 @@ def tune(
     write_json(output / RESULT, result)
     record.write(finished=True)
     return result
-
-
-def _as_value_function(
-    config: TuneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, identity: Identity
-) -> ValuePolicyConfig:
-    """What makes the adapter a value function (`values.value_policy`): beta 1 is the tuned model itself."""
-    recipe = {name: value for name, value in asdict(config).items() if name not in _SHAPELESS}
-    return ValuePolicyConfig(
-        objectives=["+".join(name for name, weight in config.weights.items() if weight)],
-        vocab_size=Backbone.of(model).vocabulary, eta=config.eta or None, recipe=as_json(recipe),
-        base_model=model.config.name_or_path or None, tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-        settings=dict(SETTINGS), backbone_fingerprint=identity.fingerprint, backbone_sketch=identity.sketch,
-    )  # fmt: skip
 
 
 class _Tokenized(DPOTrainer):
