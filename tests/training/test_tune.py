@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 
 from chat_model import chat_model
 from mavis_training.collect import collect
@@ -20,7 +22,7 @@ from mavis_training.sampling.config import CollectConfig
 from mavis_training.trees.data import load_trees
 from mavis_training.tuning.config import TuneConfig
 from mavis_training.tuning.examples import best_answers, chosen_trees, preference_pairs
-from mavis_training.tuning.paths import answer_ratios, path_loss
+from mavis_training.tuning.paths import PathTrainer, answer_ratios, path_loss
 from mavis_training.tuning.run import tune
 
 REWARDS = """
@@ -89,6 +91,60 @@ def test_a_tuned_policy_has_more_of_the_reward(place, tmp_path, method, changes)
     assert tuned > ones({"temperature": 1.0}) + 0.3
 
 
+def test_paths_are_measured_on_held_out_trees_and_learned_above_the_first_layer(place, tmp_path) -> None:
+    """Against the sums of log-ratios along whole answers, which are computed otherwise."""
+    lora = LoraSettings(rank=4, alpha=8, dropout=0.0, first_layer=1)
+    given = config(place, "paths", tmp_path, learning_rate=2e-2, epochs=8, batch_size=4, lora=lora, trees=40)
+    tune(given)
+    names = load_file(tmp_path / "adapter_model.safetensors")
+    assert names
+    assert not any(".layers.0." in name for name in names)
+    assert not (tmp_path / "README.md").exists()
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    held_out = chosen_trees(given.store, given.weights, 40, 0).held_out
+    assert metrics["training_trees"] == 40
+    assert metrics["trees"] == len(held_out)
+    tuned = PeftModel.from_pretrained(chat_model()[0], tmp_path)
+    deviation = json.loads((tmp_path / "tuned.json").read_text())["deviations"]["ones"]
+    said, rewards = [], []
+    for item in held_out:
+        with torch.no_grad():
+            ratios = given.eta * answer_ratios(tuned, item.tree).double().numpy()
+        share = leaf_shares(item.tree)
+        own = item.rewards[:, 0] / deviation
+        said += list(ratios - share @ ratios)
+        rewards += list(own - share @ own)
+    found = metrics["ones"]["by_fraction"]["1.0"]
+    assert found["correlation"] == pytest.approx(np.corrcoef(said, rewards)[0, 1], abs=5e-3)
+    assert found["correlation"] > 0.2
+    assert metrics["ones"]["ranking"]["accuracy"] > 0.5
+
+
+def test_an_interrupted_tuning_goes_on_to_the_same_adapter(place, tmp_path, monkeypatch) -> None:
+    def given(name: str) -> TuneConfig:
+        return config(place, "paths", tmp_path / name, learning_rate=1e-2, batch_size=1, trees=40, epochs=1)
+
+    tune(given("whole"))
+    calls, loss = [], PathTrainer.compute_loss
+
+    def interrupted(self, *rest, **named):
+        calls.append(1)
+        if len(calls) > 30:
+            raise KeyboardInterrupt
+        return loss(self, *rest, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PathTrainer, "compute_loss", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tune(given("cut"))
+    with pytest.raises(ValueError, match="another training"):
+        tune(config(place, "paths", tmp_path / "cut", learning_rate=1e-3, batch_size=1, trees=40))
+    tune(given("cut"))
+    one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor)
+
+
 def test_grpo_runs_and_counts_its_tokens(place, tmp_path) -> None:
     result = tune(config(place, "grpo", tmp_path / "out"))
     assert 2 * 8 <= result["rollout_tokens"] <= 2 * 8 * 8
@@ -102,7 +158,7 @@ def test_a_direction_is_the_difference_of_the_two_sides(place, tmp_path) -> None
     assert layer == 1
     model, _ = chat_model()
     sides = {True: [], False: []}
-    for item in chosen_trees(str(place / "trees"), {"ones": 1.0}, None, 0)[0]:
+    for item in chosen_trees(str(place / "trees"), {"ones": 1.0}, None, 0).training:
         rewards = item.rewards[:, 0]
         if rewards.std() == 0:
             continue
@@ -116,7 +172,9 @@ def test_a_direction_is_the_difference_of_the_two_sides(place, tmp_path) -> None
 
 
 def test_pairs_and_best_answers_are_those_of_the_rewards(place) -> None:
-    trees, deviations, tokens = chosen_trees(str(place / "trees"), {"ones": 1.0}, 20, 0)
+    trees, held_out, deviations, tokens, _ = chosen_trees(str(place / "trees"), {"ones": 1.0}, 20, 0)
+    assert held_out
+    assert not {item.tree.prompt_id for item in trees} & {item.tree.prompt_id for item in held_out}
     assert len(trees) == 20
     assert tokens == sum(len(item.tree.tokens) for item in trees)
     by_prompt = {tuple(item.tree.prompt_tokens.tolist()): item for item in trees}

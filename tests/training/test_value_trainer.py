@@ -34,7 +34,9 @@ def make_trainer(tmp_path, tokens_per_batch=None, rank=0, **changes):
         "device": "cpu", "lora": LoraSettings(rank, dropout=0.0), "epochs": 1, "drop_leaves": 0.5,
     } | changes  # fmt: skip
     config = TrainModelConfig("store", ["a", "b"], str(tmp_path / "out"), **settings)
-    model = ValueModel.from_backbone(tiny_llama(), ["a", "b"], lora=lora_config(config.lora), reward_scale=[0.7, 1.9])
+    backbone = tiny_llama()
+    lora = lora_config(config.lora, backbone)
+    model = ValueModel.from_backbone(backbone, ["a", "b"], lora=lora, reward_scale=[0.7, 1.9])
     torch.manual_seed(3)
     torch.nn.init.normal_(model.head.weight)
     kept = [kept_nodes(item.tree, config.drop_leaves, 0) for item in TREES]

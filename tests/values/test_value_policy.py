@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from chat_model import chat_model
-from mavis_logits import MavisLogitsProcessor, MavisSampling, ValuePolicy, ValuePolicyConfig
+from hub_server import HubServer
+from mavis_logits import MavisConfig, MavisLogitsProcessor, MavisSampling, ValuePolicy, ValuePolicyConfig
 from mavis_logits.core.chat import chat_inputs
+from mavis_logits.hub.make_bundle import make_bundle
+from mavis_logits.hub.publish import push_folder
 from mavis_logits.testing import recompute_all
 from mavis_logits.values.value_head import ValueHead
 from tiny_models import tiny_llama
@@ -158,3 +164,48 @@ def test_what_does_not_fit_is_refused(place, tmp_path) -> None:
     policy = ValuePolicy.from_pretrained(place / "a", model)
     with pytest.raises(ValueError, match="has scores for"):
         policy.bind(tiny_llama(vocab_size=2 * model.config.vocab_size))
+
+
+# ---- on the Hub ----
+
+
+def test_a_policy_comes_back_from_the_hub_alone_and_in_a_bundle(place, hub: HubServer, tmp_path: Path) -> None:
+    shutil.copytree(place / "a", tmp_path / "a", ignore=shutil.ignore_patterns("README.md"))  # PEFT's says nothing
+    push_folder(tmp_path / "a", "org/policy")
+    assert set(hub.files("org/policy")) >= {"config.json", "adapter_config.json", "adapter_model.safetensors"}
+    card = ModelCard(hub.files("org/policy")["README.md"].decode())
+    assert {"mavis", "value-policy"} <= set(card.data.tags or [])
+    assert "It is an adapter that was tuned for one objective" in card.text
+    assert "Not measured" in card.text
+    model, tokenizer = chat_model()
+    head = ValueHead.for_model(model, ["h"], width=8)
+    torch.nn.init.normal_(head.out.weight)
+    head.save_pretrained(tmp_path / "head")
+    make_bundle(tmp_path / "both", [str(tmp_path / "a"), str(tmp_path / "head")], MavisConfig(beta=2.0, top_k=12))
+    push_folder(tmp_path / "both", "org/both")
+
+    def written(functions, **weights) -> list[int]:
+        mavis = (
+            MavisLogitsProcessor.from_pretrained(functions, weights, model=model, tokenizer=tokenizer, beta=2.0)
+            if isinstance(functions, str)
+            else MavisLogitsProcessor(functions, weights, model=model, tokenizer=tokenizer, beta=2.0)
+        )
+        batch = chat_inputs(tokenizer, ["w3 w4"])
+        return model.generate(**batch, logits_processor=[mavis], max_new_tokens=12)[0].tolist()
+
+    own = ValuePolicy.from_pretrained(place / "a", model)
+    assert written("org/policy", a=1.0) == written({"a": own}, a=1.0)
+    assert written("org/both", a=0.5, h=0.5) == written({"a": own, "h": head}, a=0.5, h=0.5)
+
+
+def test_a_policy_on_a_folder_or_without_its_adapter_is_not_published(place, hub: HubServer, tmp_path: Path) -> None:
+    shutil.copytree(place / "a", tmp_path / "local")
+    config = json.loads((tmp_path / "local" / "config.json").read_text())
+    (tmp_path / "local" / "config.json").write_text(json.dumps(config | {"base_model": str(tmp_path)}))
+    with pytest.raises(ValueError, match="a folder that nobody else has"):
+        push_folder(tmp_path / "local", "org/policy")
+    (tmp_path / "local" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "local" / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="adapter_model"):
+        push_folder(tmp_path / "local", "org/policy")
+    assert not hub.repositories

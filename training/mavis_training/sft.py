@@ -121,7 +121,7 @@ def sft(
         train_dataset=Dataset.from_list(training),
         eval_dataset=Dataset.from_list(validation),
         processing_class=tokenizer,
-        peft_config=lora_config(config.lora),
+        peft_config=lora_config(config.lora, model),
         callbacks=_callbacks(config),
     )
     record = Record(config.output, origin | {"processes": trainer.args.world_size})

@@ -166,7 +166,8 @@ def starting_model(
         backbone = load_chat_model(config.backbone, dtype)[0]
     if config.initial is None:
         assert backbone is not None
-        model = ValueModel.from_backbone(backbone, config.objectives, config.num_layers, lora_config(config.lora))
+        lora = lora_config(config.lora, backbone)
+        model = ValueModel.from_backbone(backbone, config.objectives, config.num_layers, lora)
     else:
         # With rank 0 an adapter is folded into the weights, which are then all trained.
         model = ValueModel.from_pretrained(

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a value function needs of a base model. A value model reads its tokens; a value head, its states too.
+    """What a value function needs of a base model.
+
+    A value model reads its tokens; a value head, its states too; a tuned policy is an adapter on its layers.
 
     Attributes:
         objectives: that it predicts.
@@ -29,6 +31,7 @@ class Needs:
         embedding: width of the output embedding, for a value head.
         width: of the states that a value head reads.
         layer: after which layer; None for what enters the output embedding.
+        adapts: whether it is an adapter on the base model itself.
     """
 
     objectives: list[str]
@@ -40,6 +43,7 @@ class Needs:
     embedding: int | None = None
     width: int | None = None
     layer: int | None = None
+    adapts: bool = False
 
     @classmethod
     def of(cls, config: Any) -> Needs:
@@ -59,9 +63,12 @@ class Needs:
                 width=get("hidden_size"),
                 layer=get("layer"),
             )
+        known = {"fingerprint": get("backbone_fingerprint"), "sketch": get("backbone_sketch")}
+        if get("model_type") == "mavis_value_policy":
+            return replace(shared, vocabulary=get("vocab_size"), adapts=True, **known)
         backbone: Any = get("backbone_config") or {}
         rows = backbone.get("vocab_size") if isinstance(backbone, Mapping) else getattr(backbone, "vocab_size", None)
-        return replace(shared, fingerprint=get("backbone_fingerprint"), sketch=get("backbone_sketch"), vocabulary=rows)
+        return replace(shared, vocabulary=rows, **known)
 
     @property
     def reads_states(self) -> bool:
@@ -137,7 +144,7 @@ class Needs:
         if self.vocabulary is not None:
             words["vocabulary"] = f"{self.vocabulary} tokens" + ("" if self.reads_states else " at most")
         if not self.reads_states:
-            words["weights"] = "any: it reads tokens only"
+            words["weights"] = self._weights() if self.adapts else "any: it reads tokens only"
             return words
         place = "what enters the output embedding" if self.layer is None else f"the state after layer {self.layer}"
         words["hidden state"] = f"{place}, of width {self.width}"

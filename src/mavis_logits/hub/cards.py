@@ -22,7 +22,7 @@ from .files import read_json
 
 CARD, CARD_DETAILS, METRICS = "README.md", "card.json", "metrics.json"
 PLOTS = ("foresight.png", "steering.png")
-KINDS = {"mavis_value": "value model", "mavis_value_head": "value head"}
+KINDS = {"mavis_value": "value model", "mavis_value_head": "value head", "mavis_value_policy": "value policy"}
 _TEMPLATES = Path(__file__).parent
 
 
@@ -136,6 +136,7 @@ def render_card(
         name=name,
         id=name.partition(":")[0],
         kind=kind,
+        is_policy=kind == "value policy",
         objectives=objectives,
         settings={key: value for key, value in (config.get("settings") or {}).items() if key != "temperature"},
         temperature=(config.get("settings") or {}).get("temperature"),

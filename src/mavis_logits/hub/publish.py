@@ -216,19 +216,22 @@ def _checked_weights(folder: Path) -> set[str]:
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"{folder} holds no value function (no config.json) and no bundle (no {BUNDLE_FILE}): save_pretrained of a "
-            "ValueModel or ValueHead writes the one, mavis bundle the other"
+            "ValueModel or ValueHead, or mavis tune, writes the one, mavis bundle the other"
         )
     config = read_json(folder / "config.json")
-    kind, backbone, index = config.get("model_type"), config.get("backbone"), folder / f"{WEIGHTS}.index.json"
+    kind, index = config.get("model_type"), folder / f"{WEIGHTS}.index.json"
+    is_policy = kind == "mavis_value_policy"  # which is an adapter and no more
+    place = "base_model" if is_policy else "backbone"  # of the Hub id of the model that an adapter lies on
+    backbone = config.get(place)
     if kind not in KINDS:
         raise ValueError(f"{folder} holds a model of type {kind!r}, expected a value function ({' or '.join(KINDS)})")
-    if (folder / ADAPTER_CONFIG).is_file():
+    if is_policy or (folder / ADAPTER_CONFIG).is_file():
         if backbone is not None and (Path(backbone).is_dir() or Path(backbone).is_absolute()):
             raise ValueError(
                 f"{folder} is an adapter on layers of {backbone}, a folder that nobody else has: publish that model, "
-                "too, and write its Hub id into config.json as backbone"
+                f"too, and write its Hub id into config.json as {place}"
             )
-        wanted = {ADAPTER_WEIGHTS, HEAD_WEIGHTS}
+        wanted = {ADAPTER_WEIGHTS} if is_policy else {ADAPTER_WEIGHTS, HEAD_WEIGHTS}
     elif index.is_file():
         wanted = set(read_json(index).get("weight_map", {}).values())
     else:

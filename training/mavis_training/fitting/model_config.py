@@ -8,7 +8,9 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from peft import LoraConfig
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
+
+from mavis_logits.backbone import Backbone
 
 from ..trees.targets import Penalty
 from .settings import LoraSettings, ValueTrainerSettings
@@ -83,15 +85,27 @@ class TrainModelConfig(ValueTrainerSettings):
         check_trainer_arguments(self.trainer)
 
 
-def lora_config(settings: LoraSettings) -> LoraConfig | None:
-    """PEFT's form of the settings; None to train all weights."""
+def lora_config(settings: LoraSettings, model: PreTrainedModel) -> LoraConfig | None:
+    """PEFT's form of the settings, for `model`; None to train all weights.
+
+    Raises:
+        ValueError: the model has no such first layer.
+    """
     if settings.rank == 0:
         return None
+    below = None
+    if settings.first_layer:
+        layers = Backbone.of(model).layers
+        if not 0 < settings.first_layer < len(layers):
+            raise ValueError(f"lora.first_layer must be from 0 to {len(layers) - 1}, got {settings.first_layer}.")
+        place = next(name for name, module in model.named_modules() if module is layers).rpartition(".")[2]
+        below = rf"(.*\.)?{place}\.({'|'.join(map(str, range(settings.first_layer)))})\..*"
     return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=settings.target_modules,
+        exclude_modules=below,
     )
 
 

@@ -17,12 +17,15 @@ class LoraSettings:
         alpha: scale, in multiples of 1 / rank.
         dropout: on what enters the adapter.
         target_modules: names of linear layers, or "all-linear".
+        first_layer: adapt this layer of the model (from 0) and those above it; the layers below are not learned, which
+            spares their share of the backward pass.
     """
 
     rank: int = 128
     alpha: int = 256
     dropout: float = 0.2
     target_modules: str | list[str] = "all-linear"
+    first_layer: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

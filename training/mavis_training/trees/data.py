@@ -224,14 +224,17 @@ def recipe_of(config: dict[str, Any], stores: Sequence[TreeStore]) -> dict[str, 
 
     Args:
         config: settings as a dictionary. A folder in it becomes its name; that of the backbone, the base model's name.
-        stores: where the trees came from. "data" is the last one's, the newest policy's; "earlier_data" the others'.
+        stores: where the trees came from, if from any. "data" is the last one's, the newest policy's; "earlier_data"
+            the others'.
     """
     settings = {name: value for name, value in config.items() if name not in _PLACES}
     for name in ("backbone", "model"):
-        if name in settings and Path(str(settings[name])).is_dir():
+        if stores and name in settings and Path(str(settings[name])).is_dir():
             settings[name] = stores[-1].metadata.model
     data = [{"model": m.model, "sampling": m.sampling, "policy": m.policy} for m in (s.metadata for s in stores)]
-    recipe = {**_without_folders(settings), "data": data[-1]}
+    recipe: dict[str, Any] = _without_folders(settings)
+    if data:
+        recipe["data"] = data[-1]
     if data[:-1]:
         recipe["earlier_data"] = data[:-1]
     return recipe | {"versions": {name: version(name) for name in ("torch", "transformers", "peft")}}

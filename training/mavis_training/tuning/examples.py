@@ -3,31 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..trees.data import LabelledTree, load_trees, reward_units, split_by_prompt
 from ..trees.targets import stable_hash
+from ..trees.tree_store import TreeStore
+
+
+class ChosenTrees(NamedTuple):
+    """Trees to tune on.
+
+    Attributes:
+        training: these.
+        held_out: those that value functions are not trained on either.
+        deviations: of the rewards, by objective.
+        tokens: that were sampled for those to train on.
+        stores: where they lie.
+    """
+
+    training: list[LabelledTree]
+    held_out: list[LabelledTree]
+    deviations: dict[str, float]
+    tokens: int
+    stores: list[TreeStore]
 
 
 def chosen_trees(
     store: str | list[str], weights: Mapping[str, float], most: int | None, seed: int, held_out: float = 0.1
-) -> tuple[list[LabelledTree], dict[str, float], int]:
-    """Trees of a store, the rewards' standard deviations by objective, and the tokens sampled for these trees.
-
-    The `held_out` share of the prompts is left out, the same that value functions are not trained on.
+) -> ChosenTrees:
+    """Up to `most` trees of a store to tune on, and those of the `held_out` share of the prompts.
 
     Raises:
         ValueError: as `load_trees`.
         OSError: no store there.
     """
-    _, trees = load_trees(store, list(weights), 0.0)
-    training, _ = split_by_prompt(trees, held_out)
-    kept = sorted(training, key=lambda item: stable_hash(f"{seed}/{item.tree.prompt_id}"))[:most]
+    stores, trees = load_trees(store, list(weights), 0.0)
+    training, rest = (
+        sorted(part, key=lambda item: stable_hash(f"{seed}/{item.tree.prompt_id}"))
+        for part in split_by_prompt(trees, held_out)
+    )
+    kept = training[:most]
     deviations = dict(zip(weights, map(float, reward_units(kept)[1]), strict=True))
-    return kept, deviations, sum(len(item.tree.tokens) for item in kept)
+    return ChosenTrees(kept, rest, deviations, sum(len(item.tree.tokens) for item in kept), stores)
 
 
 def combined(item: LabelledTree, weights: Mapping[str, float], deviations: Mapping[str, float]) -> NDArray[np.float64]:
@@ -74,4 +94,5 @@ def best_answers(
 
 def combined_item(item: LabelledTree, weights: Mapping[str, float], deviations: Mapping[str, float]) -> LabelledTree:
     """A tree whose one reward is the weighted one."""
-    return LabelledTree(item.tree, combined(item, weights, deviations)[:, None], item.targets)
+    shares = np.array([weights[name] / deviations[name] for name in weights])
+    return LabelledTree(item.tree, combined(item, weights, deviations)[:, None], (item.targets @ shares)[:, None])

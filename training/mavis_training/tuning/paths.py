@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from mavis_logits.backbone import Backbone
 
 from ..fitting.efficiency import leaf_shares
+from ..fitting.metrics import Prediction, validation_metrics
 from ..trees.data import LabelledTree
 from ..trees.packing import pack, packed_inputs
 from ..trees.tree import Tree
@@ -68,18 +70,56 @@ def answer_ratios(model: PreTrainedModel, tree: Tree) -> Tensor:
         model: pi; with adapters or without.
         tree: of the reference.
     """
+    layout, said = pack(tree), token_likelihoods(model, tree)
+    node = torch.from_numpy(layout.node[layout.new]).to(said.device)
+    own = said.new_zeros(len(tree)).index_add(0, node, said)
+    own = own - torch.from_numpy(np.asarray(tree.logp_ref)).to(own)
+    on_path = torch.from_numpy(layout.ancestry[tree.leaves()][:, :-1]).to(own)
+    return on_path @ own
+
+
+def token_likelihoods(model: PreTrainedModel, tree: Tree) -> Tensor:
+    """log pi of every new token of a tree of N, [N] in packed order, at temperature 1."""
     layout, backbone = pack(tree), Backbone.of(model)
     inputs = packed_inputs([layout], backbone.windows, backbone.decoder.dtype)
     moved = {name: value.to(backbone.output_embedding.device) for name, value in inputs.items()}
     every = backbone.logits(**moved, use_cache=False, every=True)[0]
     logits = every[torch.from_numpy(layout.previous).to(every.device)].float()
     taken = torch.from_numpy(layout.input_ids[layout.new]).to(logits.device)
-    said = logits.gather(1, taken[:, None])[:, 0] - logits.logsumexp(dim=1)
-    node = torch.from_numpy(layout.node[layout.new]).to(logits.device)
-    own = said.new_zeros(len(tree)).index_add(0, node, said)
-    own = own - torch.from_numpy(np.asarray(tree.logp_ref)).to(own)
-    on_path = torch.from_numpy(layout.ancestry[tree.leaves()][:, :-1]).to(own)
-    return on_path @ own
+    return logits.gather(1, taken[:, None])[:, 0] - logits.logsumexp(dim=1)
+
+
+@torch.inference_mode()
+def policy_metrics(model: PeftModel, trees: Sequence[LabelledTree], objective: str, eta: float) -> dict[str, Any]:
+    """What a tuned policy foresees of held-out trees: `validation_metrics` of eta log pi / pi_ref up to every token.
+
+    A policy knows answers from each other, not prompts: rewards and what is said of them are both taken less their mean
+    over the answers to a prompt, so that R2 is the share of the variance *within* prompts.
+
+    Args:
+        model: an adapter on the reference.
+        trees: of the reference, with the one reward in standard deviations.
+        objective: its name.
+        eta: of equation 1, that it was tuned with.
+    """
+    predictions = []
+    for item in trees:
+        tree = item.tree
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
+            said = token_likelihoods(model, tree)  # type: ignore[arg-type]
+            with model.disable_adapter():
+                said = said - token_likelihoods(model, tree)  # type: ignore[arg-type]
+        own = eta * said.double().cpu().numpy()
+        starts, ends = tree.offsets(), tree.offsets() + tree.length
+        along = np.zeros(len(own))
+        for node, parent in enumerate(tree.parent):  # parents come first
+            before = along[ends[parent] - 1] if parent >= 0 else 0.0
+            along[starts[node] : ends[node]] = before + np.cumsum(own[starts[node] : ends[node]])
+        leaves, share = tree.leaves(), leaf_shares(tree)
+        level, mean = share @ along[ends[leaves] - 1], share @ item.rewards
+        centred = LabelledTree(tree, item.rewards - mean, item.targets - mean)
+        predictions.append(Prediction(centred, (along - level)[:, None], None))
+    return validation_metrics(predictions, [objective])
 
 
 def path_loss(ratios: Tensor, rewards: Tensor, tree: Tree, eta: float) -> Tensor:

@@ -15,6 +15,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOO
 from trl import SFTConfig as TrlSftConfig
 
 from mavis_logits.backbone.fingerprint import parameters_fingerprint, tokenizer_fingerprint
+from mavis_logits.hub.cards import CARD, METRICS
 from mavis_logits.models import load_chat_model
 from mavis_logits.values.value_policy import ValuePolicyConfig
 
@@ -25,14 +26,16 @@ from ..base.record import Record, clear_checkpoints
 from ..base.settings import torch_dtype
 from ..fitting.model_config import lora_config
 from ..fitting.trainer_arguments import common_arguments
+from ..fitting.value_trainer import resume
 from ..rewards.load import Reward, compute_rewards, load_reward, reward_digest
 from ..rivals.directions import contrast, save_direction
-from ..trees.data import LabelledTree
+from ..trees.data import LabelledTree, recipe_of
 from .config import ONLINE, TuneConfig
-from .examples import best_answers, chosen_trees, combined_item, preference_pairs
-from .paths import PathTrainer, collate, tree_rows
+from .examples import ChosenTrees, best_answers, chosen_trees, combined_item, preference_pairs
+from .paths import PathTrainer, collate, policy_metrics, tree_rows
 
 RESULT = "tuned.json"
+_MEASURED = 128  # held-out trees, on which every policy is measured
 _SHAPELESS = ("output", "device", "fresh", "model", "store", "prompts")
 
 
@@ -41,8 +44,9 @@ def tune(
 ) -> dict[str, Any]:
     """Tune as `config` says; write the adapter or direction and `tuned.json`, and return what that holds.
 
-    `tuned.json` has the CPU seconds, the tokens that were sampled for it and the steps. What is finished is not done
-    again; of other settings or data it is refused.
+    `tuned.json` has the CPU seconds (of the last run, if interrupted), the tokens that were sampled for it and the
+    steps; `metrics.json` what it foresees of held-out trees. What is finished is not done again, and what was begun
+    goes on; of other settings or data it is refused.
 
     Args:
         config: what to tune for.
@@ -56,12 +60,10 @@ def tune(
     set_seed(config.seed)
     if model is None or tokenizer is None:
         model, tokenizer = load_chat_model(config.model, torch_dtype(config.dtype))
-    trees: list[LabelledTree] = []
-    deviations, tokens = dict.fromkeys(config.weights, 1.0), 0
+    chosen = ChosenTrees([], [], dict.fromkeys(config.weights, 1.0), 0, [])
     if config.store is not None:
-        trees, deviations, tokens = chosen_trees(
-            config.store, config.weights, config.trees, config.seed, config.validation_share
-        )
+        chosen = chosen_trees(config.store, config.weights, config.trees, config.seed, config.validation_share)
+    trees, deviations, tokens = chosen.training, chosen.deviations, chosen.tokens
     rows = [] if config.prompts is None else read_prompts(config.prompts)
     origin = {name: value for name, value in asdict(config).items() if name not in _SHAPELESS} | {
         "starting_weights": parameters_fingerprint(model),
@@ -79,21 +81,26 @@ def tune(
         result: dict[str, Any] = {"steps": 0}
     else:
         # What makes the adapter a value function; asked of the model before an adapter is on it.
+        objective = "+".join(name for name, weight in config.weights.items() if weight)
         value_policy = ValuePolicyConfig.of(
-            model, "+".join(name for name, weight in config.weights.items() if weight), eta=config.eta or None,
-            recipe=as_json({name: value for name, value in asdict(config).items() if name not in _SHAPELESS}),
+            model, objective, eta=config.eta or None,
+            recipe=as_json(recipe_of(asdict(config), chosen.stores)),
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         )  # fmt: skip
         trainer = _offline(config, model, tokenizer, trees, deviations)
         sampled = [0]
         if config.method in ONLINE:
             trainer = _online(config, model, tokenizer, rows, deviations, sampled)
-        trainer.train()
-        tuned = trainer.accelerator.unwrap_model(trainer.model)
-        tuned.eval().save_pretrained(output)
+        resume(trainer)
+        tuned = trainer.accelerator.unwrap_model(trainer.model).eval()
+        tuned.save_pretrained(output)
+        (output / CARD).unlink(missing_ok=True)  # PEFT's, with nothing in it: `mavis card` and `mavis push` write one
         value_policy.save_pretrained(output)
         result = {"steps": trainer.state.global_step, "log": trainer.state.log_history[-3:]}
         tokens = sampled[0] if config.method in ONLINE else tokens
+        if held_out := [combined_item(item, config.weights, deviations) for item in chosen.held_out[:_MEASURED]]:
+            metrics = policy_metrics(tuned, held_out, objective, config.eta)
+            write_json(output / METRICS, {"training_trees": len(trees)} | metrics)
         clear_checkpoints(output)
     result = {
         "method": config.method, "weights": dict(config.weights), "deviations": deviations,
@@ -113,7 +120,9 @@ class _Tokenized(DPOTrainer):
 
 def _arguments(config: TuneConfig) -> dict[str, Any]:
     return common_arguments(config) | {
-        "eval_strategy": "no", "save_strategy": "no", "report_to": "none", "disable_tqdm": False,
+        "eval_strategy": "no", "report_to": "none", "disable_tqdm": False,
+        # An interrupted tuning goes on; the tokens that an online one has sampled are counted in memory.
+        "save_strategy": "no" if config.method in ONLINE else "steps", "save_steps": 25, "save_total_limit": 1,
     }  # fmt: skip
 
 
@@ -125,7 +134,7 @@ def _offline(
     deviations: Mapping[str, float],
 ) -> Any:
     """A trainer on trees; None for what is not trained on them."""
-    shared = {"model": model, "processing_class": tokenizer, "peft_config": lora_config(config.lora)}
+    shared = {"model": model, "processing_class": tokenizer, "peft_config": lora_config(config.lora, model)}
     if config.method == "dpo":
         rows = preference_pairs(trees, config.weights, deviations, config.pairs)
         arguments = _arguments(config) | {"beta": config.eta, "max_length": None} | config.trl
@@ -136,7 +145,9 @@ def _offline(
         return SFTTrainer(args=TrlSftConfig(**arguments), train_dataset=Dataset.from_list(rows), **shared)
     if config.method == "paths":
         one = [combined_item(item, config.weights, deviations) for item in trees]
-        adapted = get_peft_model(model, lora_config(config.lora))
+        adapted = get_peft_model(model, lora_config(config.lora, model))
+        if model.device.type == "cpu":  # where fused attention under a mask is slow to differentiate
+            model.set_attn_implementation("eager")
         # A tree is as many sequences as it has answers: one at a time, and steps of `batch_size` trees.
         arguments = _arguments(config) | {
             "per_device_train_batch_size": 1, "gradient_accumulation_steps": config.batch_size,
@@ -179,7 +190,7 @@ def _online(
     kind, settings = (RLOOTrainer, RLOOConfig) if config.method == "rloo" else (GRPOTrainer, GRPOConfig)
     return kind(
         model=model, reward_funcs=functions, args=settings(**arguments), train_dataset=data,
-        processing_class=tokenizer, peft_config=lora_config(config.lora),
+        processing_class=tokenizer, peft_config=lora_config(config.lora, model),
     )  # fmt: skip
 
 
