@@ -13,7 +13,7 @@ import torch
 from mavis_logits.values.value_head import ValueHead
 from mavis_training.fitting.efficiency import baselines, leaf_shares, sample_actions
 from mavis_training.fitting.paths import along, fit_paths, ordered_right, paths_of, rule_loss, together
-from mavis_training.fitting.states import actions_path, compute_actions, read_actions, tree_states
+from mavis_training.fitting.states import compute_actions, read_actions, tree_states
 from mavis_training.train_head import TrainHeadConfig, train_head
 from mavis_training.trees.data import LabelledTree
 from mavis_training.trees.packing import pack
@@ -136,7 +136,7 @@ def test_actions_are_drawn_once_and_known_again(model, tmp_path):
     store = make_store(tmp_path / "trees", [random_tree(i) for i in range(6)], {"a": share_of_low})
     compute_actions(store, model, tmp_path / "states", 4, seed=0)
     first = read_actions(store, tmp_path / "states")
-    (path,) = [actions_path(tmp_path / "states", shard) for shard in store.shards()]
+    (path,) = (tmp_path / "states").glob("*.actions.safetensors")
     written = path.stat().st_mtime_ns
     compute_actions(store, model, tmp_path / "states", 4, seed=0)
     assert path.stat().st_mtime_ns == written

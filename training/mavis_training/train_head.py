@@ -17,6 +17,7 @@ from mavis_logits.backbone import Backbone
 from mavis_logits.backbone.fingerprint import Identity, parameters_fingerprint
 from mavis_logits.models import load_chat_model
 from mavis_logits.values.value_head import ValueHead
+from mavis_logits.values.value_policy import ValuePolicy
 
 from .base.files import write_json
 from .base.kept import model_origin
@@ -28,8 +29,17 @@ from .fitting.head_config import TrainHeadConfig as TrainHeadConfig
 from .fitting.head_fitting import bootstrapped, fit, gather, sample_loss, steps_of
 from .fitting.metrics import Prediction, validation_metrics
 from .fitting.paths import fit_paths, ordered_right, paths_of
+from .fitting.policies import fit_taught, gather_taught, head_ratios, mean_taught_loss, ratio_metrics
 from .fitting.soundness import fitting_warmup, require_finite
-from .fitting.states import compute_actions, compute_states, read_actions, read_states, tree_states
+from .fitting.states import (
+    compute_actions,
+    compute_states,
+    compute_taught,
+    read_actions,
+    read_states,
+    read_taught,
+    tree_states,
+)
 from .trees.data import (
     PAIRS,
     LabelledTree,
@@ -72,7 +82,10 @@ def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) ->
         model = load_chat_model(config.model, torch_dtype(config.dtype))[0]
     ranks = join(config.device)
     model.to(ranks.device).eval()  # type: ignore[arg-type]
-    head = starting_head(config, model, reward_units(training))
+    units = reward_units(training)
+    nats = np.zeros(len(config.objectives)), np.ones(len(config.objectives))  # what policies say is in nats
+    head = starting_head(config, model, nats if config.teachers else units)
+    teachers = {name: ValuePolicy.from_pretrained(config.teachers[name], model) for name in config.teachers}
     of_head = {name: getattr(head.config, name) for name in ("layer", "width", "num_layers")}
     recipe = recipe_of(asdict(config) | of_head, stores)
     head.config.recipe, head.config.iteration = recipe, config.iteration
@@ -91,6 +104,8 @@ def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) ->
         compute_states(store, model, folder, head.config.layer)
         if config.rule != "positions":
             compute_actions(store, model, folder, config.actions, config.seed)
+        if teachers:
+            compute_taught(store, model, {name: teachers[name] for name in config.objectives}, folder, config.tokens)
     if not ranks.is_main:  # the rest is minutes of work for one process: the others wait for its head
         ranks.wait()
         return ValueHead.from_pretrained(config.output)
@@ -98,11 +113,17 @@ def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) ->
     states = [tensor for own in by_store for tensor in own]
     sampled = [how for store, own in zip(stores, by_store, strict=True) for how in [_sampled(store)] * len(own)]
     of_tree = {id(item): tensor for item, tensor in zip(trees, states, strict=True)}  # prompts recur between stores
-    drawn_at = None
-    if config.rule != "positions":
-        actions = [drawn for store, folder in stored for drawn in read_actions(store, folder)]
-        drawn_at = {id(item): tensor for item, tensor in zip(trees, actions, strict=True)}
-    metrics = fit_head(head, training, validation, of_tree, config, drawn_at)
+    if teachers:
+        said = [own for store, folder in stored for own in read_taught(store, folder)]
+        said_of = {id(item): own for item, own in zip(trees, said, strict=True)}
+        etas = np.array([teachers[name].config.eta or 1.0 for name in config.objectives])
+        metrics = teach_head(head, training, validation, of_tree, said_of, etas / units[1], config)
+    else:
+        drawn_at = None
+        if config.rule != "positions":
+            actions = [drawn for store, folder in stored for drawn in read_actions(store, folder)]
+            drawn_at = {id(item): tensor for item, tensor in zip(trees, actions, strict=True)}
+        metrics = fit_head(head, training, validation, of_tree, config, drawn_at)
     of_reference = {id(item): how for item, how in zip(trees, sampled, strict=True)}
     for how in dict.fromkeys(sampled):  # of stores at several temperatures, each by itself
         own = [(item, of_tree[id(item)]) for item in validation if of_reference[id(item)] == how]
@@ -156,6 +177,39 @@ def fit_head(
     }  # fmt: skip
 
 
+def teach_head(
+    head: ValueHead,
+    training: Sequence[LabelledTree],
+    validation: Sequence[LabelledTree],
+    of_tree: Mapping[int, Tensor],
+    said_of: Mapping[int, Mapping[str, Tensor]],
+    etas: NDArray[np.float64],
+    config: TrainHeadConfig,
+) -> dict[str, Any]:
+    """Fit `head` to what policies make likelier in the training trees; its metrics on the others (`ratio_metrics`), the
+    warmup steps that were taken, and the share of the teachers' KL divergence from the reference that it explains.
+
+    Args:
+        head, training, validation, of_tree, config: as for `fit_head`.
+        said_of: `said_by_policies` of each tree, by its `id`.
+        etas: of the policies, for rewards in their own units, `[M]`.
+    """
+    to_train, held_out = (
+        gather_taught([(item.tree, of_tree[id(item)], said_of[id(item)]) for item in part])
+        for part in (training, validation)
+    )
+    history = fit_taught(head, to_train, held_out, config)
+    ratios = [etas * head_ratios(head, item.tree, of_tree[id(item)], said_of[id(item)]) for item in validation]
+    metrics = ratio_metrics(validation, ratios, config.objectives)
+    require_finite(metrics, "validation")
+    nothing = mean_taught_loss(None, held_out, config.batch_size)
+    return metrics | {
+        "training_trees": len(training), "validation_loss_by_epoch": history,
+        "explained": 1 - min(history) / nothing if nothing > 0 else 0.0,
+        "warmup_steps": fitting_warmup(config.warmup_steps, steps_of(config, to_train)),
+    }  # fmt: skip
+
+
 def fit_by_rule(
     head: ValueHead,
     training: Sequence[LabelledTree],
@@ -189,6 +243,10 @@ def training_origin(
     settings = settings_origin(asdict(config))
     if config.rule == "positions":  # later settings: heads that were trained without them are known again
         settings = {name: value for name, value in settings.items() if name not in ("rule", "anchor", "actions")}
+    if not config.teachers:
+        settings.pop("tokens")
+    else:
+        settings["teachers"] = {name: model_origin(source) for name, source in config.teachers.items()}
     return settings | {
         "base": Identity(model).fingerprint,
         "starting_weights": parameters_fingerprint(head),

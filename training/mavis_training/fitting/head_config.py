@@ -53,6 +53,10 @@ class TrainHeadConfig(FittingSettings):
             forward pass over the trees.
         anchor: weight of equation 6 beside such a rule.
         actions: tokens of the reference at each state, by which such a rule centres values.
+        teachers: by objective, a policy tuned for it (`mavis tune`), whose log pi / pi_ref a new head learns at every
+            state in place of rewards (`fitting.policies`), in nats: a pass of each policy over the trees. What they say
+            has no noise: little dropout and weight decay, no `bootstrap`.
+        tokens: at each state, that the teachers are asked about: the likeliest.
     """
 
     store: str | list[str]
@@ -78,6 +82,8 @@ class TrainHeadConfig(FittingSettings):
     rule: Rule = field(default="positions", kw_only=True)
     anchor: float = field(default=0.1, kw_only=True)
     actions: int = field(default=4, kw_only=True)
+    teachers: dict[str, str] = field(default_factory=dict, kw_only=True)
+    tokens: int = field(default=32, kw_only=True)
 
     def __post_init__(self) -> None:
         if not self.objectives:
@@ -91,6 +97,15 @@ class TrainHeadConfig(FittingSettings):
             raise ValueError(f"rule must be one of {', '.join(get_args(Rule))}, got {self.rule!r}.")
         if self.anchor < 0 or self.actions < 2:
             raise ValueError(f"anchor must be at least 0 and actions at least 2, got {self.anchor} and {self.actions}.")
+        if self.teachers and (sorted(self.teachers) != sorted(self.objectives) or self.rule != "positions"):
+            raise ValueError(
+                f"teachers must name a policy for each of the objectives {self.objectives} and none else, and take the "
+                f"place of a rule, got teachers for {sorted(self.teachers)} and rule {self.rule!r}."
+            )
+        if self.teachers and self.initial is not None:
+            raise ValueError("a head that teachers are to teach begins anew: leave initial out.")
+        if self.tokens < 2:
+            raise ValueError(f"tokens must be at least 2, got {self.tokens}.")
         if not 0 <= self.bootstrap <= 1:
             raise ValueError(f"bootstrap must be from 0 to 1, got {self.bootstrap}.")
         if self.states is not None and len(_listed(self.states)) != len(_listed(self.store)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -210,7 +210,7 @@ def minimise(
     return history
 
 
-def steps_of(config: TrainHeadConfig, training: Samples) -> int:
+def steps_of(config: TrainHeadConfig, training: Sized) -> int:
     """Optimizer steps of all epochs."""
     return config.epochs * -(-len(training) // config.batch_size)
 

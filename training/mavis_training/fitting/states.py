@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from mavis_logits.backbone import Backbone
-from mavis_logits.backbone.fingerprint import Identity
+from mavis_logits.backbone.fingerprint import Identity, parameters_fingerprint
+from mavis_logits.values.value_policy import ValuePolicy
 
 from ..base.files import open_safetensors, replace_when_whole
 from ..base.ranks import join
@@ -27,6 +29,7 @@ from ..trees.targets import stable_hash
 from ..trees.tree import Tree
 from ..trees.tree_store import Shard, TreeStore
 from .efficiency import sample_actions
+from .policies import said_by_policies
 
 
 def compute_states(store: TreeStore, model: PreTrainedModel, folder: str | Path, layer: int | None = None) -> None:
@@ -45,7 +48,9 @@ def compute_states(store: TreeStore, model: PreTrainedModel, folder: str | Path,
         ValueError: the model is not the one they were sampled from, or the folder holds states of another model, of
             another layer or of other trees.
     """
-    _write_missing(store, model, folder, _States(layer), lambda tree: tree_states(model, pack(tree), layer))
+    _write_missing(
+        store, model, folder, _Kept("states", layer), lambda tree: {"": tree_states(model, pack(tree), layer)}
+    )
 
 
 def compute_actions(store: TreeStore, model: PreTrainedModel, folder: str | Path, count: int, seed: int) -> None:
@@ -67,34 +72,61 @@ def compute_actions(store: TreeStore, model: PreTrainedModel, folder: str | Path
     embedding = Backbone.of(model).output_embedding
     how = {name: float(store.metadata.sampling.get(name, 1.0)) for name in ("temperature", "top_p")}
 
-    def draw(tree: Tree) -> Tensor:
+    def draw(tree: Tree) -> dict[str, Tensor]:
         generator = torch.Generator(embedding.device).manual_seed(stable_hash(f"{seed}/{tree.prompt_id}"))
-        return sample_actions(embedding, tree_states(model, pack(tree)), count, generator, **how)
+        return {"": sample_actions(embedding, tree_states(model, pack(tree)), count, generator, **how)}
 
-    _write_missing(store, model, folder, _States(None, actions=count), draw)
+    _write_missing(store, model, folder, _Kept("actions", None, {"actions": str(count)}), draw)
+
+
+def compute_taught(
+    store: TreeStore, model: PreTrainedModel, policies: Mapping[str, ValuePolicy], folder: str | Path, count: int
+) -> None:
+    """What tuned policies make likelier at every state of every tree, for a head to learn (`fitting.policies`).
+
+    A forward pass of each policy over all trees, written and shared as `compute_states` does.
+
+    Args:
+        store: the trees; they need no rewards.
+        model: the base model, on this process's device.
+        policies: by objective, on `model`.
+        folder: for the files.
+        count: of tokens at each state.
+
+    Raises:
+        ValueError: the model is not the one they were sampled from, or the folder holds what other policies say, or
+            what is said of other trees or another number of tokens.
+    """
+    names = {name: parameters_fingerprint(policy.backbone) for name, policy in policies.items()}
+    kept = _Kept("policies", None, {"policies": json.dumps(names), "tokens": str(count)})
+    _write_missing(store, model, folder, kept, lambda tree: said_by_policies(tree, model, policies, count))
 
 
 @dataclass(frozen=True)
-class _States:
-    """What is kept of every tree: states after a layer, or as many actions of the reference after each of the last."""
+class _Kept:
+    """What is kept of every tree: its kind, after which layer, and what a file records besides."""
 
+    kind: str
     layer: int | None
-    actions: int | None = None
+    details: Mapping[str, str] = field(default_factory=dict)
 
     def path(self, folder: Path, shard: Shard) -> Path:
         """Where a shard's lie."""
-        return (states_path if self.actions is None else actions_path)(folder, shard)
+        return folder / f"{shard.path.stem}.{self.kind}.safetensors"
 
     def origin(self, fingerprint: str, trees: list[Tree]) -> dict[str, str]:
-        """What a file records: the weights, the layer and the trees that it is of, and the number of actions."""
-        found = {"base_fingerprint": fingerprint, "layer": str(self.layer), "trees": _digest(trees)}
-        return found | ({} if self.actions is None else {"actions": str(self.actions)})
+        """What a file records: the weights, the layer and the trees that it is of, and the details."""
+        return {"base_fingerprint": fingerprint, "layer": str(self.layer), "trees": _digest(trees), **self.details}
 
 
 def _write_missing(
-    store: TreeStore, model: PreTrainedModel, folder: str | Path, kept: _States, make: Callable[[Tree], Tensor]
+    store: TreeStore,
+    model: PreTrainedModel,
+    folder: str | Path,
+    kept: _Kept,
+    make: Callable[[Tree], Mapping[str, Tensor]],
 ) -> None:
-    """Write the shards that are not there, `make` giving the tensor of each tree; those that are there are checked."""
+    """Write the shards that are not there, `make` giving the tensors of each tree; those that are there are checked."""
     store.require_base(model)
     identity, folder = Identity(model), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,14 +140,16 @@ def _write_missing(
     ranks = join(str(model.device))
     todo = ranks.share(ranks.agree(missing))
     started, tokens = time.monotonic(), 0
-    title = "hidden states" if kept.actions is None else "actions of the reference"
-    with tqdm(todo, desc=title, unit="shard", disable=not ranks.is_main) as progress:
+    title = {"states": "hidden states", "actions": "actions of the reference", "policies": "what policies say"}
+    with tqdm(todo, desc=title[kept.kind], unit="shard", disable=not ranks.is_main) as progress:
         for shard in progress:
             trees = shard.trees()
-            tensors = {str(i): make(tree) for i, tree in enumerate(trees)}
+            tensors = {
+                f"{i}.{name}".rstrip("."): tensor for i, tree in enumerate(trees) for name, tensor in make(tree).items()
+            }
             with replace_when_whole(kept.path(folder, shard)) as temporary:
                 save_file(tensors, temporary, metadata=kept.origin(identity.fingerprint, trees))
-            tokens += sum(map(len, tensors.values()))
+            tokens += sum(len(tree.prompt_tokens) + len(tree.tokens) for tree in trees)
             progress.set_postfix_str(f"{tokens / (time.monotonic() - started):.0f} tokens/s")
     ranks.wait()
 
@@ -126,12 +160,23 @@ def read_actions(store: TreeStore, folder: str | Path) -> list[Tensor]:
     Raises:
         OSError: they are missing, truncated or corrupt.
     """
-    return _read(actions_path(Path(folder), shard) for shard in store.shards())
+    return _read(_Kept("actions", None).path(Path(folder), shard) for shard in store.shards())
 
 
-def actions_path(folder: Path, shard: Shard) -> Path:
-    """Where a shard's actions lie."""
-    return folder / f"{shard.path.stem}.actions.safetensors"
+def read_taught(store: TreeStore, folder: str | Path) -> list[dict[str, Tensor]]:
+    """What `compute_taught` kept for a store: per tree, as `said_by_policies`.
+
+    Raises:
+        OSError: they are missing, truncated or corrupt.
+    """
+    trees = []
+    for shard in store.shards():
+        with open_safetensors(_Kept("policies", None).path(Path(folder), shard), "pt") as file:
+            keys = list(file.keys())
+            names = sorted({key.partition(".")[2] for key in keys})
+            count = len(keys) // len(names)
+            trees += [{name: file.get_tensor(f"{i}.{name}") for name in names} for i in range(count)]
+    return trees
 
 
 def read_states(store: TreeStore, folder: str | Path) -> list[Tensor]:
@@ -154,7 +199,7 @@ def _read(paths: Iterable[Path]) -> list[Tensor]:
 
 def states_path(folder: Path, shard: Shard) -> Path:
     """Where a shard's states lie."""
-    return folder / f"{shard.path.stem}.states.safetensors"
+    return _Kept("states", None).path(folder, shard)
 
 
 class _Caught(Exception):
@@ -230,9 +275,13 @@ def _require_same_origin(path: Path, identity: Identity, origin: dict[str, str])
     for name, what in (("base_fingerprint", "a model with weights"), ("layer", "layer"), ("trees", "trees")):
         if found.get(name, origin[name]) != origin[name]:
             raise ValueError(f"{path} holds states of {what} {found[name]}, not {origin[name]}: use another folder.")
-    count, wanted = found.get("actions"), origin.get("actions")
-    if count != wanted:
-        raise ValueError(f"{path} holds {count} actions at each place, not {wanted}: use another folder.")
+    for name, what in (
+        ("actions", "actions at each place"),
+        ("tokens", "tokens at each state"),
+        ("policies", "policies"),
+    ):
+        if found.get(name) != origin.get(name):
+            raise ValueError(f"{path} holds {found.get(name)} {what}, not {origin.get(name)}: use another folder.")
 
 
 def _digest(trees: Sequence[Tree]) -> str:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, Trainer
 from mavis_logits.backbone import Backbone
 
 from ..fitting.efficiency import leaf_shares
-from ..fitting.metrics import Prediction, validation_metrics
+from ..fitting.policies import ratio_metrics
 from ..trees.data import LabelledTree
 from ..trees.packing import pack, packed_inputs
 from ..trees.tree import Tree
@@ -91,10 +91,7 @@ def token_likelihoods(model: PreTrainedModel, tree: Tree) -> Tensor:
 
 @torch.inference_mode()
 def policy_metrics(model: PeftModel, trees: Sequence[LabelledTree], objective: str, eta: float) -> dict[str, Any]:
-    """What a tuned policy foresees of held-out trees: `validation_metrics` of eta log pi / pi_ref up to every token.
-
-    A policy knows answers from each other, not prompts: rewards and what is said of them are both taken less their mean
-    over the answers to a prompt, so that R2 is the share of the variance *within* prompts.
+    """What a tuned policy foresees of held-out trees: `ratio_metrics`.
 
     Args:
         model: an adapter on the reference.
@@ -102,24 +99,14 @@ def policy_metrics(model: PeftModel, trees: Sequence[LabelledTree], objective: s
         objective: its name.
         eta: of equation 1, that it was tuned with.
     """
-    predictions = []
+    ratios = []
     for item in trees:
-        tree = item.tree
         with torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
-            said = token_likelihoods(model, tree)  # type: ignore[arg-type]
+            said = token_likelihoods(model, item.tree)  # type: ignore[arg-type]
             with model.disable_adapter():
-                said = said - token_likelihoods(model, tree)  # type: ignore[arg-type]
-        own = eta * said.double().cpu().numpy()
-        starts, ends = tree.offsets(), tree.offsets() + tree.length
-        along = np.zeros(len(own))
-        for node, parent in enumerate(tree.parent):  # parents come first
-            before = along[ends[parent] - 1] if parent >= 0 else 0.0
-            along[starts[node] : ends[node]] = before + np.cumsum(own[starts[node] : ends[node]])
-        leaves, share = tree.leaves(), leaf_shares(tree)
-        level, mean = share @ along[ends[leaves] - 1], share @ item.rewards
-        centred = LabelledTree(tree, item.rewards - mean, item.targets - mean)
-        predictions.append(Prediction(centred, (along - level)[:, None], None))
-    return validation_metrics(predictions, [objective])
+                said = said - token_likelihoods(model, item.tree)  # type: ignore[arg-type]
+        ratios.append(eta * said.double().cpu().numpy()[:, None])
+    return ratio_metrics(trees, ratios, [objective])
 
 
 def path_loss(ratios: Tensor, rewards: Tensor, tree: Tree, eta: float) -> Tensor:

@@ -1,0 +1,175 @@
+"""Value heads taught by tuned policies: targets and what heads say, against reading every answer alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from chat_model import chat_model
+from mavis_logits import ValueHead, ValuePolicy, ValuePolicyConfig
+from mavis_training.collect import collect
+from mavis_training.fitting.policies import (
+    gather_taught,
+    head_ratios,
+    mean_taught_loss,
+    ratio_metrics,
+    said_by_policies,
+)
+from mavis_training.fitting.states import read_taught, tree_states
+from mavis_training.label import LabelConfig, label
+from mavis_training.sampling.config import CollectConfig
+from mavis_training.train_head import TrainHeadConfig, train_head
+from mavis_training.trees.data import load_trees
+from mavis_training.trees.packing import pack
+
+REWARD = """
+def ones(prompts, completions, **columns):
+    return [sum(word in ("w1", "w5", "w9", "w13", "w17") for word in text.split()) for text in completions]
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """Labelled trees of the chat model, and two policies on it."""
+    folder = tmp_path_factory.mktemp("policies")
+    (folder / "rewards.py").write_text(REWARD)
+    rows = [{"id": str(i), "prompt": f"w{i % 40} w{i // 3 % 40} w{i * 7 % 40}"} for i in range(60)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model, tokenizer = chat_model()
+    given = CollectConfig(
+        str(folder / "prompts.jsonl"), str(folder / "trees"), max_new_tokens=10, layers=2, prompts_per_shard=30
+    )
+    collect(given, model, tokenizer)
+    for name in ("a", "b"):
+        label(LabelConfig(str(folder / "trees"), {name: f"{folder / 'rewards.py'}:ones"}), tokenizer=tokenizer)
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        model = chat_model()[0]
+        config = ValuePolicyConfig.of(model, name, eta=0.5)
+        adapter = get_peft_model(model, LoraConfig(r=2, lora_alpha=8, target_modules="all-linear"))
+        for parameter in adapter.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.15)
+        adapter.save_pretrained(folder / name)
+        config.save_pretrained(folder / name)
+    return folder
+
+
+def given(place: Path, output: Path, **changes) -> TrainHeadConfig:
+    settings = {
+        "teachers": {name: str(place / name) for name in "ab"}, "device": "cpu", "epochs": 20, "width": 64,
+        "dropout": 0.0, "weight_decay": 0.0, "batch_size": 64, "warmup_steps": 5, "patience": 20, "tokens": 24,
+        "layer": "output",
+    } | changes  # fmt: skip
+    return TrainHeadConfig(str(place / "trees"), ["a", "b"], str(output), **settings)
+
+
+@torch.no_grad()
+def test_what_policies_say_is_what_they_say_of_every_answer_read_alone(place) -> None:
+    model, _ = chat_model()
+    policies = {name: ValuePolicy.from_pretrained(place / name, model) for name in "ab"}
+    for item in load_trees(str(place / "trees"), ["a"], 0.0)[1][:4]:
+        layout = pack(item.tree)
+        said, previous = said_by_policies(item.tree, model, policies, 12), np.unique(layout.previous)
+        for where in layout.paths():
+            ids = torch.from_numpy(layout.input_ids[where])[None]
+            every = [model, *(policy.backbone for policy in policies.values())]
+            plain, *tuned = (one(ids).logits[0].log_softmax(-1) for one in every)
+            asked = np.flatnonzero(np.isin(where, previous))
+            rows = np.searchsorted(previous, where[asked])
+            tokens = said["tokens"][rows].long()
+            reference = plain[asked].gather(1, tokens)
+            torch.testing.assert_close(said["reference"][rows].float(), reference, atol=2e-2, rtol=0)
+            for m, one in enumerate(tuned):
+                expected = one[asked].gather(1, tokens) - reference
+                torch.testing.assert_close(said["ratios"][rows, :, m].float(), expected, atol=2e-2, rtol=0)
+            mean = torch.stack([plain, *tuned])[:, asked].exp().mean(dim=0)
+            assert bool((mean.topk(12).values.sum(-1) <= mean.gather(1, tokens).sum(-1) + 1e-4).all())
+
+
+@torch.no_grad()
+def test_what_a_head_makes_likelier_is_what_it_does_over_the_whole_vocabulary(place) -> None:
+    """Where it is asked about all tokens; and about fewer, the others are left as they are."""
+    model, _ = chat_model()
+    head = ValueHead.for_model(model, ["a", "b"], width=16)
+    torch.nn.init.normal_(head.out.weight, std=0.3)
+    policies = {name: ValuePolicy.from_pretrained(place / name, model) for name in "ab"}
+    for count in (10**6, 6):
+        for item in load_trees(str(place / "trees"), ["a"], 0.0)[1][:3]:
+            tree, layout = item.tree, pack(item.tree)
+            states, said = tree_states(model, layout).float(), said_by_policies(tree, model, policies, count)
+            found = head_ratios(head, tree, states, said)
+            previous, last = np.unique(layout.previous), len(layout.input_ids) - len(layout.new)
+            for where in layout.paths():
+                logits = model(torch.from_numpy(layout.input_ids[where])[None]).logits[0].log_softmax(-1)
+                for place_, at in enumerate(where[:-1]):
+                    if where[place_ + 1] < last:
+                        continue  # a token of the prompt
+                    token = int(layout.input_ids[where[place_ + 1]])
+                    asked = said["tokens"][int(np.searchsorted(previous, at))].long()
+                    values = torch.zeros(logits.shape[1], 2)
+                    values[asked] = head(states[at][None], asked[None])[0]
+                    tilted = (logits[place_][:, None] + values).log_softmax(dim=0)
+                    rest = torch.ones(logits.shape[1], dtype=torch.bool)
+                    rest[asked] = False
+                    inside = torch.tensor([token]) if token in asked.tolist() else torch.nonzero(rest)[:, 0]
+                    expected = tilted[inside].logsumexp(dim=0) - logits[place_][inside].logsumexp(dim=0)
+                    own = found[np.flatnonzero(layout.new == where[place_ + 1])[0]]
+                    np.testing.assert_allclose(own, expected, atol=2e-2)
+
+
+def test_a_head_learns_what_its_teachers_say(place, tmp_path) -> None:
+    model, _ = chat_model()
+    head = train_head(given(place, tmp_path), model)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["explained"] > 0.3
+    assert metrics["validation_loss_by_epoch"][-1] < metrics["validation_loss_by_epoch"][0]
+    assert head.config.reward_scale == [1.0, 1.0]
+    assert head.config.recipe["teachers"] == {"a": "a", "b": "b"}
+    stores, trees = load_trees(str(place / "trees"), ["a", "b"], 0.0)
+    said = read_taught(stores[0], tmp_path / "states")
+    assert len(said) == len(trees)
+    # The share that is explained, from what was kept: a head that says nothing explains nothing.
+    taught = gather_taught([(i.tree, tree_states(model, pack(i.tree)), s) for i, s in zip(trees, said, strict=True)])
+    nothing = ValueHead.for_model(model, ["a", "b"], width=8)
+    torch.nn.init.zeros_(nothing.out.weight)
+    assert mean_taught_loss(nothing, taught, 64) == pytest.approx(mean_taught_loss(None, taught, 64), rel=1e-4)
+    assert mean_taught_loss(head, taught, 64) < 0.7 * mean_taught_loss(None, taught, 64)
+    again = train_head(given(place, tmp_path), model)  # is finished
+    for name, tensor in head.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor)
+
+
+def test_metrics_of_a_perfect_policy_are_perfect(place) -> None:
+    """One whose log-ratio grows by the reward that every token adds."""
+    trees = load_trees(str(place / "trees"), ["a"], 0.0)[1]
+    ratios = []
+    for item in trees:
+        tree = item.tree
+        own = np.zeros((len(tree.tokens), 1))
+        ends = tree.offsets() + tree.length - 1
+        own[ends[tree.leaves()], 0] = item.rewards[:, 0]
+        ratios.append(own)
+    found = ratio_metrics(trees, ratios, ["a"])["a"]["by_fraction"]["1.0"]
+    assert found["correlation"] == pytest.approx(1.0)
+    assert found["r2"] == pytest.approx(1.0)
+
+
+def test_what_does_not_go_together_is_refused(place, tmp_path) -> None:
+    for changes, message in (
+        ({"teachers": {"a": "x"}}, "a policy for each of the objectives"),
+        ({"rule": "sums"}, "take the place of a rule"),
+        ({"initial": "x"}, "begins anew"),
+        ({"tokens": 1}, "at least 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            given(place, tmp_path, **changes)
+    model, _ = chat_model()
+    train_head(given(place, tmp_path / "one", epochs=1), model)
+    with pytest.raises(ValueError, match="use another folder"):
+        train_head(given(place, tmp_path / "one", epochs=1, tokens=5), model)
