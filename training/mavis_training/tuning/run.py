@@ -93,6 +93,9 @@ def tune(
             trainer = _online(config, model, tokenizer, rows, deviations, sampled)
         resume(trainer)
         tuned = trainer.accelerator.unwrap_model(trainer.model).eval()
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:  # PEFT trains adapters in float32
+                parameter.data = parameter.data.to(torch_dtype(config.dtype))
         tuned.save_pretrained(output)
         (output / CARD).unlink(missing_ok=True)  # PEFT's, with nothing in it: `mavis card` and `mavis push` write one
         value_policy.save_pretrained(output)
