@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hub_server import HubServer
-from mavis_logits import MavisConfig, ValueHead, ValueModel
+from mavis_logits import MavisConfig, ValueHead, ValueModel, ValuePolicy
 from mavis_logits.core.chat import chat_inputs
 from mavis_logits.hub.make_bundle import make_bundle
 from mavis_logits.hub.publish import push_folder
@@ -46,6 +46,9 @@ def test_values_are_the_same_to_the_bit(hub: HubServer, smollm2: Any, folder: Pa
         hidden = model.model(**inputs).last_hidden_state[:, -1]
         heads = [ValueHead.from_pretrained(source).bind(model) for source in (folder, f"org/{folder.name}")]
         here, there = (head(hidden) for head in heads)
+    elif "policy" in folder.name:
+        tuned = [ValuePolicy.from_pretrained(source, model) for source in (folder, f"org/{folder.name}")]
+        here, there = (policy.backbone(**inputs).logits for policy in tuned)
     else:
         both = [ValueModel.from_pretrained(source, backbone=model) for source in (folder, f"org/{folder.name}")]
         here, there = (value(inputs["input_ids"]).values for value in both)
