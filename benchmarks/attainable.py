@@ -101,8 +101,8 @@ def table(found: dict[str, Any]) -> str:
         lines.append(f"| {name} | {found[name]['within']:.2f} |" + "".join(cells))
     lines += [
         "",
-        f"Gains in standard deviations of the reward ± standard errors over prompts, in brackets nats; {found['trees']} "
-        f"trees, {found['answers']} answers. Spread: the standard deviation within prompts, of all.",
+        "Gains in standard deviations of the reward ± standard errors over prompts, in brackets nats; "
+        f"{found['trees']} trees, {found['answers']} answers. Spread: the standard deviation within prompts, of all.",
     ]
     return "\n".join(lines) + "\n"
 
