@@ -85,7 +85,8 @@ def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) ->
     units = reward_units(training)
     nats = np.zeros(len(config.objectives)), np.ones(len(config.objectives))  # what policies say is in nats
     head = starting_head(config, model, nats if config.teachers else units)
-    teachers = {name: ValuePolicy.from_pretrained(config.teachers[name], model) for name in config.teachers}
+    sources = {name: config.teachers[name] for name in config.objectives if config.teachers}
+    teachers = {name: ValuePolicy.from_pretrained(source, model) for name, source in sources.items()}
     of_head = {name: getattr(head.config, name) for name in ("layer", "width", "num_layers")}
     recipe = recipe_of(asdict(config) | of_head, stores)
     head.config.recipe, head.config.iteration = recipe, config.iteration
@@ -105,7 +106,7 @@ def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) ->
         if config.rule != "positions":
             compute_actions(store, model, folder, config.actions, config.seed)
         if teachers:
-            compute_taught(store, model, {name: teachers[name] for name in config.objectives}, folder, config.tokens)
+            compute_taught(store, model, teachers, folder, config.tokens)
     if not ranks.is_main:  # the rest is minutes of work for one process: the others wait for its head
         ranks.wait()
         return ValueHead.from_pretrained(config.output)
@@ -116,7 +117,7 @@ def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) ->
     if teachers:
         said = [own for store, folder in stored for own in read_taught(store, folder)]
         said_of = {id(item): own for item, own in zip(trees, said, strict=True)}
-        etas = np.array([teachers[name].config.eta or 1.0 for name in config.objectives])
+        etas = np.array([policy.config.eta or 1.0 for policy in teachers.values()])
         metrics = teach_head(head, training, validation, of_tree, said_of, etas / units[1], config)
     else:
         drawn_at = None

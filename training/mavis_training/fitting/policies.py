@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mavis_logits.backbone import Backbone
@@ -56,16 +56,26 @@ class Taught:
         return len(self.at)
 
 
-def likelihoods(model: PreTrainedModel, layout: Layout) -> Tensor:
-    """log pi over the vocabulary after every token of a packed tree that a new token follows, `[S, V]` in float32.
+def tree_logits(model: PreTrainedModel, layout: Layout) -> Tensor:
+    """Logits after every token of a packed tree, `[P + N, V]`; gradients flow.
 
-    They are in packed order; `numpy.unique(layout.previous)` says which tokens.
+    A model that cannot read a packed tree reads it path by path.
     """
     backbone = Backbone.of(model)
-    inputs = send_to_device(packed_inputs([layout], backbone.windows, backbone.decoder.dtype), model.device)
-    every = backbone.logits(**inputs, use_cache=False, every=True)[0]
-    where = torch.from_numpy(np.unique(layout.previous)).to(every.device)
-    return every[where].float().log_softmax(dim=-1)
+
+    def read(**inputs: Tensor) -> Tensor:
+        return backbone.logits(**send_to_device(inputs, model.device), use_cache=False, every=True)[0]
+
+    if backbone.trees.kind == "packed" and backbone.why_not_handed_on(model.device) is None:
+        return read(**packed_inputs([layout], backbone.windows, backbone.decoder.dtype))
+    ids = torch.from_numpy(layout.input_ids)
+    return layout.by_path(lambda where: read(input_ids=ids[where][None]))
+
+
+def likelihoods(model: PreTrainedModel, layout: Layout) -> Tensor:
+    """log pi over the vocabulary after every token that a new token follows (`Layout.before`), float32 `[S, V]`."""
+    every = tree_logits(model, layout)
+    return every[torch.from_numpy(layout.before()).to(every.device)].float().log_softmax(dim=-1)
 
 
 @torch.inference_mode()
@@ -76,8 +86,10 @@ def said_by_policies(
     layout = pack(tree)
     reference = likelihoods(base, layout)
     tuned = [likelihoods(policy.backbone, layout) for policy in policies.values()]
-    mean = torch.stack([reference, *tuned]).exp_().mean(dim=0) if tuned else reference
-    tokens = mean.topk(min(count, mean.shape[1]), dim=1).indices
+    total = reference.exp()
+    for one in tuned:
+        total += one.exp()
+    tokens = total.topk(min(count, total.shape[1]), dim=1).indices
     said = reference.gather(1, tokens)
     ratios = torch.stack([one.gather(1, tokens) - said for one in tuned], dim=2)
     return {"tokens": tokens.int().cpu(), "reference": said.half().cpu(), "ratios": ratios.half().cpu()}
@@ -87,7 +99,7 @@ def gather_taught(parts: Sequence[tuple[Tree, Tensor, Mapping[str, Tensor]]]) ->
     """All states of some trees: each with the states `[P + N, d]` that the head reads, and `said_by_policies`."""
     at, offset = [], 0
     for tree, states, _ in parts:
-        at.append(torch.from_numpy(np.unique(pack(tree).previous)) + offset)
+        at.append(torch.from_numpy(pack(tree).before()) + offset)
         offset += len(states)
     said = {name: torch.cat([own[name] for _, _, own in parts]) for name in ("tokens", "reference", "ratios")}
     return Taught(torch.cat([states for _, states, _ in parts]), torch.cat(at), **said)
@@ -98,28 +110,32 @@ def taught_loss(head: ValueHead, taught: Taught, rows: Tensor) -> Tensor:
 
     Tokens other than the k are left alone by the head, and one to the policies.
     """
-    tilted, wanted = _tilted(head, taught, rows), _wanted(taught, rows, head.device)
-    return (wanted.exp() * (wanted - tilted)).sum(dim=1).mean()
+    return _divergence(taught, rows, _tilted(head, taught, rows))
+
+
+def _divergence(taught: Taught, rows: Tensor, said: Tensor) -> Tensor:
+    """KL divergence of the policies from `said`, log-probabilities `[n, k + 1, M or 1]`, averaged."""
+    wanted = _whole(_plain(taught, rows) + taught.ratios[rows].float()).to(said.device)
+    return (wanted.exp() * (wanted - said)).sum(dim=1).mean()
 
 
 def _tilted(head: ValueHead, taught: Taught, rows: Tensor) -> Tensor:
-    """log of pi_ref exp(values), normalised: `[n, k + 1, M]`, all other tokens last."""
+    """log of pi_ref exp(values), normalised: `[n, k + 1, M]`, all other tokens last, which have no value."""
     hidden = taught.states[taught.at[rows]].to(head.device).float()
     values = head(hidden, taught.tokens[rows].long().to(head.device))
-    reference = taught.reference[rows].float().to(head.device)
-    rest = _rest(reference)[:, None, None].expand(-1, 1, values.shape[2])
-    return torch.cat([reference[:, :, None] + values, rest], dim=1).log_softmax(dim=1)
+    reference = _whole(_plain(taught, rows)).to(head.device)
+    return (reference + nn.functional.pad(values, (0, 0, 0, 1))).log_softmax(dim=1)
 
 
-def _wanted(taught: Taught, rows: Tensor, device: torch.device) -> Tensor:
-    """log pi of every policy, likewise."""
-    said = (taught.reference[rows].float()[:, :, None] + taught.ratios[rows].float()).to(device)
-    return torch.cat([said, _rest(said)[:, None]], dim=1).log_softmax(dim=1)
+def _plain(taught: Taught, rows: Tensor) -> Tensor:
+    """log pi_ref of the k tokens, float32 `[n, k, 1]`."""
+    return taught.reference[rows].float()[:, :, None]
 
 
-def _rest(said: Tensor) -> Tensor:
-    """log of what the second dimension's probabilities leave to other tokens."""
-    return (1 - said.exp().sum(dim=1)).clamp(min=1e-6).log()
+def _whole(said: Tensor) -> Tensor:
+    """log-probabilities `[n, k, ...]` with what they leave to all other tokens behind them, `[n, k + 1, ...]`."""
+    rest = (1 - said.exp().sum(dim=1, keepdim=True)).clamp(min=1e-6).log()
+    return torch.cat([said, rest], dim=1).log_softmax(dim=1)
 
 
 def fit_taught(head: ValueHead, training: Taught, validation: Taught, config: TrainHeadConfig) -> list[float]:
@@ -135,12 +151,8 @@ def mean_taught_loss(head: ValueHead | None, taught: Taught, batch_size: int) ->
     """The loss over all states, without dropout; None: that of values that say nothing."""
     total = 0.0
     for rows in torch.arange(len(taught)).split(batch_size):
-        if head is None:
-            wanted, reference = _wanted(taught, rows, torch.device("cpu")), taught.reference[rows].float()
-            said = torch.cat([reference, _rest(reference)[:, None]], dim=1).log_softmax(dim=1)[:, :, None]
-            total += float((wanted.exp() * (wanted - said)).sum(dim=1).mean()) * len(rows)
-        else:
-            total += float(taught_loss(head.eval(), taught, rows)) * len(rows)
+        said = _whole(_plain(taught, rows)) if head is None else _tilted(head.eval(), taught, rows)
+        total += float(_divergence(taught, rows, said)) * len(rows)
     return total / len(taught)
 
 
@@ -155,11 +167,9 @@ def head_ratios(head: ValueHead, tree: Tree, states: Tensor, said: Mapping[str, 
         said: of `said_by_policies`.
     """
     layout, taught = pack(tree), gather_taught([(tree, states, said)])
-    every, previous = torch.arange(len(taught)), np.unique(layout.previous)
-    reference = taught.reference.float()
-    plain = torch.cat([reference, _rest(reference)[:, None]], dim=1).log_softmax(dim=1)[:, :, None]
-    ratios = _tilted(head.eval(), taught, every).cpu() - plain
-    row = torch.from_numpy(np.searchsorted(previous, layout.previous))
+    every = torch.arange(len(taught))
+    ratios = _tilted(head.eval(), taught, every).cpu() - _whole(_plain(taught, every))
+    row = torch.from_numpy(np.searchsorted(layout.before(), layout.previous))
     same = taught.tokens[row] == torch.from_numpy(layout.input_ids[layout.new])[:, None]
     slot = torch.where(same.any(dim=1), same.int().argmax(dim=1), taught.tokens.shape[1])  # the last: all others
     return ratios[row, slot].double().numpy()

@@ -219,13 +219,8 @@ def tree_states(model: PreTrainedModel, layout: Layout, layer: int | None = None
     if packed:
         inputs = packed_inputs([layout], backbone.windows, backbone.decoder.dtype)
         return _states(backbone, send_to_device(inputs, model.device), layer)
-    states: Tensor | None = None
-    for where in layout.paths():
-        own = _states(backbone, {"input_ids": torch.from_numpy(layout.input_ids[where])[None].to(model.device)}, layer)
-        states = own.new_empty(len(layout), own.shape[1]) if states is None else states
-        states[where] = own
-    assert states is not None
-    return states
+    ids = torch.from_numpy(layout.input_ids)
+    return layout.by_path(lambda where: _states(backbone, {"input_ids": ids[where][None].to(model.device)}, layer))
 
 
 def _states(backbone: Backbone, inputs: dict[str, Any], layer: int | None) -> Tensor:

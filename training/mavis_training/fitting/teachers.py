@@ -96,11 +96,9 @@ class Teacher:
             inputs = packed_inputs([layout], backbone.windows, model.dtype)
             values = model(**send_to_device(inputs, model.device)).values[0]
             return values[layout.new].cpu().numpy()
-        found = np.empty((len(layout), len(model.config.objectives)), dtype=np.float32)
-        for where in layout.paths():
-            tokens = torch.from_numpy(layout.input_ids[where])[None].to(model.device)
-            found[where] = model(tokens).values[0].cpu().numpy()
-        return found[layout.new]
+        ids = torch.from_numpy(layout.input_ids)
+        found = layout.by_path(lambda where: model(ids[where][None].to(model.device)).values[0].cpu())
+        return found.numpy()[layout.new]
 
 
 def load_teachers(

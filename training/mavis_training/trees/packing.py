@@ -7,7 +7,7 @@ and hidden states at each token are then those of reading that token's path alon
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,20 @@ class Layout:
         above = self.ancestry[:-1, :-1]
         leaves = np.flatnonzero(above.sum(axis=0) == 1) if len(above) else [-1]
         return [np.flatnonzero(self.ancestry[leaf][self.node]) for leaf in leaves]
+
+    def before(self) -> NDArray[np.int64]:
+        """The places of tokens that a new token follows, each once, in packed order."""
+        return np.unique(self.previous)
+
+    def by_path(self, read: Callable[[NDArray[np.int64]], torch.Tensor]) -> torch.Tensor:
+        """What `read` says of every token, `[T, ...]`, asked path by path: for what cannot read a packed tree."""
+        found: torch.Tensor | None = None
+        for where in self.paths():
+            own = read(where)
+            found = own.new_empty(len(self), *own.shape[1:]) if found is None else found
+            found[where] = own
+        assert found is not None
+        return found
 
     def visible(self) -> NDArray[np.bool_]:
         """`[T, T]`, whether token t may attend to token s."""

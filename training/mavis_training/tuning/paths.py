@@ -17,12 +17,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from mavis_logits.backbone import Backbone
-
 from ..fitting.efficiency import leaf_shares
-from ..fitting.policies import ratio_metrics
+from ..fitting.policies import ratio_metrics, tree_logits
 from ..trees.data import LabelledTree
-from ..trees.packing import pack, packed_inputs
+from ..trees.packing import pack
 from ..trees.tree import Tree
 
 
@@ -80,10 +78,8 @@ def answer_ratios(model: PreTrainedModel, tree: Tree) -> Tensor:
 
 def token_likelihoods(model: PreTrainedModel, tree: Tree) -> Tensor:
     """log pi of every new token of a tree of N, [N] in packed order, at temperature 1."""
-    layout, backbone = pack(tree), Backbone.of(model)
-    inputs = packed_inputs([layout], backbone.windows, backbone.decoder.dtype)
-    moved = {name: value.to(backbone.output_embedding.device) for name, value in inputs.items()}
-    every = backbone.logits(**moved, use_cache=False, every=True)[0]
+    layout = pack(tree)
+    every = tree_logits(model, layout)
     logits = every[torch.from_numpy(layout.previous).to(every.device)].float()
     taken = torch.from_numpy(layout.input_ids[layout.new]).to(logits.device)
     return logits.gather(1, taken[:, None])[:, 0] - logits.logsumexp(dim=1)
