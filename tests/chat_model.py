@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tiny_models import tiny_llama, tiny_tokenizer
@@ -14,3 +18,13 @@ def chat_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE
     return tiny_llama(), tokenizer
+
+
+def save_random_adapter(folder: Path, seed: int, rank: int = 2, std: float = 0.3) -> None:
+    """An adapter of the chat model that does something, in `folder`."""
+    torch.manual_seed(seed)
+    adapter = get_peft_model(chat_model()[0], LoraConfig(r=rank, lora_alpha=8, target_modules="all-linear"))
+    for parameter in adapter.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=std)
+    adapter.save_pretrained(folder)

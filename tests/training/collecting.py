@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from chat_model import chat_model
-from mavis_training.collect import CollectConfig
+from mavis_training.collect import CollectConfig, collect
 from mavis_training.trees.tree import Tree
 from mavis_training.trees.tree_store import TreeStore
 
@@ -29,6 +29,14 @@ def config(folder: Path, store: str, **changes: Any) -> CollectConfig:
     """How to collect from them into `folder / store`."""
     given = {"model": str(folder / "model"), "device": "cpu"} | SHAPE | changes
     return CollectConfig(str(folder / "prompts.jsonl"), str(folder / store), **given)
+
+
+def collect_here(folder: Path) -> None:
+    """60 prompts in `folder / prompts.jsonl`, and trees of the chat model for them in `folder / trees`."""
+    rows = [{"id": str(i), "prompt": f"w{i % 40} w{i // 3 % 40} w{i * 7 % 40}"} for i in range(60)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shape = {"max_new_tokens": 10, "layers": 2, "prompts_per_shard": 30}
+    collect(CollectConfig(str(folder / "prompts.jsonl"), str(folder / "trees"), **shape), *chat_model())
 
 
 def content(store: str | Path) -> dict[str, list[Any]]:

@@ -8,55 +8,37 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from transformers import MambaConfig, MambaForCausalLM
 
-from chat_model import chat_model
+from chat_model import chat_model, save_random_adapter
+from collecting import collect_here
 from mavis_logits import ValueHead, ValuePolicy, ValuePolicyConfig
-from mavis_training.collect import collect
 from mavis_training.fitting.policies import (
     gather_taught,
     head_ratios,
+    likelihoods,
     mean_taught_loss,
     ratio_metrics,
     said_by_policies,
 )
 from mavis_training.fitting.states import read_taught, tree_states
 from mavis_training.label import LabelConfig, label
-from mavis_training.sampling.config import CollectConfig
 from mavis_training.train_head import TrainHeadConfig, train_head
 from mavis_training.trees.data import load_trees
 from mavis_training.trees.packing import pack
-
-REWARD = """
-def ones(prompts, completions, **columns):
-    return [sum(word in ("w1", "w5", "w9", "w13", "w17") for word in text.split()) for text in completions]
-"""
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """Labelled trees of the chat model, and two policies on it."""
     folder = tmp_path_factory.mktemp("policies")
-    (folder / "rewards.py").write_text(REWARD)
-    rows = [{"id": str(i), "prompt": f"w{i % 40} w{i // 3 % 40} w{i * 7 % 40}"} for i in range(60)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    collect_here(folder)
     model, tokenizer = chat_model()
-    given = CollectConfig(
-        str(folder / "prompts.jsonl"), str(folder / "trees"), max_new_tokens=10, layers=2, prompts_per_shard=30
-    )
-    collect(given, model, tokenizer)
-    for name in ("a", "b"):
-        label(LabelConfig(str(folder / "trees"), {name: f"{folder / 'rewards.py'}:ones"}), tokenizer=tokenizer)
+    rewards = {"a": "text_rewards:low", "b": "text_rewards:high"}
+    label(LabelConfig(str(folder / "trees"), rewards), tokenizer=tokenizer)
     for seed, name in enumerate("ab"):
-        torch.manual_seed(seed)
-        model = chat_model()[0]
-        config = ValuePolicyConfig.of(model, name, eta=0.5)
-        adapter = get_peft_model(model, LoraConfig(r=2, lora_alpha=8, target_modules="all-linear"))
-        for parameter in adapter.parameters():
-            if parameter.requires_grad:
-                torch.nn.init.normal_(parameter, std=0.15)
-        adapter.save_pretrained(folder / name)
-        config.save_pretrained(folder / name)
+        save_random_adapter(folder / name, seed, std=0.15)
+        ValuePolicyConfig.of(model, name, eta=0.5).save_pretrained(folder / name)
     return folder
 
 
@@ -90,6 +72,20 @@ def test_what_policies_say_is_what_they_say_of_every_answer_read_alone(place) ->
                 torch.testing.assert_close(said["ratios"][rows, :, m].float(), expected, atol=2e-2, rtol=0)
             mean = torch.stack([plain, *tuned])[:, asked].exp().mean(dim=0)
             assert bool((mean.topk(12).values.sum(-1) <= mean.gather(1, tokens).sum(-1) + 1e-4).all())
+
+
+@torch.no_grad()
+def test_a_model_that_cannot_read_a_packed_tree_is_read_path_by_path(place) -> None:
+    torch.manual_seed(0)
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2)).eval()
+    for item in load_trees(str(place / "trees"), ["a"], 0.0)[1][:3]:
+        layout = pack(item.tree)
+        found, before = likelihoods(mamba, layout), layout.before()
+        for where in layout.paths():
+            alone = mamba(torch.from_numpy(layout.input_ids[where])[None], use_cache=False).logits[0].log_softmax(-1)
+            asked = np.flatnonzero(np.isin(where, before))
+            rows = np.searchsorted(before, where[asked])
+            torch.testing.assert_close(found[rows], alone[asked], atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from chat_model import chat_model
+from chat_model import chat_model, save_random_adapter
 from mavis_logits.backbone import Backbone
 from mavis_logits.core.chat import encode_prompt
 from mavis_logits.values.value_head import ValueHead
@@ -32,12 +32,7 @@ def place(tmp_path_factory) -> Path:
     """Two adapters, a direction and a reward for the chat model."""
     folder = tmp_path_factory.mktemp("rivals")
     for seed, name in enumerate(("a", "b")):
-        torch.manual_seed(seed)
-        adapter = get_peft_model(chat_model()[0], LoraConfig(r=2 + seed, lora_alpha=8, target_modules="all-linear"))
-        for parameter in adapter.parameters():
-            if parameter.requires_grad:
-                torch.nn.init.normal_(parameter, std=0.3)
-        adapter.save_pretrained(folder / name)
+        save_random_adapter(folder / name, seed, rank=2 + seed)
     width = Backbone.of(chat_model()[0]).output_embedding.shape[1]
     save_direction(folder / "d", torch.linspace(-1, 1, width), 1, "tiny")
     (folder / "reward.py").write_text(REWARD)

@@ -12,13 +12,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from chat_model import chat_model
-from mavis_training.collect import collect
+from collecting import collect_here
 from mavis_training.fitting.efficiency import leaf_shares
 from mavis_training.fitting.settings import LoraSettings
 from mavis_training.label import LabelConfig, label
 from mavis_training.measure.completions import Protocol, complete_all
 from mavis_training.rivals.directions import load_direction
-from mavis_training.sampling.config import CollectConfig
 from mavis_training.trees.data import load_trees
 from mavis_training.tuning.config import TuneConfig
 from mavis_training.tuning.examples import best_answers, chosen_trees, preference_pairs
@@ -39,15 +38,10 @@ def place(tmp_path_factory) -> Path:
     """Labelled trees of the chat model, its prompts, rewards and the model."""
     folder = tmp_path_factory.mktemp("tune")
     (folder / "rewards.py").write_text(REWARDS)
-    rows = [{"id": str(i), "prompt": f"w{i % 40} w{i // 3 % 40} w{i * 7 % 40}"} for i in range(60)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    collect_here(folder)
     model, tokenizer = chat_model()
     model.save_pretrained(folder / "chat")
     tokenizer.save_pretrained(folder / "chat")
-    given = CollectConfig(
-        str(folder / "prompts.jsonl"), str(folder / "trees"), max_new_tokens=10, layers=2, prompts_per_shard=30
-    )
-    collect(given, model, tokenizer)
     rewards = {name: f"{folder / 'rewards.py'}:{name}" for name in ("ones", "same")}
     label(LabelConfig(str(folder / "trees"), rewards), tokenizer=tokenizer)
     return folder

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 
-from chat_model import chat_model
+from chat_model import chat_model, save_random_adapter
 from hub_server import HubServer
 from mavis_logits import MavisConfig, MavisLogitsProcessor, MavisSampling, ValuePolicy, ValuePolicyConfig
 from mavis_logits.core.chat import chat_inputs
@@ -29,16 +29,8 @@ def place(tmp_path_factory) -> Path:
     """Two adapters of the chat model, the first with a config of a tuned policy."""
     folder = tmp_path_factory.mktemp("policies")
     for seed, name in enumerate("ab"):
-        torch.manual_seed(seed)
-        model = chat_model()[0]
-        config = ValuePolicyConfig.of(model, name)
-        adapter = get_peft_model(model, LoraConfig(r=2, lora_alpha=8, target_modules="all-linear"))
-        for parameter in adapter.parameters():
-            if parameter.requires_grad:
-                torch.nn.init.normal_(parameter, std=0.3)
-        adapter.save_pretrained(folder / name)
-        if name == "a":
-            config.save_pretrained(folder / name)
+        save_random_adapter(folder / name, seed)
+    ValuePolicyConfig.of(chat_model()[0], "a").save_pretrained(folder / "a")
     return folder
 
 
