@@ -189,17 +189,14 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         if self.trace is None and steered is not None and not steered.any():
             return scores
         step = self.policy.step(self.known(scores), partial(self._read, call))
-        broken, live, (probe, *_) = torch.stack(
-            [step.broken & call.live, call.live, call.probe.expand_as(call.live)]
-        ).tolist()
+        shown = call.live if steered is None else call.live & steered
+        broken, going, (probe, *_) = torch.stack([step.broken & call.live, shown, call.probe.expand_as(shown)]).tolist()
         if probe:
             self.stats.pass_through()
             return scores
         if any(broken):
             check_scores(step.reference, call.live)
             self.check_values(step.values, call.scored)
-
-        shown = call.live if steered is None else call.live & steered
         step = replace(step, kl=torch.where(shown & ~ended, step.kl, 0.0))
         self.stats.add(len(scores), step.kl, call.seconds)
         if self.trace is not None:
@@ -215,7 +212,9 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
             steered = torch.where(step.tilted.isneginf(), log_probs.gather(1, step.candidates), step.tilted)
             log_probs.scatter_(1, step.candidates, steered)
         log_probs = log_probs.to(scores.dtype)
-        return log_probs if all(live) and steered is None else torch.where(shown[:, None], log_probs, scores)
+        if left := [row for row, goes_on in enumerate(going) if not goes_on]:
+            log_probs[left] = scores[left]
+        return log_probs
 
     def _steered(self, call: _Call) -> Tensor | None:
         """[R] whether the next token of each row lies where its answer is steered; None for all of them."""
@@ -421,8 +420,8 @@ def _begins(prefix: Tensor | None, input_ids: Tensor) -> bool:
 
 def _is_probe(scores: Tensor) -> Tensor:
     """[] bool, whether the scores are all the same: prompt lookup asks in this way what is forbidden. Nothing is."""
-    first = scores[0, 0]
-    return (scores[0] == first).all() & (first > -torch.inf)
+    least, most = scores[0].aminmax()
+    return (least == most) & (least > -torch.inf)
 
 
 def _far(scores: Tensor, best: Tensor, eos: Tensor, temperature: float) -> Tensor:
@@ -435,6 +434,6 @@ def _far(scores: Tensor, best: Tensor, eos: Tensor, temperature: float) -> Tenso
         temperature: of the reference.
     """
     spread = _SPREAD / temperature
-    far = (scores.float() * spread).sub_(best.float() * spread + _FAR)
+    far = torch.add(-_FAR - best.float() * spread, scores.float(), alpha=spread)
     far[:, eos] -= _FARTHER
     return far
