@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from chat_model import chat_model
 from collecting import collect_here
+from mavis_training.collect import CollectConfig, PolicyConfig, collect
 from mavis_training.fitting.efficiency import leaf_shares
 from mavis_training.fitting.settings import LoraSettings
 from mavis_training.label import LabelConfig, label
@@ -137,6 +138,44 @@ def test_an_interrupted_tuning_goes_on_to_the_same_adapter(place, tmp_path, monk
     one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
     for name, tensor in one.items():
         torch.testing.assert_close(other[name], tensor)
+
+
+def test_a_policy_goes_on_with_trees_that_it_has_sampled(place, tmp_path) -> None:
+    """Algorithm 1: units and shape stay, the reference stays the base model, and it has more of the reward."""
+    first = tune(config(place, "paths", tmp_path / "first", learning_rate=2e-2, epochs=8, batch_size=4))
+    steered, policy = str(tmp_path / "steered"), str(tmp_path / "first")
+    settings = {"beta": 2.0, "top_k": 40, "normalize": "none"}
+    collect(
+        CollectConfig(str(place / "prompts.jsonl"), steered, max_new_tokens=10, layers=2, prompts_per_shard=30,
+                      policy=PolicyConfig(policy, settings)), *chat_model(),
+    )  # fmt: skip
+    label(LabelConfig(steered, {"ones": f"{place / 'rewards.py'}:ones"}), tokenizer=chat_model()[1])
+    trained = {"learning_rate": 2e-2, "epochs": 8, "batch_size": 4, "beta": 0.15}
+    second = config(place, "paths", tmp_path / "second", initial=policy, store=steered, **trained)
+    assert tune(second)["deviations"] == first["deviations"]
+    assert json.loads((tmp_path / "second" / "config.json").read_text())["iteration"] == 1
+    assert ones({"adapters": {str(tmp_path / "second"): 1.0}}) > ones({"adapters": {policy: 1.0}}) + 0.1
+    still = config(place, "paths", tmp_path / "still", initial=policy, learning_rate=0.0, epochs=1, lora=LoraSettings())
+    tune(still)
+    assert json.loads((tmp_path / "still" / "config.json").read_text())["iteration"] == 0
+    one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("first", "still"))
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor)
+
+
+def test_a_policy_goes_on_only_with_what_it_was_for(place, tmp_path) -> None:
+    with pytest.raises(ValueError, match="initial is for paths"):
+        config(place, "dpo", tmp_path / "out", initial="policy")
+    with pytest.raises(OSError, match=r"has no tuned\.json"):
+        tune(config(place, "paths", tmp_path / "out", initial=str(tmp_path)))
+    tune(config(place, "paths", tmp_path / "first", epochs=1))
+    with pytest.raises(ValueError, match="was tuned for"):
+        tune(config(place, "paths", tmp_path / "out", initial=str(tmp_path / "first"), weights={"ones": 0.5}))
+    edited = json.loads((tmp_path / "first" / "config.json").read_text()) | {"backbone_fingerprint": "another"}
+    (tmp_path / "first" / "config.json").write_text(json.dumps(edited | {"backbone_sketch": None}))
+    with pytest.raises(ValueError, match="was tuned on"):
+        tune(config(place, "paths", tmp_path / "out", initial=str(tmp_path / "first")))
 
 
 def test_grpo_runs_and_counts_its_tokens(place, tmp_path) -> None:

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -235,10 +236,14 @@ def describe(steering: Steering | None) -> dict[str, Any]:
     """What a store records of the policy that sampled it: its settings, and which value functions it used."""
     if steering is None:
         return {}
-    functions = [
-        {"objectives": f.config.objectives, "weights": parameters_fingerprint(f)}  # type: ignore[arg-type]
-        for f in steering.functions.all
-    ]
+    functions = []
+    for function in steering.functions.all:
+        # A policy or instructions are read by a language model, which is not theirs alone.
+        weights = function if isinstance(function, nn.Module) else function.backbone  # type: ignore[attr-defined]
+        found = {"objectives": function.config.objectives, "weights": parameters_fingerprint(weights)}
+        if instructions := getattr(function.config, "instructions", None):
+            found["instructions"] = instructions
+        functions.append(found)
     return {"settings": asdict(steering.config), "value_functions": functions}
 
 

@@ -74,6 +74,15 @@ class ValuePolicyConfig(ObjectivesMixin, PreTrainedConfig):
             **({"settings": dict(SETTINGS)} | fields),
         )
 
+    def require_base(self, model: PreTrainedModel) -> None:
+        """Raise `ValueError` if it was tuned on another model, as far as that is known."""
+        difference = Identity(model).difference(self.backbone_fingerprint, self.backbone_sketch)
+        if self.backbone_fingerprint is not None and difference is not None:
+            raise ValueError(
+                f"the policy for {self.objectives} was tuned on {self.base_model or 'another model'}, not on this "
+                f"{type(model).__name__} ({difference}): tune one on it, or load the model that it belongs to"
+            )
+
 
 class ValuePolicy(Words):
     """A value function of one objective, in nats, from a tuned policy.
@@ -110,12 +119,7 @@ class ValuePolicy(Words):
         config = AutoConfig.from_pretrained(name, **hub)
         if not isinstance(config, ValuePolicyConfig):
             raise ValueError(f"{name} has a config of type {config.model_type!r}, not of a tuned policy: {bare}")
-        difference = Identity(model).difference(config.backbone_fingerprint, config.backbone_sketch)
-        if config.backbone_fingerprint is not None and difference is not None:
-            raise ValueError(
-                f"the policy for {config.objectives} was tuned on {config.base_model or 'another model'}, not on this "
-                f"{type(model).__name__} ({difference}): tune one on it, or load the model that it belongs to"
-            )
+        config.require_base(model)
         return cls(config, _tuned(str(name), model, hub))
 
     @classmethod

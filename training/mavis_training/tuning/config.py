@@ -44,6 +44,9 @@ class TuneConfig(TrainerSettings):
         layer: of "direction".
         model: base model, by Hub id or folder.
         chat_template: as in collecting.
+        initial: folder of a policy that `mavis tune` wrote for the same weights, to go on from, "paths" only: with
+            trees that it has sampled itself, steered (Algorithm 1), or with more of the reference's. Its shape and the
+            units of its rewards are kept, whatever `lora` says and the trees have.
         lora: of the adapter.
         trl: further arguments of TRL's config by name; they override what is set here.
     """
@@ -64,6 +67,7 @@ class TuneConfig(TrainerSettings):
     layer: int = 10
     model: str = DEFAULT_MODEL
     chat_template: ChatTemplate = "auto"
+    initial: str | None = None
     lora: LoraSettings = field(default_factory=lambda: LoraSettings(rank=16, alpha=32, dropout=0.05))
     learning_rate: float = field(default=1e-4, kw_only=True)
     batch_size: int = field(default=16, kw_only=True)
@@ -89,6 +93,11 @@ class TuneConfig(TrainerSettings):
             raise ValueError(f"beta must not be negative, nor 0 for paths, got {self.beta}")
         if self.method != "direction" and self.lora.rank < 1:
             raise ValueError("lora.rank must be at least 1: what is tuned is an adapter")
+        if self.initial is not None and self.method != "paths":
+            raise ValueError(
+                f"initial is for paths, got it for {self.method}: TRL would take that policy, not the base model, for "
+                "the reference of equation 1"
+            )
         check_sampling(self.temperature, 1.0)
         if self.method in ONLINE:
             missing = sorted(set(self.weights) - set(self.rewards))

@@ -32,9 +32,22 @@ class ChosenTrees(NamedTuple):
 
 
 def chosen_trees(
-    store: str | list[str], weights: Mapping[str, float], most: int | None, seed: int, held_out: float = 0.1
+    store: str | list[str],
+    weights: Mapping[str, float],
+    most: int | None,
+    seed: int,
+    held_out: float = 0.1,
+    deviations: Mapping[str, float] | None = None,
 ) -> ChosenTrees:
     """Up to `most` trees of a store to tune on, and those of the `held_out` share of the prompts.
+
+    Args:
+        store: one or several.
+        weights: by objective.
+        most: None for all.
+        seed: of the choice.
+        held_out: share of the prompts.
+        deviations: of the rewards; None for those of the trees.
 
     Raises:
         ValueError: as `load_trees`.
@@ -46,8 +59,8 @@ def chosen_trees(
         for part in split_by_prompt(trees, held_out)
     )
     kept = training[:most]
-    deviations = dict(zip(weights, map(float, reward_units(kept)[1]), strict=True))
-    return ChosenTrees(kept, rest, deviations, sum(len(item.tree.tokens) for item in kept), stores)
+    own = dict(zip(weights, map(float, reward_units(kept)[1]), strict=True)) if deviations is None else dict(deviations)
+    return ChosenTrees(kept, rest, own, sum(len(item.tree.tokens) for item in kept), stores)
 
 
 def combined(item: LabelledTree, weights: Mapping[str, float], deviations: Mapping[str, float]) -> NDArray[np.float64]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from datasets import Dataset
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTTrainer
 from trl import SFTConfig as TrlSftConfig
@@ -20,7 +20,7 @@ from mavis_logits.models import load_chat_model
 from mavis_logits.values.value_policy import ValuePolicyConfig
 
 from ..base.files import read_json, write_json
-from ..base.kept import as_json, digest
+from ..base.kept import as_json, digest, model_origin
 from ..base.prompts import read_prompts
 from ..base.record import Record, clear_checkpoints
 from ..base.settings import torch_dtype
@@ -36,7 +36,7 @@ from .paths import PathTrainer, collate, policy_metrics, tree_rows
 
 RESULT = "tuned.json"
 _MEASURED = 128  # held-out trees, on which every policy is measured
-_SHAPELESS = ("output", "device", "fresh", "model", "store", "prompts")
+_SHAPELESS = ("output", "device", "fresh", "model", "store", "prompts", "initial")
 
 
 def tune(
@@ -58,17 +58,26 @@ def tune(
         OSError: a file that cannot be read.
     """
     set_seed(config.seed)
+    before = None if config.initial is None else _before(config)
     if model is None or tokenizer is None:
         model, tokenizer = load_chat_model(config.model, torch_dtype(config.dtype))
     chosen = ChosenTrees([], [], dict.fromkeys(config.weights, 1.0), 0, [])
     if config.store is not None:
-        chosen = chosen_trees(config.store, config.weights, config.trees, config.seed, config.validation_share)
+        chosen = chosen_trees(
+            config.store,
+            config.weights,
+            config.trees,
+            config.seed,
+            config.validation_share,
+            before and before["deviations"],
+        )
     trees, deviations, tokens = chosen.training, chosen.deviations, chosen.tokens
     rows = [] if config.prompts is None else read_prompts(config.prompts)
     origin = {name: value for name, value in asdict(config).items() if name not in _SHAPELESS} | {
         "starting_weights": parameters_fingerprint(model),
         "trees": digest([[item.tree.prompt_id, item.rewards.tolist()] for item in trees]),
         "prompts": digest([row["prompt"] for row in rows]),
+        "initial": config.initial and model_origin(config.initial),
         "rewards_are": {name: reward_digest(spec) for name, spec in config.rewards.items()},
     }
     record, output = Record(config.output, origin), Path(config.output)
@@ -86,6 +95,7 @@ def tune(
             model, objective, eta=config.eta or None,
             recipe=as_json(recipe_of(asdict(config), chosen.stores)),
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+            iteration=_iteration(config, chosen),
         )  # fmt: skip
         trainer = _offline(config, model, tokenizer, trees, deviations)
         sampled = [0]
@@ -114,6 +124,32 @@ def tune(
     return result
 
 
+def _before(config: TuneConfig) -> dict[str, Any]:
+    """What the tuning that `config.initial` comes from has written of itself.
+
+    Raises:
+        ValueError: it was for something else.
+        OSError: there is none.
+    """
+    path = Path(str(config.initial), RESULT)
+    if not path.exists():
+        raise OSError(
+            f"initial {config.initial} has no {RESULT}: expected the output folder of a finished `mavis tune`"
+        )
+    found = cast(dict[str, Any], read_json(path))
+    if found["weights"] != dict(config.weights):
+        raise ValueError(
+            f"initial {config.initial} was tuned for {found['weights']}, this is for {dict(config.weights)}"
+        )
+    return found
+
+
+def _iteration(config: TuneConfig, chosen: ChosenTrees) -> int:
+    """0 on the reference's own trees; one more than `initial` on those of a steered policy (Algorithm 1)."""
+    before = 0 if config.initial is None else ValuePolicyConfig.from_pretrained(config.initial).iteration
+    return before + any(store.metadata.policy for store in chosen.stores)
+
+
 class _Tokenized(DPOTrainer):
     """DPO on token ids as they were sampled: a text tokenized anew would end, and begin, otherwise."""
 
@@ -137,7 +173,11 @@ def _offline(
     deviations: Mapping[str, float],
 ) -> Any:
     """A trainer on trees; None for what is not trained on them."""
-    shared = {"model": model, "processing_class": tokenizer, "peft_config": lora_config(config.lora, model)}
+    shared: dict[str, Any] = {
+        "model": model,
+        "processing_class": tokenizer,
+        "peft_config": lora_config(config.lora, model),
+    }
     if config.method == "dpo":
         rows = preference_pairs(trees, config.weights, deviations, config.pairs)
         arguments = _arguments(config) | {"beta": config.eta, "max_length": None} | config.trl
@@ -148,7 +188,11 @@ def _offline(
         return SFTTrainer(args=TrlSftConfig(**arguments), train_dataset=Dataset.from_list(rows), **shared)
     if config.method == "paths":
         one = [combined_item(item, config.weights, deviations) for item in trees]
-        adapted = get_peft_model(model, lora_config(config.lora, model))
+        if config.initial is None:
+            adapted: Any = get_peft_model(model, lora_config(config.lora, model))
+        else:
+            ValuePolicyConfig.from_pretrained(config.initial).require_base(model)
+            adapted = PeftModel.from_pretrained(model, config.initial, is_trainable=True)
         if model.device.type == "cpu":  # where fused attention under a mask is slow to differentiate
             model.set_attn_implementation("eager")
         # A tree is as many sequences as it has answers: one at a time, and steps of `batch_size` trees.
