@@ -93,7 +93,7 @@ def test_one_strength_in_units_is_each_ones_own_in_standard_deviations(betas: li
     deviations = torch.rand(len(betas), generator=torch.Generator().manual_seed(seed)) + 0.1
     model, _ = chat_model()
     head = ValueHead.for_model(model, [f"o{i}" for i in range(len(betas))], width=8, reward_scale=deviations.tolist())
-    set_tilt_scale(head.config, betas)
+    set_tilt_scale([head.config], betas)
     common = torch.tensor(head.config.settings["beta"])
     every = MavisConfig(normalize="standard")
     for i, beta in enumerate(betas):

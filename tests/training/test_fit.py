@@ -9,12 +9,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from chat_model import chat_model
 from mavis_logits import MavisSampling, cli
 from mavis_logits.core.chat import chat_inputs
+from mavis_logits.hub.publish import push_folder
 from mavis_logits.models import load_chat_model
 from mavis_training.fit.config import FitConfig, seconds, told
 from mavis_training.fit.plan import FEWEST_PROMPTS, answers_within, split, trees_within
@@ -137,6 +139,26 @@ def test_a_value_model_of_a_local_base_is_whole(place, tmp_path):
     assert not (tmp_path / "out/bundle/value/adapter_config.json").exists()
     assert mavis.functions.value_models
     assert state["collected"] == 30
+
+
+def test_policies_are_tuned_for_each_reward_and_leave_the_model_alone(place, tmp_path):
+    model, tokenizer = load_chat_model(str(place / "chat"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    given, said = config(place, tmp_path / "out", "few", "ones", kind="policy", train={"learning_rate": 1e-2}), []
+    state = fit(given, model, tokenizer, said.append)
+    assert "seconds each with the tuning" in "\n".join(said)
+    assert model.config._attn_implementation == "sdpa"
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(dict(model.named_parameters()))
+    for name, tensor in model.state_dict().items():  # nor has it adapters now
+        assert torch.equal(tensor, before.pop(name))
+    assert not before
+    mavis = MavisSampling.from_pretrained(str(tmp_path / "out/bundle"), model=model, tokenizer=tokenizer)
+    assert mavis.objectives == ["few", "ones"]
+    assert mavis.config.beta == mavis.functions.all[0].config.settings["beta"]
+    with pytest.raises(ValueError, match="a folder that nobody else has"):
+        push_folder(tmp_path / "out/bundle", "org/fitted")
+    for name in ("few", "ones"):
+        assert state["results"]["settings"][name][name]["gain_sd"] > 0.3
 
 
 @pytest.mark.parametrize(

@@ -147,23 +147,25 @@ def calibrate(
                 stacklevel=2,
             )
         strengths[name] = one
-    set_tilt_scale(own, [one.beta for one in strengths.values()])
+    set_tilt_scale([own], [one.beta for one in strengths.values()])
     own.settings |= {"normalize": "standard", "temperature": config.temperature}
     own.save_pretrained(config.value_function)
     return strengths
 
 
-def set_tilt_scale(config: Any, betas: Sequence[float]) -> None:
+def set_tilt_scale(configs: Sequence[Any], betas: Sequence[float]) -> None:
     """Units under which one beta, their geometric mean, does for every objective what its own does in standard
-    deviations of the reward; it is put into the config's settings.
+    deviations of the reward; it is put into the configs' settings.
 
     Args:
-        config: of a value function of M objectives.
-        betas: M strengths.
+        configs: of value functions of M objectives in all.
+        betas: M strengths, in their order.
     """
-    beta = float(f"{np.exp(np.mean(np.log(betas))):.2g}")
-    config.tilt_scale = [float(f"{s * beta / own:.4g}") for s, own in zip(config.reward_scale, betas, strict=True)]
-    config.settings = {**config.settings, "beta": beta}
+    beta, left = float(f"{np.exp(np.mean(np.log(betas))):.2g}"), list(betas)
+    for config in configs:
+        own, left = left[: len(config.reward_scale)], left[len(config.reward_scale) :]
+        config.tilt_scale = [float(f"{s * beta / b:.4g}") for s, b in zip(config.reward_scale, own, strict=True)]
+        config.settings = {**config.settings, "beta": beta}
 
 
 def strength(spent: Callable[[float], float], kl: float, first: float = 4.0) -> Calibrated | None:

@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 _SEE_THROUGH = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _LOOKED_AT = 64  # parameters of one element each
@@ -124,6 +125,11 @@ def state_of(model: nn.Module) -> int:
 def spread(places: int, count: int) -> list[int]:
     """Some numbers below `count`, spread by the golden ratio, any first few of them as well as all."""
     return [(((i * 2654435769 + 0x80000000) & 0xFFFFFFFF) * count) >> 32 for i in range(places)]
+
+
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A second model whose weights are those of `model`, the same tensors: what is put around them is its own."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 class WeakModel:

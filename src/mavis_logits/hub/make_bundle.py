@@ -71,7 +71,7 @@ def make_bundle(
         unfinished = Path(temporary) / "bundle"
         unfinished.mkdir()
         for subfolder, source in copies.items():
-            for inside, path in checked_files(source).items():
+            for inside, path in checked_files(source, goes_out=False).items():
                 target = unfinished / subfolder / inside
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
@@ -84,7 +84,7 @@ def make_bundle(
 
 def _local(source: Path, copies: dict[str, Path]) -> tuple[BundleEntry, dict[str, Any]]:
     """The entry of a folder that is to be copied, and its config."""
-    checked_files(source)
+    checked_files(source, goes_out=False)
     same = [name for name, path in copies.items() if path.resolve() == source.resolve()]
     subfolder = same[0] if same else source.resolve().name
     if not same and subfolder in copies:

@@ -154,11 +154,15 @@ def push_function(
         return push_folder(folder, repo_id, **push)
 
 
-def checked_files(folder: Path) -> dict[str, Path]:
+def checked_files(folder: Path, goes_out: bool = True) -> dict[str, Path]:
     """The files of a value function or a bundle that are published, by their path in the repository, after a look.
 
     Those are what it takes to use it, its card with pictures, how it was trained and measured, and a licence. What else
     lies there, such as hidden states of the training prompts or a trainer's checkpoints, stays here.
+
+    Args:
+        folder: of one or the other.
+        goes_out: to others, who need the base model of a policy from somewhere else than a folder.
 
     Raises:
         ValueError: neither of the two, a mistake in a bundle, a pickle, or a link that leads out of the folder.
@@ -173,7 +177,7 @@ def checked_files(folder: Path) -> dict[str, Path]:
         assert bundle is not None
         own = {str(entry.subfolder) for entry in bundle.value_functions.values() if entry.repo is None}
         functions = {f"{name}/": folder / name for name in sorted(own)}
-    weights = {start + name for start, function in functions.items() for name in _checked_weights(function)}
+    weights = {start + name for start, function in functions.items() for name in _checked_weights(function, goes_out)}
     walked = _walk(folder, (*functions, *(f"{name.split('/')[0]}/" for name in _CODE)))
     return {name: path for name, path in walked if name in weights | set(_CODE) or _belongs(name, functions)}
 
@@ -211,7 +215,7 @@ def _walk(folder: Path, starts: Iterable[str]) -> Iterator[tuple[str, Path]]:
             yield inside.as_posix(), path
 
 
-def _checked_weights(folder: Path) -> set[str]:
+def _checked_weights(folder: Path, goes_out: bool = True) -> set[str]:
     """Names of the files that hold the weights of the value function in `folder`; raises unless it is whole."""
     if not (folder / "config.json").is_file():
         raise ValueError(
@@ -226,7 +230,8 @@ def _checked_weights(folder: Path) -> set[str]:
     if kind not in KINDS:
         raise ValueError(f"{folder} holds a model of type {kind!r}, expected a value function ({' or '.join(KINDS)})")
     if is_policy or (folder / ADAPTER_CONFIG).is_file():
-        if backbone is not None and (Path(backbone).is_dir() or Path(backbone).is_absolute()):
+        needed = goes_out or not is_policy  # whoever steers by a policy has the model that it lies on
+        if needed and backbone is not None and (Path(backbone).is_dir() or Path(backbone).is_absolute()):
             raise ValueError(
                 f"{folder} is an adapter on layers of {backbone}, a folder that nobody else has: publish that model, "
                 f"too, and write its Hub id into config.json as {place}"

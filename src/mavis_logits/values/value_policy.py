@@ -14,7 +14,6 @@ functions, are what tuning alone cannot give.
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..backbone import Backbone
 from ..backbone.fingerprint import Identity
-from ..backbone.weights import WeakModel
+from ..backbone.weights import WeakModel, twin
 from ..core.objectives import ObjectivesMixin
 from ..hub.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_file, hub_arguments
 from .words import Place, Words
@@ -179,10 +178,8 @@ def _tuned(name: str, model: PreTrainedModel, hub: dict[str, Any]) -> PreTrained
     for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if find_file(name, file, hub) is None:
             raise OSError(f"{name} has no {file}: expected an adapter, as mavis tune, TRL or PEFT writes it")
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    twin = copy.deepcopy(model, dict(shared))
-    tuned = PeftModel.from_pretrained(twin, name, **{k: v for k, v in hub.items() if k != "force_download"})
+    tuned = PeftModel.from_pretrained(twin(model), name, **{k: v for k, v in hub.items() if k != "force_download"})
     for parameter, mode in trained.items():  # PEFT freezes what it is put on, which is the base model's own
         parameter.requires_grad_(mode)
     policy: PreTrainedModel = tuned.get_base_model()  # type: ignore[assignment]

@@ -12,14 +12,15 @@ from mavis_logits.models import DEFAULT_MODEL
 from ..base.settings import check_sampling, from_mapping, torch_dtype
 from ..fitting.head_config import TrainHeadConfig
 from ..fitting.model_config import TrainModelConfig
+from ..fitting.settings import LoraSettings
 from ..rewards.load import split_spec, with_model
+from ..tuning.config import TuneConfig
 
-Kind = Literal["head", "model"]
-TRAINERS: dict[str, type[TrainHeadConfig] | type[TrainModelConfig]] = {
-    "head": TrainHeadConfig,
-    "model": TrainModelConfig,
-}
+Kind = Literal["head", "model", "policy"]
+Training = TrainHeadConfig | TrainModelConfig | TuneConfig
+TRAINERS: dict[str, type[Training]] = {"head": TrainHeadConfig, "model": TrainModelConfig, "policy": TuneConfig}
 _OWN = {"store", "objectives", "output", "states", "model", "device", "dtype", "seed", "fresh", "initial"}
+_OWN |= {"method", "weights", "prompts", "rewards", "chat_template"}  # of tuning
 _UNITS = {"h": 3600, "m": 60, "s": 1, "": 60}
 
 
@@ -36,14 +37,16 @@ class FitConfig:
             `words:INSTRUCTION`, what an instruction to the model itself makes likelier: it then steers at plain speed.
         output: folder: `bundle` (the value function with its settings and card), `report.html`, and `work`.
         model: the language model that is to be steered, by Hub id or folder.
-        kind: "head": a value head on the model's own states, which costs nothing at decoding; "model": a value model.
+        kind: "head": a value head on the model's own states, which costs nothing at decoding; "model": a value model;
+            "policy": an adapter for each reward, tuned by path consistency (`mavis tune`), which steers furthest and
+            costs a forward pass of the model more a token each.
         budget: of time for all of it, such as 30m, 2h or 1h30m; it decides how many trees are collected.
         kl: how far from the model steering may go, in nats an answer; "best": as far as the rewards rise.
         held_out: prompts to choose settings and to measure on; by default a part of `prompts`.
         temperature, top_p: at which the model is sampled and steered; by default its generation config's, else 0.7, 1.
         max_new_tokens: length of an answer.
         trees: at most so many, whatever the budget.
-        train: fields of the training's own config (`mavis train-head`, `mavis train-model`).
+        train: fields of the training's own config (`mavis train-head`, `mavis train-model`, `mavis tune`).
         chat_template: "auto" or "none", as for `mavis collect`.
         dtype: of the model's weights.
         device: where to run; None for a GPU if there is one.
@@ -95,7 +98,7 @@ class FitConfig:
         if self.max_new_tokens < 4:
             raise ValueError(f"max_new_tokens must be at least 4, got {self.max_new_tokens}")
         torch_dtype(self.dtype)
-        self.training("store", "value", {})
+        self.trainings("store", "value", {})
 
     @property
     def objectives(self) -> list[str]:
@@ -112,12 +115,12 @@ class FitConfig:
         """Which reward tells what steering towards which objective does."""
         return [(name, name if self.pairs is None else self.objective) for name in self.measured]
 
-    def training(self, store: str, output: str, places: dict[str, Any]) -> TrainHeadConfig | TrainModelConfig:
-        """How the value function is trained, on the trees in `store`.
+    def trainings(self, store: str, output: str, places: dict[str, Any]) -> list[Training]:
+        """How the value functions are trained, on the trees in `store`: one for all objectives, or a policy for each.
 
         Args:
             store: folder of labelled trees.
-            output: folder for the value function.
+            output: folder for the value function; those of policies are in it.
             places: further settings that are this run's to give.
 
         Raises:
@@ -126,10 +129,18 @@ class FitConfig:
         taken = sorted(_OWN & self.train.keys())
         if taken:
             raise ValueError(f"train must not give {', '.join(taken)}: that is said by the run itself")
-        own = {"store": store, "objectives": self.objectives, "output": output, "seed": self.seed}
-        own |= {"model": self.model, "dtype": self.dtype} if self.kind == "head" else {"backbone": self.model}
+        own: dict[str, Any] = {"store": store, "seed": self.seed}
+        own |= {"backbone": self.model} if self.kind == "model" else {"model": self.model, "dtype": self.dtype}
         own |= {} if self.pairs is None else {"rule": "pairs", "drop_leaves": 0.0, "bootstrap": 0.0}
-        return from_mapping(TRAINERS[self.kind], own | places | self.train, "train")
+        if self.kind != "policy":
+            each: list[dict[str, Any]] = [{"output": output, "objectives": self.objectives}]
+        else:
+            own |= {
+                "method": "paths", "lora": LoraSettings(16, 32, 0.0), "learning_rate": 3e-4, "batch_size": 8,
+                "bf16": self.dtype == "bfloat16",
+            }  # fmt: skip
+            each = [{"output": f"{output}/{name}", "weights": {name: 1.0}} for name in self.objectives]
+        return [from_mapping(TRAINERS[self.kind], own | one | places | self.train, "train") for one in each]
 
 
 def seconds(budget: str) -> float:

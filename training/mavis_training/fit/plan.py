@@ -11,7 +11,8 @@ import numpy as np
 
 from ..base.prompts import same_prompt_key
 
-# Of the budget: what remains goes into training, choosing settings, measuring and loading.
+# Of the budget, for trees and what takes as long as there are trees: what remains goes into training heads and value
+# models, choosing settings, measuring and loading.
 TREES_SHARE = 0.6
 FEWEST_TREES = 24  # of which some are held out from training
 FEWEST_PROMPTS = 40
@@ -76,7 +77,7 @@ def trees_within(budget: float, spent: float, cost: float, prompts: int, most: i
     Args:
         budget: of the whole fit, in seconds.
         spent: of it so far.
-        cost: of sampling and labelling one tree, in seconds.
+        cost: of sampling and labelling one tree, and of tuning policies on it, in seconds.
         prompts: that there are.
         most: trees that are wanted at most.
 

@@ -35,6 +35,7 @@ from ..calibrate import set_tilt_scale, strength
 from ..cards import CardConfig, can_draw, write_card
 from ..collect import collect
 from ..evaluate import EvaluateConfig, evaluate
+from ..fitting.head_config import TrainHeadConfig
 from ..label import LabelConfig, label, sameness
 from ..measure.schedule import Measurement
 from ..measure.validation import ValidationConfig, Validator
@@ -44,6 +45,8 @@ from ..sampling.config import CollectConfig, PolicyConfig
 from ..train_head import train_head
 from ..train_model import train_model
 from ..trees.tree_store import TreeStore
+from ..tuning.config import TuneConfig
+from ..tuning.run import seconds_a_tree, tune
 from .config import FitConfig, seconds, told
 from .plan import TREES_SHARE, Split, answers_within, split, trees_within
 from .report import judged, write_report
@@ -51,6 +54,7 @@ from .tune import GRIDS, STRENGTHS, Trial, choose
 
 STATE = "fit.json"
 _FIRST = 8  # trees from which the time of one is told
+_TIMED = 3  # of these tuning is timed on
 _ROUNDS = 6  # in which the others are collected, with a look at the clock between them
 _PLACES = ("output", "device", "fresh", "budget")
 _TOP_P, _TEMPERATURE = 1.0, 0.7
@@ -130,13 +134,13 @@ class _Run:
             self._validator.load(spec)
         self._tell_begin(tokenizer)
         store = self._collected() if config.pairs is None else self._paired()
-        value = self._trained(store)
-        chosen, tried = self._chosen(value)
-        chosen = self._in_units(value, chosen)
-        results = self._measured(value, chosen)
-        bundle = self._bundled(value, chosen)
+        self.value = self._trained(store)
+        chosen, tried = self._chosen()
+        chosen = self._in_units(chosen)
+        results = self._measured(chosen)
+        bundle = self._bundled(chosen)
         self._keep(temperature=self.temperature, top_p=self.top_p, bundle=str(bundle), results=results)
-        metrics = read_json(value / METRICS)
+        metrics = self._metrics()
         write_report(self.folder / "report.html", config, self.state, results, tried, metrics, self._answers())
         return self.state
 
@@ -200,21 +204,23 @@ class _Run:
         if "trees" not in self.state:
             self._require_something_to_learn(store)
             count = min(_FIRST, prompts)
-            cost = max(1e-3, (self.spent - begun) / count)
+            sampling, tuning = (self.spent - begun) / count, self._tuning_cost(store)
+            cost = max(1e-3, sampling + tuning)
+            self._keep(sampling_share=sampling / cost)
             wanted = trees_within(budget, self.spent, cost, prompts, self.config.trees)
             self._keep(trees=wanted)
             ahead = max(0.0, (wanted - count) * cost)
             answers = np.mean([len(tree.leaves()) for tree in store])
             self.say(
-                f"[2/6] Sampling {wanted} trees of about {answers:.0f} answers, {cost:.1f} seconds each: "
-                f"about {told(ahead)}."
+                f"[2/6] Sampling {wanted} trees of about {answers:.0f} answers, {cost:.1f} seconds each"
+                f"{' with the tuning' if tuning else ''}: about {told(ahead)}."
             )
         wanted = int(self.state["trees"])
         step = max(_FIRST, -(-wanted // _ROUNDS))
         for limit in [*range(step, wanted, step), wanted]:
             store = self._grow(limit)
             done = len(store.prompt_ids())
-            if done < wanted and self.spent > TREES_SHARE * budget and done >= _FIRST:
+            if done < wanted and self.spent > TREES_SHARE * budget * self.state["sampling_share"] and done >= _FIRST:
                 self.say(f"      {done} trees have taken longer than was thought: going on with these.")
                 break
         self._keep(collected=len(store.prompt_ids()))
@@ -256,26 +262,50 @@ class _Run:
 
     # Values
 
-    def _trained(self, store: TreeStore) -> Path:
-        self.say(f"[3/6] Training a value {self.config.kind} on {len(store.prompt_ids())} trees.")
-        folder = self.work / "value"
+    def _trained(self, store: TreeStore) -> str | dict[str, str]:
+        """The folder of the value function, or of each objective's."""
+        what = "a policy for each reward" if self.config.kind == "policy" else f"a value {self.config.kind}"
+        self.say(f"[3/6] Training {what} on {len(store.prompt_ids())} trees.")
         places: dict[str, Any] = {"device": self.config.device}
         if self.config.kind == "head":
             places["states"] = str(self.work / "states")
-        training = self.config.training(str(store.folder), str(folder), places)
-        if self.config.kind == "head":
-            train_head(training, self.base[0])  # type: ignore[arg-type]
-        else:
-            train_model(training)  # type: ignore[arg-type]
-        metrics = read_json(folder / METRICS)
-        for line in judged(self.config, metrics):
+        trainings = self.config.trainings(str(store.folder), str(self.work / "value"), places)
+        for training in trainings:
+            if isinstance(training, TuneConfig):
+                tune(training, *self.base)
+            elif isinstance(training, TrainHeadConfig):
+                train_head(training, self.base[0])
+            else:
+                train_model(training)
+        folders = [training.output for training in trainings]
+        self.value = folders[0]
+        if self.config.kind == "policy":
+            self.value = dict(zip(self.config.objectives, folders, strict=True))
+        for line in judged(self.config, self._metrics()):
             self.say(f"      {line}")
         self._keep()
-        return folder
+        return self.value
+
+    @property
+    def _folders(self) -> list[Path]:
+        """Those of the value functions."""
+        return [Path(folder) for folder in (self.value.values() if isinstance(self.value, dict) else [self.value])]
+
+    def _metrics(self) -> dict[str, Any]:
+        """What held-out trees say of the value functions."""
+        return {name: one for folder in self._folders for name, one in read_json(folder / METRICS).items()}
+
+    def _tuning_cost(self, store: TreeStore) -> float:
+        """Seconds for which policies are tuned on a tree, all objectives together; 0 for other value functions."""
+        if self.config.kind != "policy":
+            return 0.0
+        trainings = self.config.trainings(str(store.folder), str(self.work / "value"), {"device": self.config.device})
+        trees = [tree for tree, _ in store.labelled(self.config.objectives)][:_TIMED]
+        return sum(seconds_a_tree(one, self.base[0], trees) for one in trainings if isinstance(one, TuneConfig))
 
     # Settings
 
-    def _chosen(self, value: Path) -> tuple[dict[str, Any], list[Trial]]:
+    def _chosen(self) -> tuple[dict[str, Any], list[Trial]]:
         """The settings that are best at the divergence that is wanted, and all that were tried."""
         kl = None if self.config.kl == "best" else float(self.config.kl)
         aim = "most reward" if kl is None else f"about {kl:g} nats from the model"
@@ -292,7 +322,7 @@ class _Run:
         def measure(settings: dict[str, Any]) -> Trial:
             found = {}
             for name in self.config.objectives:
-                policy = PolicyConfig(str(value), {**settings, "weights": {name: 1.0}})
+                policy = PolicyConfig(self.value, {**settings, "weights": {name: 1.0}})
                 found[name] = self._validated(_file_name(settings, name), policy, plain)
             kls = [one.kl for one in found.values()]
             gains = {name: float(found[by].summary[name]["gain_sd"] or 0.0) for name, by in self.config.shown}
@@ -304,17 +334,17 @@ class _Run:
         best, tried = choose(measure, GRIDS[self.config.kind], kl, lambda: self.spent < deadline)
         if kl is not None and not 0.5 * kl <= best.kl <= 1.5 * kl:
             self.say(f"      The nearest that was found to {kl:g} nats is {best.kl:.1f}.")
-        betas = self._alike(value, best, plain)
+        betas = self._alike(best, plain)
         self._keep(chosen=best.settings, tried=[asdict(trial) for trial in tried], betas=betas)
         return best.settings, tried
 
-    def _alike(self, value: Path, best: Trial, plain: Measurement) -> list[float] | None:
+    def _alike(self, best: Trial, plain: Measurement) -> list[float] | None:
         """The strength of each of several objectives at which all diverge as far as `best` does on average."""
         if len(self.config.objectives) < 2 or best.settings["normalize"] != "standard":
             return None
 
         def spent(beta: float, name: str) -> float:
-            policy = PolicyConfig(str(value), {**best.settings, "beta": beta, "weights": {name: 1.0}})
+            policy = PolicyConfig(self.value, {**best.settings, "beta": beta, "weights": {name: 1.0}})
             return self._validated(_file_name({**best.settings, "beta": beta}, name), policy, plain).kl
 
         tried = {
@@ -327,15 +357,16 @@ class _Run:
         self.say(f"      Units of value in which one strength does for all: {told_betas}.")
         return [one.beta for one in found.values()]
 
-    def _in_units(self, value: Path, chosen: dict[str, Any]) -> dict[str, Any]:
+    def _in_units(self, chosen: dict[str, Any]) -> dict[str, Any]:
         """The chosen settings with the one strength that does for all objectives, whose units go into the config."""
         betas = self.state.get("betas")
         if betas is None:
             return chosen
-        config = AutoConfig.from_pretrained(value)
-        set_tilt_scale(config, betas)
-        config.save_pretrained(value)
-        return {**chosen, "beta": config.settings["beta"]}
+        configs = [AutoConfig.from_pretrained(folder) for folder in self._folders]
+        set_tilt_scale(configs, betas)
+        for config, folder in zip(configs, self._folders, strict=True):
+            config.save_pretrained(folder)
+        return {**chosen, "beta": configs[0].settings["beta"]}
 
     def _validated(self, name: str, policy: PolicyConfig | None, plain: Measurement | None) -> Measurement:
         return self._validator.measure(self.work / "trials" / name, policy, plain)
@@ -357,7 +388,7 @@ class _Run:
 
     # Numbers
 
-    def _measured(self, value: Path, chosen: dict[str, Any]) -> dict[str, Any]:
+    def _measured(self, chosen: dict[str, Any]) -> dict[str, Any]:
         settings: dict[str, dict[str, Any]] = {"unsteered": {}}
         objectives = self.config.objectives
         for name in objectives:
@@ -376,7 +407,7 @@ class _Run:
         results = evaluate(
             EvaluateConfig(
                 prompts=str(self.work / "measuring.jsonl"), output=str(self.work / "evaluation.json"),
-                completions=str(self.work / "completions"), value_functions=str(value), rewards=self.config.measured,
+                completions=str(self.work / "completions"), value_functions=self.value, rewards=self.config.measured,
                 settings=settings, limit=None, seeds=list(range(seeds)), max_new_tokens=self.config.max_new_tokens,
                 temperature=self.temperature, top_p=self.top_p, model=self.config.model,
                 chat_template=self.config.chat_template, dtype=self.config.dtype, device=self.config.device,
@@ -396,11 +427,22 @@ class _Run:
 
     # What is left
 
-    def _bundled(self, value: Path, chosen: dict[str, Any]) -> Path:
-        target, final = self.folder / "bundle", self.work / "final" / "value"
+    def _bundled(self, chosen: dict[str, Any]) -> Path:
+        target, final = self.folder / "bundle", self.work / "final"
         self.say(f"[6/6] Writing {target} and {self.folder / 'report.html'}.")
-        shutil.rmtree(final, ignore_errors=True)  # a copy: what was measured stays as it is
-        shutil.copytree(value, final, ignore=shutil.ignore_patterns("states", "checkpoints", "training.json"))
+        shutil.rmtree(final, ignore_errors=True)  # copies: what was measured stays as it is
+        finals = [self._final(folder, final / folder.name, chosen) for folder in self._folders]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            shutil.rmtree(target, ignore_errors=True)
+            equal = dict.fromkeys(self.config.objectives, 1 / len(self.config.objectives))
+            settings = MavisConfig.from_dict({**chosen, "weights": equal})
+            make_bundle(target, finals, settings, allow_weak=True)
+        return target
+
+    def _final(self, folder: Path, final: Path, chosen: dict[str, Any]) -> str:
+        """A copy of a value function with its settings and its card, in the folder `final`."""
+        shutil.copytree(folder, final, ignore=shutil.ignore_patterns("states", "checkpoints", "training.json"))
         if self.config.kind == "model" and Path(self.config.model).is_dir():
             # Nobody else has the folder that an adapter would be on: its layers are saved with it.
             ValueModel.from_pretrained(final, merge=True).save_pretrained(final)
@@ -411,6 +453,7 @@ class _Run:
         rewards = {name: f"computed by `{describe_spec(spec)}`." for name, spec in self.config.rewards.items()}
         if self.config.pairs is not None:
             rewards = {self.config.objective: "what was chosen in pairs of answers."}
+        rewards = {name: told for name, told in rewards.items() if name in config.objectives}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             write_card(
@@ -418,11 +461,7 @@ class _Run:
                     str(final), evaluation=str(self.work / "evaluation.json"), rewards=rewards, plots=can_draw(),
                 )
             )  # fmt: skip
-            shutil.rmtree(target, ignore_errors=True)
-            equal = dict.fromkeys(self.config.objectives, 1 / len(self.config.objectives))
-            settings = MavisConfig.from_dict({**chosen, "weights": equal})
-            make_bundle(target, [str(final)], settings, allow_weak=True)
-        return target
+        return str(final)
 
 
 def _row(pair: Pair) -> dict[str, Any]:

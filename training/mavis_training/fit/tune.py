@@ -18,6 +18,7 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
         {"top_k": 200, "normalize": "standard", "candidate_min_p": 0.02},
         {"top_k": 15, "normalize": "minmax"},
     ],
+    "policy": [{"top_k": 200, "normalize": "standard"}],
     "model": [{"top_k": 15, "normalize": "minmax"}, {"top_k": 15, "normalize": "standard"}],
 }
 # As which multiples of the chosen strength is measured, and what they are called behind an objective's name.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
@@ -15,6 +17,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOO
 from trl import SFTConfig as TrlSftConfig
 
 from mavis_logits.backbone.fingerprint import parameters_fingerprint, tokenizer_fingerprint
+from mavis_logits.backbone.weights import twin
 from mavis_logits.hub.cards import CARD, METRICS
 from mavis_logits.models import load_chat_model
 from mavis_logits.values.value_policy import ValuePolicyConfig
@@ -30,9 +33,10 @@ from ..fitting.value_trainer import resume
 from ..rewards.load import Reward, compute_rewards, load_reward, reward_digest
 from ..rivals.directions import contrast, save_direction
 from ..trees.data import LabelledTree, recipe_of
+from ..trees.tree import Tree
 from .config import ONLINE, TuneConfig
 from .examples import ChosenTrees, best_answers, chosen_trees, combined_item, preference_pairs
-from .paths import PathTrainer, collate, policy_metrics, tree_rows
+from .paths import PathTrainer, answer_ratios, collate, policy_metrics, tree_rows
 
 RESULT = "tuned.json"
 _MEASURED = 128  # held-out trees, on which every policy is measured
@@ -43,6 +47,8 @@ def tune(
     config: TuneConfig, model: PreTrainedModel | None = None, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> dict[str, Any]:
     """Tune as `config` says; write the adapter or direction and `tuned.json`, and return what that holds.
+
+    A model that is handed in is left as it was.
 
     `tuned.json` has the CPU seconds (of the last run, if interrupted), the tokens that were sampled for it and the
     steps; `metrics.json` what it foresees of held-out trees. What is finished is not done again, and what was begun
@@ -97,24 +103,26 @@ def tune(
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
             iteration=_iteration(config, chosen),
         )  # fmt: skip
-        trainer = _offline(config, model, tokenizer, trees, deviations)
-        sampled = [0]
-        if config.method in ONLINE:
-            trainer = _online(config, model, tokenizer, rows, deviations, sampled)
-        resume(trainer)
-        tuned = trainer.accelerator.unwrap_model(trainer.model).eval()
-        for parameter in tuned.parameters():
-            if parameter.requires_grad:  # PEFT trains adapters in float32
-                parameter.data = parameter.data.to(torch_dtype(config.dtype))
-        tuned.save_pretrained(output)
-        (output / CARD).unlink(missing_ok=True)  # PEFT's, with nothing in it: `mavis card` and `mavis push` write one
-        value_policy.save_pretrained(output)
-        result = {"steps": trainer.state.global_step, "log": trainer.state.log_history[-3:]}
-        tokens = sampled[0] if config.method in ONLINE else tokens
-        if held_out := [combined_item(item, config.weights, deviations) for item in chosen.held_out[:_MEASURED]]:
-            metrics = policy_metrics(tuned, held_out, objective, config.eta)
-            write_json(output / METRICS, {"training_trees": len(trees)} | metrics)
-        clear_checkpoints(output)
+        with _aside(model) as own:
+            sampled = [0]
+            if config.method in ONLINE:
+                trainer = _online(config, own, tokenizer, rows, deviations, sampled)
+            else:
+                trainer = _offline(config, own, tokenizer, trees, deviations)
+            resume(trainer)
+            tuned = trainer.accelerator.unwrap_model(trainer.model).eval()
+            for parameter in tuned.parameters():
+                if parameter.requires_grad:  # PEFT trains adapters in float32
+                    parameter.data = parameter.data.to(torch_dtype(config.dtype))
+            tuned.save_pretrained(output)
+            (output / CARD).unlink(missing_ok=True)  # PEFT's, with nothing in it: `mavis card`, `mavis push` write one
+            value_policy.save_pretrained(output)
+            result = {"steps": trainer.state.global_step, "log": trainer.state.log_history[-3:]}
+            tokens = sampled[0] if config.method in ONLINE else tokens
+            if held_out := [combined_item(item, config.weights, deviations) for item in chosen.held_out[:_MEASURED]]:
+                metrics = policy_metrics(tuned, held_out, objective, config.eta)
+                write_json(output / METRICS, {"training_trees": len(trees)} | metrics)
+            clear_checkpoints(output)
     result = {
         "method": config.method, "weights": dict(config.weights), "deviations": deviations,
         "rollout_tokens": tokens, "cpu_seconds": round(time.process_time() - started, 1),
@@ -148,6 +156,43 @@ def _iteration(config: TuneConfig, chosen: ChosenTrees) -> int:
     """0 on the reference's own trees; one more than `initial` on those of a steered policy (Algorithm 1)."""
     before = 0 if config.initial is None else ValuePolicyConfig.from_pretrained(config.initial).iteration
     return before + any(store.metadata.policy for store in chosen.stores)
+
+
+def seconds_a_tree(config: TuneConfig, model: PreTrainedModel, trees: Sequence[Tree]) -> float:
+    """For which "paths" is at work on a tree, by a few of them."""
+    found = []
+    with _aside(model) as own:
+        adapted = _adapted(config, own).train()
+        for tree in trees:
+            started = time.monotonic()
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=config.bf16):
+                ratios = answer_ratios(adapted, tree)
+            ratios.square().mean().backward()
+            found.append(time.monotonic() - started)
+    return config.epochs * sum(found) / len(found)
+
+
+@contextmanager
+def _aside(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """A `twin` to put adapters on; of `model` it leaves also what is trainable as it was."""
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        yield twin(model)
+    finally:
+        for parameter, mode in trained.items():
+            parameter.requires_grad_(mode)
+
+
+def _adapted(config: TuneConfig, model: PreTrainedModel) -> Any:
+    """`model` with the adapter that path consistency is to train."""
+    if config.initial is None:
+        adapted: Any = get_peft_model(model, lora_config(config.lora, model))
+    else:
+        ValuePolicyConfig.from_pretrained(config.initial).require_base(model)
+        adapted = PeftModel.from_pretrained(model, config.initial, is_trainable=True)
+    if model.device.type == "cpu":  # where fused attention under a mask is slow to differentiate
+        model.set_attn_implementation("eager")
+    return adapted
 
 
 class _Tokenized(DPOTrainer):
@@ -188,13 +233,7 @@ def _offline(
         return SFTTrainer(args=TrlSftConfig(**arguments), train_dataset=Dataset.from_list(rows), **shared)
     if config.method == "paths":
         one = [combined_item(item, config.weights, deviations) for item in trees]
-        if config.initial is None:
-            adapted: Any = get_peft_model(model, lora_config(config.lora, model))
-        else:
-            ValuePolicyConfig.from_pretrained(config.initial).require_base(model)
-            adapted = PeftModel.from_pretrained(model, config.initial, is_trainable=True)
-        if model.device.type == "cpu":  # where fused attention under a mask is slow to differentiate
-            model.set_attn_implementation("eager")
+        adapted = _adapted(config, model)
         # A tree is as many sequences as it has answers: one at a time, and steps of `batch_size` trees.
         arguments = _arguments(config) | {
             "per_device_train_batch_size": 1, "gradient_accumulation_steps": config.batch_size,
