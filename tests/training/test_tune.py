@@ -155,13 +155,31 @@ def test_a_policy_goes_on_with_trees_that_it_has_sampled(place, tmp_path) -> Non
     assert tune(second)["deviations"] == first["deviations"]
     assert json.loads((tmp_path / "second" / "config.json").read_text())["iteration"] == 1
     assert ones({"adapters": {str(tmp_path / "second"): 1.0}}) > ones({"adapters": {policy: 1.0}}) + 0.1
-    still = config(place, "paths", tmp_path / "still", initial=policy, learning_rate=0.0, epochs=1, lora=LoraSettings())
+    still = config(place, "paths", tmp_path / "still", initial=policy, learning_rate=0.0, epochs=1)
     tune(still)
     assert json.loads((tmp_path / "still" / "config.json").read_text())["iteration"] == 0
     one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("first", "still"))
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(other[name], tensor)
+
+
+def test_a_policy_goes_on_in_more_layers(place, tmp_path) -> None:
+    above, every = (LoraSettings(rank=4, alpha=8, dropout=0.0, first_layer=layer) for layer in (1, 0))
+    tune(config(place, "paths", tmp_path / "above", learning_rate=2e-2, epochs=2, lora=above))
+    tune(config(place, "paths", tmp_path / "every", lora=every, initial=str(tmp_path / "above"), learning_rate=0.0))
+    one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("above", "every"))
+    assert one.keys() < other.keys()
+    for name, tensor in other.items():
+        if name in one:
+            torch.testing.assert_close(tensor, one[name])
+        else:  # where nothing was adapted, nothing is
+            assert "lora_A" in name or not tensor.any()
+    with pytest.raises(ValueError, match="layers that lora leaves out"):
+        tune(config(place, "paths", tmp_path / "out", lora=above, initial=str(tmp_path / "every")))
+    lora = LoraSettings(rank=2, alpha=8, dropout=0.0)
+    with pytest.raises(ValueError, match="has rank 4 and alpha 8, lora has 2 and 8"):
+        tune(config(place, "paths", tmp_path / "out", lora=lora, initial=str(tmp_path / "every")))
 
 
 def test_a_policy_goes_on_only_with_what_it_was_for(place, tmp_path) -> None:

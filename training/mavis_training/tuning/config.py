@@ -45,8 +45,8 @@ class TuneConfig(TrainerSettings):
         model: base model, by Hub id or folder.
         chat_template: as in collecting.
         initial: folder of a policy that `mavis tune` wrote for the same weights, to go on from, "paths" only: with
-            trees that it has sampled itself, steered (Algorithm 1), or with more of the reference's. Its shape and the
-            units of its rewards are kept, whatever `lora` says and the trees have.
+            trees that it has sampled itself, steered (Algorithm 1), or with more of the reference's. `lora` must be of
+            its rank and scale, and may adapt more layers; the units of its rewards are kept.
         lora: of the adapter.
         trl: further arguments of TRL's config by name; they override what is set here.
     """

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTTrainer
 from trl import SFTConfig as TrlSftConfig
@@ -185,11 +185,22 @@ def _aside(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 def _adapted(config: TuneConfig, model: PreTrainedModel) -> Any:
     """`model` with the adapter that path consistency is to train."""
-    if config.initial is None:
-        adapted: Any = get_peft_model(model, lora_config(config.lora, model))
-    else:
+    if config.initial is not None:
         ValuePolicyConfig.from_pretrained(config.initial).require_base(model)
-        adapted = PeftModel.from_pretrained(model, config.initial, is_trainable=True)
+    adapted: Any = get_peft_model(model, lora_config(config.lora, model))
+    if config.initial is not None:
+        found = LoraConfig.from_pretrained(config.initial)
+        if (found.r, found.lora_alpha) != (config.lora.rank, config.lora.alpha):
+            raise ValueError(
+                f"initial {config.initial} has rank {found.r} and alpha {found.lora_alpha}, lora has "
+                f"{config.lora.rank} and {config.lora.alpha}: give it the same"
+            )
+        strange = set_peft_model_state_dict(adapted, load_peft_weights(config.initial, "cpu")).unexpected_keys
+        if strange:
+            raise ValueError(
+                f"initial {config.initial} adapts {len(strange) // 2} layers that lora leaves out, such as "
+                f"{strange[0]}: set lora.first_layer and lora.target_modules as it was tuned, or wider"
+            )
     if model.device.type == "cpu":  # where fused attention under a mask is slow to differentiate
         model.set_attn_implementation("eager")
     return adapted
