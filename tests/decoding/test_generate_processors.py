@@ -205,7 +205,7 @@ def test_tokens_that_are_no_candidates_have_no_probability(base: PreTrainedModel
     assert (out[:, EOS] < -1e9).any(), "an end of text that is no candidate comes last"
 
 
-@pytest.mark.parametrize("settings", [{}, {"unscored": "keep"}, {"candidate_min_p": 0.1}])
+@pytest.mark.parametrize("settings", [{}, {"unscored": "keep"}, {"unscored": "expected"}, {"candidate_min_p": 0.1}])
 def test_nothing_allowed_is_said_so(base: PreTrainedModel, settings: dict[str, Any]) -> None:
     processor = MavisLogitsProcessor(make_value_model("a"), beta=1.0, top_k=K, model=base, **settings)
     head = MavisLogitsProcessor(make_head(base, "a"), beta=1.0, top_k=None, model=base, **settings)

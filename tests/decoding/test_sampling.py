@@ -100,6 +100,7 @@ def test_value_models_of_every_kind_read_along(architecture: str, base: Any, pro
         {},
         {"candidate_min_p": 0.3},
         {"unscored": "keep"},
+        {"unscored": "expected"},
         {"unscored": "keep", "candidate_min_p": 0.3, "normalize": "none"},
         {"kl_budget": 1.5},
         {"normalize": "gap"},

@@ -245,7 +245,7 @@ def test_ids_that_only_pad_the_base_models_table_are_forbidden() -> None:
         return {"custom_generate": MavisSampling(model, beta=BETA, top_k=K, model=base, **settings)}
 
     for kind in (processor, sampling):
-        for unscored in ("drop", "keep"):
+        for unscored in ("drop", "keep", "expected"):
             torch.manual_seed(0)
             expected = base.generate(**batch, **call, **forbidden, **kind(unscored=unscored))
             torch.manual_seed(0)

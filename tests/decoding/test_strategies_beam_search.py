@@ -83,7 +83,14 @@ def test_weights_and_beta_of_every_request(base, value_model, prompts):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"interval": 3, "expand": 4}, {"candidate_min_p": 0.3}, {"unscored": "keep"}, {"normalize": "gap"}],
+    [
+        {},
+        {"interval": 3, "expand": 4},
+        {"candidate_min_p": 0.3},
+        {"unscored": "keep"},
+        {"unscored": "expected"},
+        {"normalize": "gap"},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("kind", ["model", "head", "both"])

@@ -52,7 +52,7 @@ def session_of(steering, base, copies):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("settings", [{}, {"top_k": None}, {"unscored": "keep"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"top_k": None}, {"unscored": "keep"}, {"unscored": "expected"}], ids=str)
 def test_two_tokens_are_drawn_without_replacement(settings):
     base = make_base()
     steering = MavisSampling(make_head(base, "a"), beta=2.0, model=base, **{"top_k": 4} | settings)

@@ -50,7 +50,9 @@ def test_it_returns_the_best_of_the_samples_that_sampling_draws(base, value_mode
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"prune": {2: 4, 5: 2}}, {"candidate_min_p": 0.4}, {"unscored": "keep"}], ids=str
+    "settings",
+    [{}, {"prune": {2: 4, 5: 2}}, {"candidate_min_p": 0.4}, {"unscored": "keep"}, {"unscored": "expected"}],
+    ids=str,
 )
 def test_values_are_those_of_the_sequences(base, prompts, settings):
     functions = [make_value_model("a", "b"), make_head(base, "c")]

@@ -44,7 +44,7 @@ def test_one_block_of_the_reference_is_plain_sampling(
 
 
 @pytest.mark.parametrize("kind", ["model", "head"])
-@pytest.mark.parametrize("settings", [{}, {"unscored": "keep"}, {"candidate_min_p": 0.3}])
+@pytest.mark.parametrize("settings", [{}, {"unscored": "keep"}, {"unscored": "expected"}, {"candidate_min_p": 0.3}])
 @pytest.mark.parametrize("sample", [True, False])
 def test_one_block_of_the_policy_is_mavis_sampling(
     sample: bool, settings: dict[str, Any], kind: str, base: Any, prompts: dict[str, Tensor]

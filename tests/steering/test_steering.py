@@ -47,7 +47,9 @@ def definition(mavis: Steering, scores: Tensor, values: Tensor) -> Tensor:
         v = (v - low) / max(float(high - low), config.gap_floor)
     elif config.normalize == "center":
         v = v - v.mean()
-    policy = log_ref.exp() if config.unscored == "keep" else torch.zeros(len(scores), dtype=torch.float64)
+    policy = torch.zeros(len(scores), dtype=torch.float64) if config.unscored == "drop" else log_ref.exp()
+    if config.unscored == "expected":
+        v = v - (log_ref[candidates].softmax(dim=0) * v).sum()
     policy[candidates] = log_ref[candidates].exp() * torch.exp(float(mavis.beta) * v)
     return policy / policy.sum()
 
@@ -57,7 +59,7 @@ settings = st.fixed_dictionaries(
         "top_k": st.sampled_from([1, 5, 40, VOCABULARY, None]),
         "candidate_min_p": st.sampled_from([None, 0.01, 0.3, 1.0]),
         "normalize": st.sampled_from(NORMALIZATIONS),
-        "unscored": st.sampled_from(["drop", "keep"]),
+        "unscored": st.sampled_from(["drop", "keep", "expected"]),
         "reference_temperature": st.sampled_from([1.0, 0.6]),
         "beta": st.sampled_from([0.0, 3.0]),
     }
@@ -82,7 +84,21 @@ def test_a_step_is_what_its_settings_say(given_settings: dict[str, Any], seed: i
         kl = (expected[present] * (expected[present].log() - log_ref[present])).sum()
         assert float(step.kl[row]) == pytest.approx(float(kl), abs=1e-4)
         kept = torch.isfinite(step.others[row])
-        assert bool(kept) == (mavis.config.unscored == "keep")
+        assert bool(kept) == (mavis.config.unscored != "drop")
+
+
+@given(st.integers(0, 10**6), st.sampled_from([3, 40]), st.floats(-5, 5))
+def test_expected_values_of_the_others_follow_a_shift_of_all(seed: int, k: int, shift: float) -> None:
+    """As adding a number to all values changes nothing: what is not scored is neither favoured nor disfavoured."""
+    mavis = steering(top_k=k, normalize="none", unscored="expected", beta=2.0)
+    scores = scores_of(seed)
+    choice = mavis.policy.choose(scores)
+    values = torch.randn(*choice.candidates.shape, 2)
+    one, other = (mavis.policy.tilt(choice, v).log_probs(VOCABULARY) for v in (values, values + shift))
+    torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    alike = mavis.policy.tilt(choice, torch.full_like(values, shift))
+    torch.testing.assert_close(alike.log_probs(VOCABULARY), scores.log_softmax(dim=1), atol=1e-4, rtol=1e-4)
+    assert (alike.kl.abs() < 1e-4).all()
 
 
 @pytest.mark.parametrize("top_k", [6, 60, None])

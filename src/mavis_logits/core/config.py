@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from .tilting import DEFAULT_GAP_FLOOR, Normalization
 
-Unscored = Literal["drop", "keep"]
+Unscored = Literal["drop", "keep", "expected"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,9 @@ class MavisConfig:
         normalize: `"minmax"` (equation 14), `"gap"`, `"center"`, `"none"`, or `"standard"`: every objective in its own
             unit, `tilt_scale` of its value function, so that beta and weights mean the same for all; see
             `mavis_logits.core.tilting.normalize`.
-        unscored: what becomes of the other tokens: `"drop"` (the paper: no probability) or `"keep"` (their own score).
+        unscored: what becomes of the other tokens: `"drop"` (the paper: no probability, which at temperature 1 may cost
+            more divergence than the tilt), `"keep"` (their own score, as if their value were 0) or `"expected"` (as if
+            their value were what the reference expects of the candidates).
         kl_budget: in place of `beta`: the divergence from the reference per step, in nats.
         reference_temperature: T that the reference is sampled at; its logits are divided by T before the tilt.
         gap_floor: smallest divisor of `normalize="gap"`, in reward units.
@@ -69,6 +71,11 @@ class MavisConfig:
         for name in ("reference_temperature", "gap_floor"):
             value = getattr(self, name)
             _require(_is_number(value) and value > 0, name, "a finite number above 0", value)
+
+    @property
+    def keeps_unscored(self) -> bool:
+        """Whether tokens that are no candidates may be sampled."""
+        return self.unscored != "drop"
 
     def to_json(self) -> str:
         """The settings as JSON text."""

@@ -80,6 +80,19 @@ def normalize(
     return torch.where(mask & (span > 0), (values / 2 - low) / divisor, zero)
 
 
+def expectation(values: Tensor, scores: Tensor) -> Tensor:
+    """What the reference expects of the candidates: sum_i pi_ref(a_i | s) v_i / sum_i pi_ref(a_i | s), [R, 1].
+
+    It is the value of the state (Bellman's equation), as far as the candidates tell.
+
+    Args:
+        values: [R, k], finite.
+        scores: [R, k] log pi_ref of the candidates, up to a constant a row; -inf for those that take no part.
+    """
+    share = torch.softmax(_wide(scores), dim=-1)
+    return (share * _wide(values)).sum(dim=-1, keepdim=True)
+
+
 def tilt(scores: Tensor, values: Tensor, beta: Tensor | float) -> Tensor:
     """Tilt the reference: log pi_ref(a_i | s) + beta v_i, up to a constant a row (Algorithm 2).
 

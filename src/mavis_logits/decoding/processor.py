@@ -371,7 +371,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         """With beta 0 and nothing cut, generate's own scores are handed back: not a bit changes."""
         config = self.config
         whole = k == vocabulary and config.candidate_min_p is None
-        return self.policy.is_reference and (whole or config.unscored == "keep")
+        return self.policy.is_reference and (whole or config.keeps_unscored)
 
     def _record(self, input_ids: Tensor, step: Step, live: Tensor) -> None:
         """Add a step to the trace, which begins anew with every `generate` call."""

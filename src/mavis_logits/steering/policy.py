@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.config import MavisConfig
-from ..core.tilting import AS_THEY_ARE, combine, kl_divergence, normalize, solve_beta, tilt
+from ..core.tilting import AS_THEY_ARE, combine, expectation, kl_divergence, normalize, solve_beta, tilt
 from .step import Choice, Step
 
 
@@ -142,7 +142,7 @@ class Policy:
             least = reference.amax(dim=-1, keepdim=True) + math.log(config.candidate_min_p)
             # A NaN stays, so that it is noticed.
             reference = reference.masked_fill(reference < least, -torch.inf)
-        return Choice(candidates, reference, everything if config.unscored == "keep" else None)
+        return Choice(candidates, reference, everything if config.keeps_unscored else None)
 
     def worth_scoring(self, choice: Choice) -> Tensor:
         """[R, k] bool, the candidates whose values can matter: those that take part, unless the row has but one.
@@ -151,9 +151,8 @@ class Policy:
         are still weigh it against tokens that keep their score.
         """
         mask = choice.mask
-        if self.config.candidate_min_p is None or (
-            choice.everything is not None and self.config.normalize in AS_THEY_ARE
-        ):
+        config = self.config
+        if config.candidate_min_p is None or (config.unscored == "keep" and config.normalize in AS_THEY_ARE):
             return mask
         return mask & (mask.sum(dim=-1, keepdim=True) > 1)
 
@@ -170,6 +169,8 @@ class Policy:
         combined = combine(values, self.weights_of(values, requests)).masked_fill(~mask, 0.0)
         policy = normalize(combined, mask, config.normalize, config.gap_floor)
         reference = choice.reference
+        if config.unscored == "expected":
+            policy = (policy - expectation(policy, reference)).masked_fill(~mask, 0.0)
         if choice.everything is not None:
             policy = torch.zeros_like(choice.everything).scatter(1, choice.candidates, policy)
             reference = choice.everything

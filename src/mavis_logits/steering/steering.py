@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, Unpack, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack, get_args
 
 import torch
 from torch import Tensor
@@ -76,6 +76,8 @@ class Steering(Copied):
             tokenizer, device or base model, a NaN value. Raised before anything is generated where it can be.
     """
 
+    _whatever_is_recommended: ClassVar[dict[str, Any]] = {}  # settings of a class that can do with no others
+
     def __init__(
         self,
         value_functions: ValueFunction | Sequence[ValueFunction] | Mapping[str, ValueFunction] | None = None,
@@ -102,7 +104,7 @@ class Steering(Copied):
         self._base: weakref.ref[PreTrainedModel] | None = None
         weights = weights if weights is not None or config is None else config.weights
         self.functions = ValueFunctions(with_words(value_functions, objectives, weights, tokenizer), tokenizer, fuse)
-        base = self.functions.recommended if config is None else vars(config)
+        base = self.functions.recommended | self._whatever_is_recommended if config is None else vars(config)
         config = MavisConfig.from_dict({**base, **settings})
         self._check_config(config)
         self._steer_by(config, weights, beta if beta is not None else config.beta)

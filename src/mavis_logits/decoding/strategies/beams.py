@@ -53,7 +53,7 @@ def draw_distinct(session: Session, count: int, sample: bool) -> Drawn:
         places = torch.multinomial(policy.exp(), count) if sample else policy.topk(count, dim=1).indices
         possible = policy.gather(1, places) > -torch.inf
         tokens = places if step.everything is not None else step.candidates.gather(1, places)
-    if steering.config.unscored == "keep":  # what was drawn need not be a candidate, and then has no value yet
+    if steering.config.keeps_unscored:  # what was drawn need not be a candidate, and then has no value yet
         values = session.values(tokens)
         scores = combine(values, steering.policy.weights_of(values, session.of_requests))
         places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)

@@ -213,7 +213,7 @@ class MavisBlockwise(MavisStrategy):
 
     def _check_settings(self, vocabulary: int, sample: bool) -> None:
         config = self.config
-        limited = self.sample_from == "tilted" and config.unscored == "drop" and config.top_k is not None
+        limited = self.sample_from == "tilted" and not config.keeps_unscored and config.top_k is not None
         candidates = min(vocabulary, config.top_k) if limited and config.top_k is not None else vocabulary
         if not sample and self.num_blocks > candidates:
             raise ValueError(

@@ -59,7 +59,7 @@ class MavisSampling(MavisStrategy):
             if self.trace is not None:
                 self.trace.took(new)
             done = stopping_criteria(written, tuple(scores) if keep_scores else None).to(device)
-            session.append(tokens, chosen if self.config.unscored == "drop" else None)
+            session.append(tokens, None if self.config.keeps_unscored else chosen)
             ended, broken = torch.stack([done[live], step.broken]).tolist()  # the one wait for the device
             if any(broken):
                 self.check_step(step)

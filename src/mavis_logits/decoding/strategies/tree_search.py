@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Unpack
+from typing import Any, ClassVar, Unpack
 
 import numpy as np
 import torch
@@ -52,11 +52,12 @@ class MavisTreeSearch(MavisStrategy):
         their combined values.
 
     Raises:
-        ValueError: numbers out of range, `unscored="keep"` (only candidates have values), a trace or scores of single
-            steps.
+        ValueError: numbers out of range, an `unscored` other than "drop" (only candidates have values), a trace or
+            scores of single steps.
     """
 
     shows_steps = False
+    _whatever_is_recommended: ClassVar[dict[str, Any]] = {"unscored": "drop"}
 
     def __init__(
         self,
@@ -79,10 +80,10 @@ class MavisTreeSearch(MavisStrategy):
     def decode(
         self, session: Session, stopping_criteria: StoppingCriteriaList, config: GenerationConfig
     ) -> MavisOutput:
-        if self.config.unscored == "keep":
+        if self.config.keeps_unscored:
             raise ValueError(
-                'unscored="keep" also samples tokens that have no value, which a tree cannot search: use "drop", or '
-                "MavisSampling"
+                f'unscored="{self.config.unscored}" also samples tokens that have no value, which no tree can search: '
+                'use "drop", or MavisSampling'
             )
         sample, pad, device = bool(config.do_sample), pad_token(config, self), session.input_ids.device
         prompt = session.input_ids.shape[1]
