@@ -29,7 +29,7 @@ from ..core.objectives import ObjectivesMixin
 from ..hub.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_file, hub_arguments
 from .words import Place, Words
 
-SETTINGS = {"beta": 2.0, "top_k": 200, "normalize": "standard"}
+SETTINGS = {"beta": 3.0, "top_k": 200, "unscored": "expected", "normalize": "standard"}
 
 
 class ValuePolicyConfig(ObjectivesMixin, PreTrainedConfig):

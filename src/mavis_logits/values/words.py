@@ -43,7 +43,8 @@ class WordsConfig:
     instructions: list[str]
     tokenizer_fingerprint: str | None = field(default=None, kw_only=True)
     settings: dict[str, Any] = field(
-        default_factory=lambda: {"beta": 1.5, "top_k": 200, "normalize": "standard"}, kw_only=True
+        default_factory=lambda: {"beta": 1.5, "top_k": 200, "unscored": "expected", "normalize": "standard"},
+        kw_only=True,
     )
 
 

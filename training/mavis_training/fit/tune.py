@@ -12,14 +12,19 @@ from ..calibrate import next_strength
 
 # What is tried, the likeliest first: values themselves over many candidates are best for heads in docs/results; value
 # models pay for every candidate. Values count in standard deviations of their rewards, so that one strength fits all.
+# What is no candidate is best kept where the temperature is high: a cut costs divergence for nothing.
 GRIDS: dict[str, list[dict[str, Any]]] = {
     "head": [
-        {"top_k": 200, "normalize": "standard"},
+        {"top_k": 200, "normalize": "standard", "unscored": "expected"},
         {"top_k": 200, "normalize": "standard", "candidate_min_p": 0.02},
         {"top_k": 15, "normalize": "minmax"},
     ],
-    "policy": [{"top_k": 200, "normalize": "standard"}],
-    "model": [{"top_k": 15, "normalize": "minmax"}, {"top_k": 15, "normalize": "standard"}],
+    "policy": [{"top_k": 200, "normalize": "standard", "unscored": "expected"}],
+    "model": [
+        {"top_k": 15, "normalize": "minmax"},
+        {"top_k": 15, "normalize": "standard", "unscored": "expected"},
+        {"top_k": 15, "normalize": "standard"},
+    ],
 }
 # As which multiples of the chosen strength is measured, and what they are called behind an objective's name.
 STRENGTHS = {"": 1.0, ", half as strong": 0.5, ", twice as strong": 2.0}
