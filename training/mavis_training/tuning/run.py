@@ -83,9 +83,10 @@ def tune(
         "starting_weights": parameters_fingerprint(model),
         "trees": digest([[item.tree.prompt_id, item.rewards.tolist()] for item in trees]),
         "prompts": digest([row["prompt"] for row in rows]),
-        "initial": config.initial and model_origin(config.initial),
         "rewards_are": {name: reward_digest(spec) for name, spec in config.rewards.items()},
     }
+    if config.initial is not None:  # which tunings from before do not have
+        origin["initial"] = model_origin(config.initial)
     record, output = Record(config.output, origin), Path(config.output)
     if record.is_finished(True, config.fresh):
         return cast(dict[str, Any], read_json(output / RESULT))
