@@ -34,8 +34,13 @@ OBJECTIVES = {"head": ("concise", "formal"), "model": ("helpful", "humour")}
 KNOWN = {"head": tuple(REWARDS), "model": ("helpful", "harmless", "humour")}  # what there are value functions for
 PROMPTS = "examples/data/demo_prompts.jsonl"
 STEERING: dict[str, dict[str, float | int | str]] = {
-    "head": {"beta": 5.6, "top_k": 200, "normalize": "standard"},  # what it recommends
-    "model": {"beta": 5.0, "top_k": 15, "normalize": "minmax"},  # the paper's
+    "head": {
+        "beta": 5.6,
+        "top_k": 200,
+        "normalize": "standard",
+        "unscored": "drop",
+    },  # what it recommends, but for the cut
+    "model": {"beta": 5.0, "top_k": 15, "normalize": "minmax", "unscored": "drop"},  # the paper's
 }
 
 
@@ -65,7 +70,7 @@ def main(argv: list[str]) -> int:
         model, tokenizer = load_smollm2()
     with console.status("Loading value functions and reward models"):
         judges = {name: load_reward(reward_spec(name)) for name in objectives}
-        how = {name: getattr(arguments, name) for name in ("top_k", "normalize")}
+        how = {name: getattr(arguments, name) for name in ("top_k", "normalize", "unscored")}
         steer = load_steering(
             value_sources(arguments.kind, objectives),
             model,
