@@ -1,4 +1,4 @@
-"""Base models and value models that torchao, bitsandbytes or quanto have quantised, where these packages are installed."""
+"""Base and value models quantised by torchao, bitsandbytes or quanto, where these packages are installed."""
 
 from __future__ import annotations
 
