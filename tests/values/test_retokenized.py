@@ -9,10 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
-from tokenizers.models import BPE
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from byte_models import byte_llama, byte_tokenizer
 from mavis_logits import MavisBestOfN, MavisLogitsProcessor, MavisSampling, ValueModel
 from mavis_logits.backbone.fingerprint import tokenizer_fingerprint
 from mavis_logits.scoring.retokenized import RetokenizedScorer
@@ -21,27 +19,6 @@ from mavis_logits.testing import _next, recompute_all, recompute_retokenized
 from mavis_logits.values.retokenized import Retokenized
 from processor_checks import Recorder, slow_policy
 from tiny import make_base, make_head, make_value_model
-
-
-def byte_tokenizer(
-    merges: list[tuple[str, str]], specials: dict[str, str], begins: bool = False, shift: int = 0
-) -> Any:
-    """Bytes and some merges of them; `specials` come first, by role."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    letters = letters[shift:] + letters[:shift]
-    vocabulary = {token: i for i, token in enumerate([*specials.values(), *letters, *(a + b for a, b in merges)])}
-    backend = Tokenizer(BPE(vocabulary, merges=merges))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    if begins:
-        bos = specials["bos_token"]
-        backend.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, vocabulary[bos])])
-    own = PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left")
-    more = [token for role, token in specials.items() if not role.endswith("_token")]
-    own.add_special_tokens(
-        {role: token for role, token in specials.items() if role.endswith("_token")} | {"extra_special_tokens": more}
-    )
-    return own
-
 
 BASE = byte_tokenizer(
     [("e", "r"), ("t", "h")], {"pad_token": "<pad>", "eos_token": "<|end|>", "bos_token": "<s>", "turn": "<|turn|>"}
@@ -53,21 +30,9 @@ OWN = byte_tokenizer(
 SAME_TURNS = byte_tokenizer([("i", "n")], {"eos_token": "<stop>", "turn": "<|turn|>", "pad_token": "<pad>"}, shift=3)
 
 
-def llama(vocabulary: int, seed: int, **more: Any) -> Any:
-    torch.manual_seed(seed)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **shape, **ids, **more)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.3)
-    return model
-
-
 def value_function(tokenizer: Any = OWN, **more: Any) -> Retokenized:
     model = ValueModel.from_backbone(
-        llama(len(tokenizer), seed=1, **more), ["a", "b"], tokenizer_fingerprint=tokenizer_fingerprint(tokenizer)
+        byte_llama(len(tokenizer), seed=1, **more), ["a", "b"], tokenizer_fingerprint=tokenizer_fingerprint(tokenizer)
     )
     with torch.no_grad():
         model.head.weight.normal_(std=0.5)
@@ -139,7 +104,7 @@ def prompts() -> dict[str, Any]:
 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_processor_and_sampling_are_algorithm_2(mixed: bool) -> None:
-    base = llama(len(BASE), seed=0)
+    base = byte_llama(len(BASE), seed=0)
     function = value_function()
     given: Any = {"a": make_head(base, "a"), "b": function} if mixed else function
     settings: dict[str, Any] = {"weights": {"a": 0.7, "b": 0.3}, "beta": 3.0, "top_k": 6, "model": base}
@@ -162,7 +127,7 @@ def test_processor_and_sampling_are_algorithm_2(mixed: bool) -> None:
 
 
 def test_another_tokenizer_is_refused_with_this_way_out() -> None:
-    base, function = llama(len(BASE), seed=0), value_function()
+    base, function = byte_llama(len(BASE), seed=0), value_function()
     with pytest.raises(ValueError, match=r"tokens of another tokenizer.*retokenized\.Retokenized\(value_model"):
         MavisLogitsProcessor(function.model, model=base, tokenizer=BASE)
     with pytest.raises(ValueError, match="tokens of another tokenizer"):  # made for BASE
@@ -174,7 +139,7 @@ def test_another_tokenizer_is_refused_with_this_way_out() -> None:
 
 
 def test_what_cannot_be_read_is_told() -> None:
-    base = llama(len(BASE), seed=0)
+    base = byte_llama(len(BASE), seed=0)
     short = value_function(max_position_embeddings=12)
     mavis = MavisLogitsProcessor(short, top_k=4, model=base)
     long = BASE(["the other thing at hand"], return_tensors="pt", return_token_type_ids=False)
@@ -185,7 +150,7 @@ def test_what_cannot_be_read_is_told() -> None:
 
 
 def test_it_is_copied_pickled_and_mixed_like_any_other() -> None:
-    base, function = llama(len(BASE), seed=0), value_function()
+    base, function = byte_llama(len(BASE), seed=0), value_function()
     settings: dict[str, Any] = {"beta": 3.0, "top_k": 6, "model": base}
     expected = base.generate(**prompts(), logits_processor=[MavisLogitsProcessor(function, **settings)])
     for twin in (copy.deepcopy(function), pickle.loads(pickle.dumps(function))):

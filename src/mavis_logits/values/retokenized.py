@@ -145,10 +145,12 @@ def _specials(base: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase) -> di
     }
     found: dict[int, list[int] | str] = {}
     for number, text in special.items():
-        if text in theirs:
+        if number == base.pad_token_id and number not in (base.eos_token_id, base.bos_token_id):
+            found[number] = []
+        elif text in theirs:
             found[number] = [theirs[text]]
         elif number in roles:
             found[number] = [] if roles[number] is None else [roles[number]]
         else:
-            found[number] = [] if number == base.pad_token_id else text
+            found[number] = text
     return found
