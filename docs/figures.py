@@ -53,6 +53,55 @@ def draw_frontier(folder: Path) -> Path:
     return _save(figure, folder / "frontier.svg")
 
 
+# Boxes by name: where their middle is, and what is in them; arrows by the boxes that they join, and what is on them.
+TRAINING = {
+    "prompts": (0.7, 1.5, "prompts"),
+    "trees": (2.6, 1.5, "trees of answers\n(Algorithm 3)"),
+    "rewards": (4.7, 1.5, "a reward for each\nfinished answer"),
+    "targets": (6.8, 1.5, "values of all beginnings\n(equation 6)"),
+    "head": (9.0, 1.5, "value head\nor value model"),
+    "decoding": (9.0, 0.4, "decoding\n(Algorithm 2)"),
+}
+TRAINING_ARROWS = [
+    ("prompts", "trees", ""), ("trees", "rewards", ""), ("rewards", "targets", ""), ("targets", "head", ""),
+    ("head", "decoding", ""), ("decoding", "trees", "steered trees: policy iteration (Algorithm 1)"),
+]  # fmt: skip
+STEP = {
+    "generate": (0.8, 1.5, "generate"),
+    "model": (2.9, 1.5, "base model"),
+    "others": (5.1, 1.9, "grammars,\npenalties"),
+    "processor": (7.3, 1.5, "MavisLogitsProcessor\n(Policy.step)"),
+    "values": (7.3, 0.4, "value functions"),
+    "sample": (9.5, 1.5, "sample"),
+}
+STEP_ARROWS = [
+    ("generate", "model", "token"), ("model", "others", "logits"), ("others", "processor", ""),
+    ("model", "processor", "hidden state"), ("processor", "values", "candidates, values"),
+    ("processor", "sample", "log π"),
+]  # fmt: skip
+
+
+def draw_boxes(boxes: dict[str, tuple[float, float, str]], arrows: list[tuple[str, str, str]], path: Path) -> Path:
+    """Boxes and arrows."""
+    figure, axes = mpl.pyplot.subplots(figsize=(10, 2.4), layout="constrained")
+    axes.set(xlim=(0, 10.1), ylim=(0, 2.3))
+    axes.axis("off")
+    found = {}
+    for name, (x, y, text) in boxes.items():
+        style = {"boxstyle": "round,pad=0.5", "facecolor": "#e8effc", "edgecolor": "#5b8def"}
+        found[name] = axes.text(x, y, text, ha="center", va="center", fontsize=9, bbox=style)
+    for start, end, text in arrows:
+        (x0, y0, _), (x1, y1, _) = boxes[start], boxes[end]
+        axes.annotate(
+            "", (x1, y1), (x0, y0), annotation_clip=False,
+            arrowprops={"arrowstyle": "->", "color": "#12357a", "patchA": found[start].get_bbox_patch(),
+                        "patchB": found[end].get_bbox_patch(), "shrinkA": 2, "shrinkB": 2},
+        )  # fmt: skip
+        if text:
+            axes.text((x0 + x1) / 2, (y0 + y1) / 2 - 0.08, text, ha="center", va="top", fontsize=8, color="#12357a")
+    return _save(figure, path)
+
+
 def _save(figure: mpl.figure.Figure, path: Path) -> Path:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
@@ -69,7 +118,12 @@ def main(folder: Path = FOLDER) -> list[Path]:
     mpl.rcParams["svg.hashsalt"] = "mavis"  # the same file every time
     mpl.rcParams["svg.fonttype"] = "none"
     folder.mkdir(exist_ok=True)
-    return [draw_tilt(folder), draw_frontier(folder)]
+    return [
+        draw_tilt(folder),
+        draw_frontier(folder),
+        draw_boxes(TRAINING, TRAINING_ARROWS, folder / "training.svg"),
+        draw_boxes(STEP, STEP_ARROWS, folder / "step.svg"),
+    ]
 
 
 if __name__ == "__main__":
