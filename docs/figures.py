@@ -98,7 +98,16 @@ def draw_boxes(boxes: dict[str, tuple[float, float, str]], arrows: list[tuple[st
                         "patchB": found[end].get_bbox_patch(), "shrinkA": 2, "shrinkB": 2},
         )  # fmt: skip
         if text:
-            axes.text((x0 + x1) / 2, (y0 + y1) / 2 - 0.08, text, ha="center", va="top", fontsize=8, color="#12357a")
+            axes.text(
+                (x0 + x1) / 2,
+                (y0 + y1) / 2,
+                text,
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="#12357a",
+                backgroundcolor="white",
+            )
     return _save(figure, path)
 
 
