@@ -56,7 +56,7 @@ def test_every_file_that_the_house_is_told_of_exists() -> None:
 
 def test_every_recipe_that_the_pages_name_exists() -> None:
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
-    recipes = set(re.findall(r"--config (training/\S+)", text))
+    recipes = set(re.findall(r"--config (training/[\w/.-]+)", text))
     assert recipes
     for recipe in recipes:
         assert (ROOT / recipe).is_file(), recipe
@@ -72,7 +72,7 @@ def test_every_test_that_the_table_of_interoperability_names_exists() -> None:
     text = (ROOT / "docs" / "interoperability.md").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith("| ") and "**" not in line.split("|")[1]]
     named = [re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row) for row in rows[1:]]
-    assert len(named) > 20
+    assert len(named) >= 20
     assert all(named), "a row without a test"
     for file, test in (pair for row in named for pair in row):
         assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file} has no {test}"

@@ -94,4 +94,4 @@ metric_list: [{{metric: exact_match}}]
     arguments = ["--model", "org/model-or-folder", "--tasks", "own", "--include-path", "tasks"]
     printed = script("lm_eval_steered.py", tmp_path, *arguments)
     assert "plain" in printed
-    assert "steered" in printed
+    assert 2 <= int(printed.split(" tokens were steered")[0].split()[-1]) <= 8, "two answers of at most four tokens"

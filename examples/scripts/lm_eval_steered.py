@@ -62,6 +62,7 @@ def main() -> None:
             tasks=options.tasks, task_manager=TaskManager(include_path=options.include_path), limit=options.limit,
         )  # fmt: skip
         print(name, json.dumps(found["results"], default=str))
+    print(f"{strategy.stats.tokens} tokens were steered, {strategy.stats.kl:.1f} nats")
 
 
 if __name__ == "__main__":

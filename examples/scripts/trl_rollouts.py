@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -67,7 +68,7 @@ def main() -> None:
         reward_funcs=short,
         args=GRPOConfig(
             options.output, max_steps=options.steps, num_generations=4, per_device_train_batch_size=4,
-            max_completion_length=options.tokens, logging_steps=1, report_to=[], save_strategy="no",
+            max_completion_length=options.tokens, logging_steps=1, report_to=[], save_strategy="no", bf16=torch.cuda.is_available(),
         ),
         train_dataset=Dataset.from_dict({"prompt": questions}),
         processing_class=tokenizer,
