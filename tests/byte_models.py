@@ -81,6 +81,7 @@ def lay_out(folder: Path) -> tuple[Any, Any]:
             value_model.head.weight.normal_(std=0.5)
         value_model.save_pretrained(folder / "model_cards" / f"smollm2-135m-value-{name}")
     things = ["tea", "milk", "rain", "snow", "wood", "iron", "salt", "wool", "corn", "rice", "fire", "time"]
-    questions = [f"What is {what}?" for what in things]
+    asked = ("What is", "Why is there", "Who has", "How much is", "Is it")
+    questions = [f"{ask} {what}?" for what in things for ask in asked]
     (folder / "prompts.txt").write_text("\n".join(questions), encoding="utf-8")
     return model, tokenizer

@@ -1,7 +1,7 @@
 """Every Python and shell block of the pages runs, in the order of its page, on tiny models in place of those it names.
 
 A block's first line may say more than its language: `slow` (a training: marked so here), `requires=package` (skipped
-without it), `file=name` (written to that file too).
+without it), `file=name` (written to that file too), `elsewhere=file` (what it does is run by the tests in that file).
 """
 
 from __future__ import annotations
@@ -64,6 +64,9 @@ def run(page: str, slow: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     names: dict[str, Any] = {"__name__": "snippet"}
     for block in blocks(page):
         needed = block.notes.get("requires")
+        if (elsewhere := block.notes.get("elsewhere")) is not None:
+            assert (ROOT / elsewhere).is_file()
+            continue
         if ("slow" in block.notes and not slow) or (needed is not None and not installed(needed)):
             continue
         if "file" in block.notes:
@@ -87,7 +90,7 @@ def command(line: str) -> int:
     """The exit status of a command of ours; with a short budget, if it takes one."""
     name, *arguments = shlex.split(line, comments=True)
     assert name == "mavis", line
-    return cli.main([{"30m": "40s"}.get(word, word) for word in arguments])
+    return cli.main([{"30m": "60s"}.get(word, word) for word in arguments])
 
 
 FAST = [page for page in RUN if any("slow" not in b.notes for b in blocks(page) if b.language in ("python", "bash"))]

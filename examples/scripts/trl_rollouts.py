@@ -68,7 +68,8 @@ def main() -> None:
         reward_funcs=short,
         args=GRPOConfig(
             options.output, max_steps=options.steps, num_generations=4, per_device_train_batch_size=4,
-            max_completion_length=options.tokens, logging_steps=1, report_to=[], save_strategy="no", bf16=torch.cuda.is_available(),
+            max_completion_length=options.tokens, logging_steps=1, report_to=[], save_strategy="no",
+            bf16=torch.cuda.is_available(),
         ),
         train_dataset=Dataset.from_dict({"prompt": questions}),
         processing_class=tokenizer,
