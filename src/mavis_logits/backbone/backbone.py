@@ -261,6 +261,21 @@ class Backbone:
             more = {"logits_to_keep": 1} | more
         return self.model(**self._bound(self.model, locals(), handed_on=True), **more).logits
 
+    def encoded(self, source: Tensor) -> Any:
+        """What the encoder of an encoder-decoder makes of prompts [R, S] without padding."""
+        return self.model.get_encoder()(input_ids=source, return_dict=True)
+
+    def decoded(self, encoded: Any, tokens: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+        """Next-token scores [R, V] of an encoder-decoder, and its cache.
+
+        Args:
+            encoded: as from `encoded`.
+            tokens: [R, T] of the answers, those that `cache` has not yet.
+            cache: of an earlier call.
+        """
+        output = self.model(encoder_outputs=encoded, decoder_input_ids=tokens, past_key_values=cache, use_cache=True)
+        return output.logits[:, -1].float(), output.past_key_values
+
     def _bound(self, module: nn.Module, given: dict[str, Any], handed_on: bool) -> dict[str, Any]:
         wanted = {name: given[name] for name in _INPUTS}
         return anatomy.arguments_of(module).bind(type(module).__name__, wanted, handed_on)

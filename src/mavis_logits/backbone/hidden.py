@@ -26,7 +26,8 @@ from .anatomy import tokens_in
 from .hooks import after, before, is_compiled, let_compiled_code_see, undisturbed
 
 LOGITS: Final = "logits"  # in place of a layer: the scores of all tokens, before any processor
-Layer = int | None | Literal["logits"]
+SOURCE: Final = "source"  # what an encoder-decoder's encoder has read, for whom its hidden states are not enough
+Layer = int | None | Literal["logits", "source"]
 
 _REMEMBERED = 3  # forward passes, all of them on other caches, that one call of a processor may have to choose from
 

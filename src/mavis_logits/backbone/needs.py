@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_RETOKENIZED = (
+    ", or have it read texts in its own tokens, which is slower: "
+    "mavis_logits.values.retokenized.Retokenized(value_model, its_tokenizer, tokenizer)"
+)
+
+
 @dataclass(frozen=True)
 class Needs:
     """What a value function needs of a base model.
@@ -82,7 +88,7 @@ class Needs:
             raise ValueError(
                 f"the value function for {self.objectives} reads tokens of another tokenizer ({self.tokenizer}, of "
                 f"{self.base_model}) than the one given ({found}, {tokenizer.name_or_path}): use a value function made "
-                "for this base model"
+                f"for this base model{'' if self.reads_states or self.adapts else _RETOKENIZED}"
             )
 
     def check_scores(self, count: int, known: int) -> None:

@@ -22,7 +22,9 @@ from transformers import PreTrainedModel
 
 _SEE_THROUGH = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _LOOKED_AT = 64  # parameters of one element each
-_SCALES = ("weight_scale", "weight_scale_inv", "activation_scale", "input_scale", "weight_zero_point")
+_SCALES = (
+    "weight_scale", "weight_scale_inv", "activation_scale", "input_scale", "output_scale", "weight_zero_point",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,7 @@ class Given:
         read = tokens if tokens is not None else named.get("inputs_embeds")
         if not isinstance(read, Tensor) or read.ndim < 2 or read.shape[1] < 2:
             return
-        mask, positions = named.get("attention_mask"), named.get("position_ids")
+        own = "decoder_" if "decoder_input_ids" in named else ""  # of what the encoder reads is the other mask
+        mask, positions = named.get(f"{own}attention_mask"), named.get("position_ids")
         prompt = Prompt(tokens, mask, positions, unreadable(named), self._masked)
         self._local.prompts = [*self._local.__dict__.get("prompts", []), prompt][-_REMEMBERED:]

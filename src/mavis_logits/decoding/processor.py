@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from ..backbone import Backbone
-from ..backbone.hidden import HiddenStates
+from ..backbone.hidden import SOURCE, HiddenStates
 from ..scoring.reader import States, ValueReader
 from ..scoring.rows import LeftPadding, RowTracker, Tokens, ended_rows, ids_on
 from ..steering.signatures import SteeringOptions
@@ -25,6 +25,7 @@ from ..steering.steering import Steering
 from ..steering.step import Choice, Step, check_scores
 from ..steering.trace import MavisTrace
 from ..values.function import ValueFunction
+from .calls import encoder_prompts
 from .given import Given
 
 if TYPE_CHECKING:
@@ -248,7 +249,16 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
             self._hidden.moved = False
         if input_ids.shape[1] < 2 or (self._given is not None and self._given.waiting):  # another text
             self.follow_base()
-        return self._hidden.take(input_ids)
+        states = self._hidden.take(input_ids)
+        if states is not None and (base := self._reads_for_words()) is not None:
+            states[SOURCE] = encoder_prompts(base, len(input_ids))
+        return states
+
+    def _reads_for_words(self) -> PreTrainedModel | None:
+        """The base model, if it has an encoder whose prompts objectives in words have to know; else None."""
+        words = [model for model in self.functions.busy_models(self.idle) if model in self.functions.words]
+        base = self.base if words else None
+        return base if base is not None and Backbone.of(base).is_encoder_decoder else None
 
     def _pass_through(self) -> None:
         """Count a call without a state of the base model behind it; so many in a row are no assistant's drafts."""

@@ -14,16 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone import Backbone
-from ..backbone.hidden import LOGITS, Layer
+from ..backbone.hidden import LOGITS, SOURCE, Layer
 from ..backbone.watch import Watch
 from ..values.ensemble import ValueFunctions
 from ..values.function import ValueFunction
+from ..values.retokenized import Retokenized
 from ..values.words import Words
+from .retokenized import RetokenizedScorer
 from .rows import Plan
 from .scorer import Scored, ValueScorer, WantedReading, make_scorer
-from .words import WordsScorer
+from .words import EncodedWordsScorer, WordsScorer
 
-# [R, d] by layer, None for what enters the output embedding; and the logits [R, V] themselves, under `LOGITS`.
+# [R, d] by layer, None for what enters the output embedding; the logits [R, V] themselves, under `LOGITS`; and under
+# `SOURCE` what an encoder has read [R, S], -1 for padding.
 States = Mapping[Layer, Tensor]
 
 
@@ -179,6 +182,8 @@ class ValueReader:
                     self._check_context(model, max(lengths) + 1)
                     counts = [length - read for length, read in zip(lengths, scorer.lengths, strict=True)]
                     unread = input_ids[:, input_ids.shape[1] - max(counts) :]
+                    if isinstance(scorer, EncodedWordsScorer):
+                        scorer.sources = states.get(SOURCE)
                     values = scorer.read(unread, counts, fed, kept)
                     if isinstance(model, Words):  # the advantage over what the base model says without them
                         values -= torch.log_softmax(states[LOGITS].float(), dim=-1).gather(1, fed)[..., None]
@@ -190,15 +195,22 @@ class ValueReader:
 
     def _scorer(self, model: Scored | Words) -> ValueScorer:
         if model not in self._scorers:
-            self._scorers[model] = (
-                WordsScorer(model) if isinstance(model, Words) else make_scorer(model, self._compile, self._reading)
-            )
+            self._scorers[model] = self._make_scorer(model)
             self._scorers[model].begin(self.count)
-            # Words know best how long their texts are.
-            self._longest[model] = None if isinstance(model, Words) else Backbone.of(model.backbone).longest
+            # Those that read other tokens than these know best how many there are.
+            own = isinstance(model, Words | Retokenized)
+            self._longest[model] = None if own else Backbone.of(model.backbone).longest
             if self._watches is not None:
                 self._watches[model] = Watch(model.backbone if isinstance(model, Words) else model)
         return self._scorers[model]
+
+    def _make_scorer(self, model: Scored | Words) -> ValueScorer:
+        if isinstance(model, Retokenized):
+            return RetokenizedScorer(model, self._compile, self._reading)
+        if not isinstance(model, Words):
+            return make_scorer(model, self._compile, self._reading)
+        encoded = Backbone.of(model.backbone).is_encoder_decoder
+        return EncodedWordsScorer(model) if encoded else WordsScorer(model)
 
     def _check_context(self, model: Scored | Words, length: int) -> None:
         """Raise `ValueError` if the value model cannot read sequences of `length` tokens."""

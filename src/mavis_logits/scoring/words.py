@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -152,3 +155,97 @@ class WordsScorer(ValueScorer):
             more = [len(place.inserted) - place.removed for place in places] or [0] * self._each
             own += [length + delta for delta in more]
         return own
+
+
+@dataclass
+class _Reader:
+    """An answer under one instruction: `tokens` read after the prompt `source`, and what comes of them."""
+
+    source: tuple[int, ...]
+    encoded: Any
+    tokens: Tensor
+    cache: Any = None
+    logits: Tensor | None = None  # [V]
+
+
+class EncodedWordsScorer(ValueScorer):
+    """The same for encoder-decoders: the instruction goes into the prompt, which the encoder reads once for each row.
+
+    The answers are read row by row, each with a cache as `generate` keeps it. Rows whose prompt is another one than
+    that of the row that they go on from are read from their beginning.
+
+    Args:
+        model: the instructions (or a tuned policy), bound to their base model.
+
+    Attributes:
+        sources: [R, S] the prompts of the rows of the next `read`, -1 for padding.
+    """
+
+    model: Words  # type: ignore[assignment]
+
+    def __init__(self, model: Words) -> None:
+        self.model, self.lengths = model, []
+        self.sources: Tensor | None = None
+        self._backbone = Backbone.of(model.backbone)
+        self.begin(0)
+
+    def reset(self) -> None:
+        self.begin(0)
+
+    def begin(self, count: int) -> None:
+        self.lengths = [0] * count
+        self._texts = [torch.empty(0, dtype=torch.long, device=self.model.device)] * count
+        self._readers: list[list[_Reader]] = [[] for _ in range(count)]
+
+    def select(self, rows: Tensor) -> None:
+        numbers, taken = rows.tolist(), set[int]()
+        self._texts = [self._texts[row] for row in numbers]
+        self.lengths = [len(text) for text in self._texts]
+        readers = []
+        for row in numbers:
+            readers.append(copy.deepcopy(self._readers[row]) if row in taken else self._readers[row])
+            taken.add(row)
+        self._readers = readers
+
+    def crop(self, lengths: Sequence[int]) -> None:
+        self._texts = [text[:length] for text, length in zip(self._texts, lengths, strict=True)]
+        self.lengths = [len(text) for text in self._texts]
+
+    def commit(self, chosen: Tensor, rows: Tensor | None = None) -> None:
+        """Nothing has been read of it."""
+
+    @torch.no_grad()
+    def read(self, tokens: Tensor, counts: Sequence[int], candidates: Tensor, kept: Tensor | None = None) -> Tensor:
+        assert self.sources is not None
+        new = [row[len(row) - count :] for row, count in zip(tokens, counts, strict=True)]
+        self._texts = [torch.cat(both) for both in zip(self._texts, new, strict=True)]
+        self.lengths = [len(text) for text in self._texts]
+        logits = []
+        for row, (text, source) in enumerate(zip(self._texts, self.sources.tolist(), strict=True)):
+            prompt = [token for token in source if token >= 0]
+            wanted = [tuple(place.applied(prompt)) for place in self.model.places(prompt)]
+            if [reader.source for reader in self._readers[row]] != wanted:
+                self._readers[row] = [self._begun(source) for source in wanted]
+            logits.append(torch.stack([self._after(reader, text) for reader in self._readers[row]]))
+        log_probs = torch.log_softmax(torch.stack(logits), dim=-1)  # [R, M, V]
+        return log_probs.gather(2, candidates[:, None].expand(-1, log_probs.shape[1], -1)).transpose(1, 2)
+
+    def _begun(self, source: tuple[int, ...]) -> _Reader:
+        longest = self._backbone.longest
+        if longest is not None and len(source) > longest:
+            raise ValueError(
+                f"{self.model.told}: a prompt has {len(source)} tokens, more than the {longest} that "
+                f"{self._backbone.name} can read: shorten it or the instructions"
+            )
+        ids = torch.tensor([source], device=self.model.device)
+        return _Reader(source, self._backbone.encoded(ids), ids.new_empty(0))
+
+    def _after(self, reader: _Reader, text: Tensor) -> Tensor:
+        """Logits [V] after `text` [T]."""
+        have = len(reader.tokens)
+        if have > len(text) or not torch.equal(reader.tokens, text[:have]):
+            reader.tokens, reader.cache, reader.logits, have = text[:0], None, None, 0
+        if have < len(text) or reader.logits is None:
+            logits, reader.cache = self._backbone.decoded(reader.encoded, text[None, have:], reader.cache)
+            reader.tokens, reader.logits = text, logits[0]
+        return reader.logits

@@ -108,7 +108,7 @@ class Steering(Copied):
         config = MavisConfig.from_dict({**base, **settings})
         self._check_config(config)
         self._steer_by(config, weights, beta if beta is not None else config.beta)
-        self.special = special_tokens(self.functions.value_models, model, tokenizer, pad_token_id, eos_token_id)
+        self.special = special_tokens(self.functions.of_ids, model, tokenizer, pad_token_id, eos_token_id)
         self.tokenizer, self.compile, self.reading = tokenizer, compile, reading
         self.regions = regions
         self.stats = MavisStats()

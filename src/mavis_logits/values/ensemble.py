@@ -22,6 +22,7 @@ from ..hub.files import Source, find_file, hub_arguments, read_json
 from .checkpoints import Options
 from .function import ValueFunction, is_value_function
 from .fused import FusedValueModel, fusable_groups, why_not_fused
+from .retokenized import Retokenized
 from .value_head import ValueHead, ValueHeadConfig
 from .value_model import ValueModel
 from .value_model_config import ValueModelConfig
@@ -50,6 +51,7 @@ class ValueFunctions:
         all, models, heads: the value functions; those that read tokens; those that read the base model's states.
         words, value_models: of `models`, those whose values are what something makes likelier (an instruction, a tuned
             policy); those that are language models with a head of their own.
+        of_ids: of `value_models`, those that read the base model's token ids, not others made of its text.
 
     Raises:
         ValueError: none given, an objective twice, one that its value function has not, another tokenizer, or with
@@ -71,6 +73,7 @@ class ValueFunctions:
         self.heads: list[Any] = [f for f in self.all if f.reads == "states"]
         self.words = [model for model in self.models if isinstance(model, Words)]
         self.value_models: list[Any] = [model for model in self.models if not isinstance(model, Words)]
+        self.of_ids: list[Any] = [model for model in self.value_models if not isinstance(model, Retokenized)]
         self._vocabulary: int | None = None  # the smallest of the models'
 
     @property
@@ -169,7 +172,7 @@ class ValueFunctions:
 
     def check_vocabulary(self, size: int) -> None:
         """Raise `ValueError` if a value model's vocabulary is smaller than the scores' (`size` tokens)."""
-        for model in self.value_models:
+        for model in self.of_ids:
             Needs.of(model.config).check_scores(size, Backbone.of(model.backbone).vocabulary)
 
     def known(self, scores: Tensor, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
@@ -183,9 +186,7 @@ class ValueFunctions:
             ValueError: one of them may be a token. Waits for the device if there is no tokenizer to tell.
         """
         if self._vocabulary is None:
-            self._vocabulary = min(
-                (Backbone.of(m.backbone).vocabulary for m in self.value_models), default=scores.shape[1]
-            )
+            self._vocabulary = min((Backbone.of(m.backbone).vocabulary for m in self.of_ids), default=scores.shape[1])
         own = self._vocabulary
         if own >= scores.shape[1] or (tokenizer is None and torch.isneginf(scores[:, own:]).all()):
             return scores

@@ -134,12 +134,13 @@ class ValuePolicy(Words):
         """Look whether it can steer `model`; returns self.
 
         Raises:
-            ValueError: it knows fewer tokens, or `model` reads prompts with an encoder.
+            ValueError: it knows fewer tokens, or one of both reads prompts with an encoder and the other does not.
         """
-        if Backbone.of(model).is_encoder_decoder:
+        if Backbone.of(model).is_encoder_decoder != Backbone.of(self._policy).is_encoder_decoder:
             raise ValueError(
-                f"{type(model).__name__} reads its prompts with an encoder, which the policy for "
-                f"{self.config.objectives} never sees: use value heads"
+                f"of {type(model).__name__} and the policy for {self.config.objectives}, a "
+                f"{type(self._policy).__name__}, one reads prompts with an encoder and the other not: use a policy "
+                "tuned from the base model"
             )
         own, wanted = Backbone.of(self._policy).scores, Backbone.of(model).scores
         if own < wanted:

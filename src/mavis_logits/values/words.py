@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backbone import Backbone
 from ..backbone.fingerprint import tokenizer_fingerprint
 from ..backbone.weights import WeakModel
 from ..core.objectives import check_objectives
@@ -93,16 +92,7 @@ class Words:
         self._base = WeakModel(model)
 
     def bind(self, model: PreTrainedModel) -> Words:
-        """Have `model` read them; returns self.
-
-        Raises:
-            ValueError: it reads prompts with an encoder.
-        """
-        if Backbone.of(model).is_encoder_decoder:
-            raise ValueError(
-                f"{type(model).__name__} reads its prompts with an encoder, so that the instructions "
-                f"{self.config.instructions} cannot be put into what it has read: use value heads"
-            )
+        """Have `model` read them; returns self. An encoder-decoder reads them with its encoder, in its prompts."""
         self._base = WeakModel(model)
         return self
 

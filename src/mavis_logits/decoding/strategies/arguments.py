@@ -5,15 +5,15 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from ...backbone.anatomy import given_cache, holds_tokens
+from ..calls import call_of
 
 _OWN_CACHE = "a strategy keeps caches of its own"
 _NO_ASSISTANT = "a strategy decodes without an assistant: use generate with a MavisLogitsProcessor"
@@ -94,10 +94,6 @@ def check_config(name: str, config: GenerationConfig, own: GenerationConfig | No
             )
 
 
-_CALL = inspect.unwrap(GenerationMixin.generate).__code__
-_NEAR = 12  # frames: wrappers of a strategy's call that may stand between
-
-
 def arguments_of_call(model: PreTrainedModel) -> dict[str, Any]:
     """`streamer`, `assistant_model`, `synced_gpus` and a cache of the `generate` call of `model` that runs what asks.
 
@@ -105,16 +101,10 @@ def arguments_of_call(model: PreTrainedModel) -> dict[str, Any]:
     leave whoever reads the streamer waiting for ever, so they are looked up where they stand: they are arguments of a
     public function. Empty if there is no such call.
     """
-    frame = inspect.currentframe()
-    for _ in range(_NEAR):
-        frame = None if frame is None else frame.f_back
-        if frame is None:
-            break
-        if frame.f_code is _CALL and frame.f_locals.get("self") is model:
-            given = {name: frame.f_locals.get(name) for name in ("streamer", "assistant_model", "synced_gpus")}
-            given["cache"] = given_cache(frame.f_locals.get("kwargs") or {})  # what generate prepares looks alike
-            return {key: value for key, value in given.items() if value is not None}
-    return {}
+    call = call_of(model)
+    given = {name: call.get(name) for name in ("streamer", "assistant_model", "synced_gpus")}
+    given["cache"] = given_cache(call.get("kwargs") or {})  # what generate prepares looks alike
+    return {key: value for key, value in given.items() if value is not None}
 
 
 def check_call(name: str, model: PreTrainedModel, given: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from ...backbone.compat import CACHE_NAMES
 from ...steering.signatures import SteeringOptions
 from ...steering.steering import Steering
 from ...values.function import ValueFunction
+from ..calls import encoder_prompts
 from ..given import says_something, unreadable
 from .arguments import arguments_of_call, check_call, check_config
 from .base_reader import taken
@@ -187,7 +188,10 @@ class MavisStrategy(Steering):
             call.processors, len(prompts), len(input_ids) // len(prompts), pad_token(config, self),
             search=None if self.keeps_rows else type(self).__name__,
         )  # fmt: skip
-        with Session(self, model, prompts, mask, every, inputs, as_generate=special) as session:
+        sources = None
+        if backbone.is_encoder_decoder and self.functions.words:
+            sources = encoder_prompts(model, len(input_ids))[rows]
+        with Session(self, model, prompts, mask, every, inputs, as_generate=special, sources=sources) as session:
             output = self.decode(session, criteria, config)
         if output.values is not None and any(self.idle):
             output.values[:, self.idle] = torch.nan

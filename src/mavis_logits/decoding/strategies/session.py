@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from ...backbone import Backbone
-from ...backbone.hidden import LOGITS, Layer
+from ...backbone.hidden import LOGITS, SOURCE, Layer
 from ...backbone.hooks import let_compiled_code_see
 from ...scoring.reader import ValueReader
 from ...steering.policy import Requests
@@ -43,6 +43,8 @@ class Session:
             make the reference. They see the rows still being written.
         inputs: the other keyword arguments that `generate` has prepared for these rows; by default it is asked for them
             if they are needed.
+        sources: [R, S] what the encoder of an encoder-decoder has read for each row, -1 for padding; for objectives in
+            words.
         as_generate: have the base model read in the way of `generate` itself even where a ragged cache would do.
 
     Attributes:
@@ -64,7 +66,9 @@ class Session:
         processors: LogitsProcessorList | RowProcessors | None = None,
         inputs: Mapping[str, Any] | None = None,
         as_generate: bool = False,
+        sources: Tensor | None = None,
     ) -> None:
+        self._sources = sources
         self._steering, self.model = steering, model
         self.input_ids = input_ids
         self.lengths = _lengths(input_ids, attention_mask)
@@ -108,7 +112,7 @@ class Session:
                 stack.enter_context(functions.reading())
                 functions.refresh()
                 for layer in functions.layers:
-                    if layer == LOGITS:
+                    if isinstance(layer, str):
                         continue
                     handle = self._backbone.catch(layer, partial(self._keep, threading.get_ident(), layer))
                     stack.callback(handle.remove)
@@ -195,6 +199,8 @@ class Session:
         if steering.functions.layers:
             self.reference()
         states = self._hidden | ({LOGITS: self.logits} if steering.functions.words else {})
+        if self._sources is not None:
+            states[SOURCE] = self._sources[self.requests]
         return reader.values(
             self.input_ids, self.lengths, states, candidates, kept, steering.idle, whole=whole_vocabulary
         )
