@@ -69,7 +69,7 @@ def environment() -> dict[str, Any]:
         "versions": {name: _version(name) for name in NEEDED},
         "devices": _devices(),
         "optional": {extra: {name: _version(name) for name in names} for extra, names in OPTIONAL.items()},
-        "value_functions": _cached(),
+        "value_functions": cached_value_functions(),
     }
 
 
@@ -96,7 +96,7 @@ def as_fields(lines: list[str]) -> dict[str, str]:
     return fields
 
 
-def _cached() -> list[str]:
+def cached_value_functions() -> list[str]:
     """Repositories in the Hub's cache whose config is a value function's or a bundle's."""
     from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound

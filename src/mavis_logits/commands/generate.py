@@ -182,18 +182,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def value_arguments(result: argparse.ArgumentParser) -> None:
-    """Add what says which model is steered by what."""
+    """Add what says which model is steered by what, how strongly, and where to."""
     add = result.add_argument
     add(
         "--weights",
         metavar="NAME=NUMBER,...",
         help="weight of each objective, e.g. helpful=0.7,humour=0.3; those left out get 0 (default: equal weights)",
-    )
-    add(
-        "--words",
-        nargs="+",
-        metavar="NAME=INSTRUCTION",
-        help="objectives in words, for any model and without training: what each instruction would make likelier",
     )
     add(
         "--beta",
@@ -205,6 +199,18 @@ def value_arguments(result: argparse.ArgumentParser) -> None:
         type=float,
         metavar="NATS",
         help="in place of --beta: how far an answer of full length may go from the model, in nats; 4 to 20 is usual",
+    )
+    model_arguments(result)
+
+
+def model_arguments(result: argparse.ArgumentParser) -> None:
+    """Add what says which model is steered by what."""
+    add = result.add_argument
+    add(
+        "--words",
+        nargs="+",
+        metavar="NAME=INSTRUCTION",
+        help="objectives in words, for any model and without training: what each instruction would make likelier",
     )
     add(
         "--top-k",
