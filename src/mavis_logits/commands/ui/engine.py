@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import threading
 import time
 from collections import OrderedDict
@@ -16,9 +17,11 @@ from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from ...core.chat import encode_prompt
-from ...models import load_chat_model
+from ...demo.checkout import checkout_path
+from ...models import full_name, load_chat_model
 from ...steering.trace_html import Written
-from ..generate import recommended_temperature, steering
+from ..doctor import cached_value_functions
+from ..generate import DEFAULT_VALUES, recommended_temperature, steering
 from .settings import Choice, Settings, check_prompt
 
 if TYPE_CHECKING:
@@ -252,21 +255,15 @@ class Dice(LogitsProcessor):
 
 def known_choices(own: Choice) -> Sequence[Choice]:
     """Choices to offer beside the one given: what a clone and the Hub's cache have for its model."""
-    import json
-    from pathlib import Path
-
-    from ...demo.checkout import checkout_path
-    from ...models import full_name
-    from ..doctor import cached_value_functions
-
     found = [own]
     try:
         folders = sorted(path for path in checkout_path("model_cards").iterdir() if (path / "config.json").is_file())
     except FileNotFoundError:
         folders = []
     for folder in folders:
-        base = json.loads(Path(folder, "config.json").read_text(encoding="utf-8")).get("base_model")
-        if base == full_name(own.model):
-            found.append(Choice(own.model, (f"model_cards/{folder.name}",)))
+        base = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("base_model")
+        name = f"model_cards/{folder.name}"
+        if base == full_name(own.model) and not (name == DEFAULT_VALUES and own == Choice(own.model)):
+            found.append(Choice(own.model, (name,)))
     found += [Choice(own.model, (name,)) for name in cached_value_functions()]
     return list(dict.fromkeys(found))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ _HERE = Path(__file__).parent
 _REFRESH = 0.2  # seconds between two looks at an answer
 _ABOUT = """# mavis: steer a language model while it writes
 Ask something, move a slider, ask again. The left answer is the model's own; the right one is tilted, token by token,
-towards what the sliders ask for, and never further than the budget."""
+towards what the sliders ask for, as far as the budget goes."""
 _LEGEND = """<div id="legend">Each token: less likely than unsteered<span class="scale"></span>likelier (3 nats).
 Point at one, tap it or reach it with Tab to see what it was chosen from.</div>"""
 _PLOT_NOTE = """What the value functions foresee of each whole answer, in standard deviations of the rewards that they
@@ -143,7 +144,7 @@ class Page:
         yield (status("busy", f"Loading {model} with {values or 'the value head that is shipped'} …"), choice,
                *[gr.skip()] * rest)  # fmt: skip
         try:
-            wanted = self._allowed(model, values.split())
+            wanted = self._allowed(model, shlex.split(values or ""))
             engine = self.engines.get(wanted)
             self._check_count(engine)
         except (ValueError, OSError, ImportError) as error:
@@ -216,14 +217,14 @@ class Page:
                 stop = gr.Button("Stop", scale=1, min_width=80, elem_id="stop")
             gr.Examples([[text] for text in EXAMPLES], prompt, label="For example")
             told = gr.HTML(status("ready", f"Ready: {_named(first)}."), elem_id="status")
-            with gr.Row():
-                with gr.Column(scale=2, min_width=280):
-                    with gr.Row():
-                        buttons = [
-                            gr.Button(size="sm", min_width=50, elem_id=f"preset-{i}", **each)
-                            for i, each in enumerate(self._presets(engine, first=True))
-                        ]
-                        reset = gr.Button("none", size="sm", min_width=50, elem_id="preset-none")
+            with gr.Row(elem_id="presets"):
+                buttons = [
+                    gr.Button(size="sm", min_width=50, elem_id=f"preset-{i}", **each)
+                    for i, each in enumerate(self._presets(engine, first=True))
+                ]
+                reset = gr.Button("none", size="sm", min_width=50, elem_id="preset-none")
+            with gr.Row(elem_id="work"):
+                with gr.Column(min_width=0, elem_id="controls"):
                     sliders = [
                         _slider(*WEIGHT, step=0.05, elem_id=f"weight-{i}", min_width=120, buttons=[], **each)
                         for i, each in enumerate(self._sliders(engine, first=True))
@@ -243,13 +244,14 @@ class Page:
                     seed = gr.Number(
                         self.seed, precision=None, step=1, label="Seed: another one, another answer", elem_id="seed"
                     )
-                with gr.Column(scale=5, min_width=300):
-                    with gr.Row():
+                with gr.Column(min_width=0, elem_id="answers"):
+                    with gr.Row(elem_id="pair"):
                         unsteered = gr.HTML(_titled("Unsteered", ""), elem_id="unsteered",
                                             min_width=240)  # fmt: skip
                         steered = gr.HTML(_titled("Steered", ""), elem_id="steered",
                                           min_width=240)  # fmt: skip
                     gr.HTML(_LEGEND)
+                with gr.Column(min_width=0, elem_id="more"):
                     with gr.Tab("Trade-off"):
                         plot = gr.HTML(picture(Session()), elem_id="plot")
                         gr.Markdown(_PLOT_NOTE, elem_classes="note")
@@ -264,15 +266,15 @@ class Page:
                             key = name.lower()
                             copies.append(gr.Button(f"Copy {name}", size="sm", elem_id=f"copy-{key}"))
                             codes.append(gr.Code(language=language, interactive=False, elem_id=f"code-{key}",
-                                                 show_label=False, wrap_lines=True, lines=2))  # fmt: skip
+                                                 show_label=False, wrap_lines=True, lines=1, max_lines=40))  # fmt: skip
                     with gr.Tab("Model"):
                         model = gr.Dropdown(
                             list(dict.fromkeys(each.model for each in self.choices)), value=first.model,
                             label="Language model", allow_custom_value=self.open_choice, elem_id="model",
                         )  # fmt: skip
                         values = gr.Dropdown(
-                            [(_of_values(each), " ".join(each.values)) for each in self.choices],
-                            value=" ".join(first.values), label="Value functions, or a bundle", elem_id="values",
+                            [(_of_values(each), shlex.join(each.values)) for each in self.choices],
+                            value=shlex.join(first.values), label="Value functions, or a bundle", elem_id="values",
                             allow_custom_value=self.open_choice,
                         )  # fmt: skip
                         load = gr.Button("Load", size="sm", elem_id="load")

@@ -32,8 +32,8 @@ def picture(session: Session) -> str:
     latest = max(point.number for point in points)
     parts = []
     for tick in up.ticks:
-        y = f"{up(tick):.1f}"
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
+        at = f"{up(tick):.1f}"
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at}" y2="{at}"/>')
         parts.append(_text(_LEFT - 6, up(tick) + 4, _number(tick), "end"))
     parts += [_text(across(tick), _HEIGHT - _BOTTOM + 16, _number(tick)) for tick in across.ticks]
     for point in points:
