@@ -284,6 +284,7 @@ class Page:
                 [send.click, prompt.submit], self.answer, [prompt, *settings, choice, session, *sliders],
                 [told, unsteered, steered, plot, listed, session], trigger_mode="once", show_progress="hidden",
                 concurrency_limit=self.visitors, concurrency_id="answers", api_visibility="private",
+                api_name="page",  # not that of `api`
             )  # fmt: skip
             stop.click(self.stop, queue=False, api_visibility="private")
             quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
