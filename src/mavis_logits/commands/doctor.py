@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 NEEDED = ("mavis-logits", "torch", "transformers", "peft", "accelerate", "safetensors", "huggingface-hub")
 OPTIONAL = {
     "training": ("datasets", "h5py", "trl", "jsonargparse", "tqdm"),
+    "ui": ("gradio", "gguf"),
     "demo": ("rich", "matplotlib", "gguf"),
     "pareto": ("moocore",),
     "vllm": ("vllm",),
