@@ -7,6 +7,7 @@ import io
 import json
 import shlex
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chat_model import chat_model
-from mavis_logits import ValueHead, cli
+from mavis_logits import ValueHead, ValueModel, cli
 from mavis_logits.backbone.fingerprint import tokenizer_fingerprint
 from mavis_logits.commands.ui import engine as engine_module
 from mavis_logits.commands.ui import snippets
@@ -225,6 +226,57 @@ def test_models_are_loaded_once_and_the_oldest_goes(choice: Choice, monkeypatch:
     engines.get(Choice("three", choice.values))
     assert engines.get(Choice("one", choice.values)) is not first
     assert loaded == ["one", "two", "three", "one"]
+
+
+def test_what_is_loaded_does_not_wait_for_what_is_being_loaded(choice: Choice, monkeypatch) -> None:
+    engines = Engines()
+    first = engines.get(choice)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(_: str) -> object:
+        begun.set()
+        assert go_on.wait(20)
+        raise OSError("no such model")
+
+    monkeypatch.setattr(engine_module, "load_chat_model", slow)
+    told = []
+
+    def load() -> None:
+        with pytest.raises(OSError, match="no such model") as error:
+            engines.get(Choice("other", choice.values))
+        told.append(error)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    assert begun.wait(20)
+    assert engines.get(choice) is first
+    go_on.set()
+    thread.join(20)
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize("kind", ["value model", "words"])
+def test_value_functions_of_every_kind_steer_the_page(choice: Choice, tmp_path: Path, kind: str) -> None:
+    model, tokenizer = chat_model()
+    small = ValueModel.from_backbone(
+        model, ["short"], num_layers=1, tokenizer_fingerprint=tokenizer_fingerprint(tokenizer)
+    )
+    torch.nn.init.normal_(small.head.weight)
+    small.save_pretrained(tmp_path / "small")
+    own = Choice(choice.model, (str(tmp_path / "small"),)) if kind == "value model" else None
+    own = own or Choice(choice.model, (), ("joke=w3 w4 w9",))
+    engine = Engines().get(own)
+    settings = Settings(dict.fromkeys(engine.objectives, 1.0), 6.0, 0.7, 8, 3)
+    steered = written(engine, settings)
+    assert 0 < steered.kl <= 6.001
+    assert list(steered.values()) == engine.objectives
+    inputs = chat_inputs(engine.tokenizer, ["w5 w6"])
+    torch.manual_seed(3)
+    expected = engine.model.generate(
+        **inputs, do_sample=True, temperature=0.7, top_k=0, top_p=1.0, max_new_tokens=8,
+        pad_token_id=engine.tokenizer.pad_token_id,
+    )  # fmt: skip
+    assert written(engine, settings, steered=False).ids == expected[0, inputs["input_ids"].shape[1] :].tolist()
 
 
 # What is shown ---------------------------------------------------------------------------------------------------

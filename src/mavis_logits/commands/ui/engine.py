@@ -94,14 +94,16 @@ class Engines:
         self._engines: dict[Choice, Engine] = {}
 
     def get(self, choice: Choice) -> Engine:
-        """The engine of a choice; waits while another is being loaded.
+        """The engine of a choice; one that has been loaded at once, also while another is being loaded.
 
         Raises:
             ValueError, OSError, ImportError: as `commands.generate.steering`, naming what cannot be had.
         """
+        engine = self._engines.get(choice)
+        if engine is not None:
+            return engine
         with self._lock:
-            if choice in self._engines:
-                self._models.move_to_end(choice.model)
+            if choice in self._engines:  # meanwhile
                 return self._engines[choice]
             if choice.model not in self._models:
                 self._models[choice.model] = load_chat_model(choice.model)
