@@ -87,13 +87,13 @@ def visit(browser: Any, page: Any) -> Iterator[Visit]:
 
 
 @pytest.fixture
-def shoot(tmp_path: Path) -> Callable[[Any, str], None]:
+def shoot(tmp_path: Path) -> Callable[..., None]:
     folder = Path(os.environ.get("MAVIS_SCREENSHOTS", tmp_path))
 
-    def shot(tab: Any, name: str) -> None:
+    def shot(tab: Any, name: str, **part: Any) -> None:
         path = folder / f"{name}.png"
         tab.wait_for_timeout(500)
-        tab.screenshot(path=path)
+        tab.screenshot(path=path, **part)
         assert path.stat().st_size < SMALL
 
     return shot
@@ -126,7 +126,7 @@ def number(tab: Any, name: str, value: str) -> None:
     tab.keyboard.press("Tab")
 
 
-def test_a_moved_slider_gives_another_answer(visit: Visit, shoot: Callable[[Any, str], None]) -> None:
+def test_a_moved_slider_gives_another_answer(visit: Visit, shoot: Callable[..., None]) -> None:
     tab = visit()
     ask(tab)
     unsteered, funny = answered(tab)
@@ -146,10 +146,13 @@ def test_a_moved_slider_gives_another_answer(visit: Visit, shoot: Callable[[Any,
     assert tab.locator("#plot g.latest").count() == 6
     assert tab.hosts == {tab.url.split("/")[2]}  # nothing is loaded from elsewhere
 
-    tab.hover("#steered .token >> nth=2")
-    card = tab.inner_text("#steered .token >> nth=2 >> .card")
+    strengths = "nodes => nodes.map(node => Number(node.style.getPropertyValue('--t')))"
+    tilts = tab.eval_on_selector_all("#steered .token", strengths)
+    most = f"#steered .token >> nth={tilts.index(max(tilts))}"
+    tab.hover(most)
+    card = tab.inner_text(f"{most} >> .card")
     assert all(word in card for word in ("before", "after", "helpful", "formal", "step KL"))
-    shoot(tab, "ui-token")
+    shoot(tab, "ui-token", clip={"x": 400, "y": 400, "width": 880, "height": 780})
 
     tab.get_by_role("tab", name="History").click()
     tab.click("#history tbody tr:nth-child(2)")
@@ -157,7 +160,7 @@ def test_a_moved_slider_gives_another_answer(visit: Visit, shoot: Callable[[Any,
     assert answered(tab) == (unsteered, funny)
 
 
-def test_the_page_fits_a_phone(visit: Visit, shoot: Callable[[Any, str], None]) -> None:
+def test_the_page_fits_a_phone(visit: Visit, shoot: Callable[..., None]) -> None:
     tab = visit(PHONE)
     widths = "[document.documentElement.scrollWidth, window.innerWidth]"
     assert tab.evaluate(widths) == [390, 390]
@@ -218,6 +221,22 @@ def test_two_visitors_at_once_get_their_own(visit: Visit) -> None:
         copied = tab.evaluate("navigator.clipboard.readText()")
         done = subprocess.run(["bash", "-c", copied], capture_output=True, text=True, check=True, timeout=WAIT / 1000)
         assert text.strip()[:30] in done.stdout, done
+
+
+def test_a_third_visitor_waits_is_told_so_and_may_stop(visit: Visit) -> None:
+    tabs = [visit() for _ in range(3)]
+    for tab in tabs[:2]:
+        number(tab, "length", "400")
+        ask(tab)
+        tab.wait_for_selector("#steered .token", timeout=WAIT)
+    ask(tabs[2])
+    assert "Waiting for a turn" in tabs[2].inner_text("#status")
+    tabs[2].click("#stop")
+    for tab in tabs[:2]:
+        tab.click("#stop")
+        answered(tab)
+    tabs[2].wait_for_selector("#status .stopped", timeout=WAIT)
+    assert "Stopped before it began" in tabs[2].inner_text("#status")
 
 
 def test_a_closed_tab_ends_its_answer(visit: Visit, page: Any) -> None:

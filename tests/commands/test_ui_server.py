@@ -59,7 +59,7 @@ def page(choices: list[Choice]) -> Iterator[Page]:
 
 
 def visitor(name: str) -> Any:
-    return SimpleNamespace(session_hash=name)
+    return SimpleNamespace(session_hash=name, headers={"origin": "http://page"})
 
 
 def asked(page: Page, name: str, choice: Choice, *sliders: float, prompt: str = "w5 w6", **other: Any) -> Iterator[Any]:
@@ -172,9 +172,31 @@ def test_one_visitor_stops_and_the_other_goes_on(page: Page, choices: list[Choic
     stopped, other = (asked(page, name, choices[0], 0.0, 1.0, length=60) for name in ("a", "b"))
     for generator in (stopped, other):
         next(generator), next(generator)
-    page.stop(visitor("a"))
+    page.stop(visitor("a"), True)
     assert 'class="status stopped"' in list(stopped)[-1][0]
     assert 'class="status done"' in list(other)[-1][0]
+
+
+def test_what_waits_for_its_turn_can_be_stopped(page: Page, choices: list[Choice]) -> None:
+    page.stop(visitor("a"), False)  # nothing waits
+    assert 'class="status done"' in list(asked(page, "a", choices[0], 0.0, 1.0))[-1][0]
+    page.stop(visitor("a"), True)
+    ((told, *_),) = asked(page, "a", choices[0], 0.0, 1.0)
+    assert "Stopped before it began" in told
+    assert 'class="status done"' in list(asked(page, "a", choices[0], 0.0, 1.0))[-1][0]
+
+
+def test_the_code_is_for_the_address_that_the_visitor_has(page: Page, choices: list[Choice]) -> None:
+    rest = [0.0] * MOST_OBJECTIVES
+    program, command, call = page.code(visitor("a"), "w5", 6.0, 0.7, 12, 3, choices[0], 0.0, 1.0, *rest)
+    assert (program, command) == (
+        snippets.python(choices[0], "w5", SETTINGS),
+        snippets.command(choices[0], "w5", SETTINGS),
+    )
+    assert "http://page/gradio_api/call/answer" in call
+    assert set(page.code(visitor("a"), "w5", 99.0, 0.7, 12, 3, choices[0], *rest)) == {
+        "# The KL budget must be a number between 0 and 40, got 99.0"
+    }
 
 
 def test_where_a_visitor_has_gone_nothing_is_written_on(page: Page, choices: list[Choice], monkeypatch) -> None:

@@ -2,6 +2,11 @@
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") document.querySelector("#stop")?.click();
 });
+window.mavisWaiting = () => {
+  const line = document.querySelector("#status .status");
+  line.className = "status busy";
+  line.textContent = "Waiting for a turn … Esc stops.";
+};
 window.mavisCopy = async (text, button) => {
   try {
     await navigator.clipboard.writeText(text);

@@ -18,6 +18,7 @@ from .session import Entry, Session, coloured, plain, progress, status
 from .settings import KL, LENGTH, PRESET_KL, PRESETS, TEMPERATURE, WEIGHT, Choice, Settings, check_prompt, presets
 
 MOST_OBJECTIVES = 12
+UNSTEERED, STEERED = "Unsteered", "Steered"
 EXAMPLES = ["How do I make good tea?", "Tell me about the moon.", "What should I cook tonight?"]
 _HERE = Path(__file__).parent
 _REFRESH = 0.2  # seconds between two looks at an answer
@@ -62,6 +63,7 @@ class Page:
         self.engines, self.choices, self.open_choice = engines, list(choices), open_choice
         self.visitors, self.length, self.temperature, self.seed = visitors, length, temperature, seed
         self.running: dict[str, list[Answer]] = {}  # by the visitor's session
+        self.unwanted: set[str] = set()  # visitors who stopped what waits for its turn
         self.url = ""  # of the page, once it is served
         self._check_count(engines.get(choices[0]))
         self.blocks = self._build()
@@ -73,55 +75,50 @@ class Page:
         choice: Choice, session: Session, *sliders: float,
     ) -> Iterator[tuple[Any, ...]]:  # fmt: skip
         """Write both answers; yields status, both texts, and at the end the plot, the list and the session."""
-        unchanged = (gr.skip(), gr.skip(), gr.skip())
+        unchanged, visitor = (gr.skip(), gr.skip(), gr.skip()), str(request.session_hash)
+        own: list[Answer] = []
+        self.running[visitor] = own
         try:
+            if visitor in self.unwanted:
+                yield (status("stopped", "Stopped before it began."), gr.skip(), gr.skip(), *unchanged)
+                return
             engine = self.engines.get(choice)
             settings = self._settings(engine, kl, temperature, length, seed, sliders)
             prompt = check_prompt(prompt)
-            yield (status("busy", "Reading the question …"), "", "", *unchanged)
-            both = [engine.begin(prompt, settings, steered) for steered in (False, True)]
-        except (ValueError, OSError, ImportError) as error:
-            yield (status("failed", _said(error)), gr.skip(), gr.skip(), *unchanged)
-            return
-        unsteered, steered = both
-        own = self.running.setdefault(str(request.session_hash), [])
-        own += both
-        try:
-            while "writing" in [answer.look() for answer in both]:
-                yield (progress(*both), _titled("Unsteered", plain(unsteered)), _titled("Steered", coloured(steered)),
-                       *unchanged)  # fmt: skip
+            yield (status("busy", "Reading the question …"), _titled(UNSTEERED), _titled(STEERED), *unchanged)
+            for steered in (False, True):
+                own.append(engine.begin(prompt, settings, steered))
+            while "writing" in [answer.look() for answer in own]:
+                yield (progress(*own), *_texts(*own), *unchanged)
                 time.sleep(_REFRESH)
-            told, texts = progress(*both), (plain(unsteered), coloured(steered))
-            titled = (_titled("Unsteered", texts[0]), _titled("Steered", texts[1]))
-            if "failed" in [answer.state for answer in both]:
-                yield (told, *titled, *unchanged)
+            told, (left, right) = progress(*own), _texts(*own)
+            if "failed" in [answer.state for answer in own]:
+                yield (told, left, right, *unchanged)
                 return
+            unsteered, answer = own
             session = session.with_entry(
                 Entry(
-                    choice,
-                    prompt,
-                    settings,
-                    titled[1],
-                    titled[0],
-                    steered.text,
-                    steered.kl,
-                    steered.values(),
-                    unsteered.values(),
-                    told,
+                    choice, prompt, settings, unsteered=left, steered=right, text=answer.text, kl=answer.kl,
+                    values=answer.values(), unsteered_values=unsteered.values(), told=told,
                 )
-            )
-            yield (told, *titled, picture(session), _listed(session), session)
+            )  # fmt: skip
+            yield (told, left, right, picture(session), _listed(session), session)
+        except (ValueError, OSError, ImportError) as error:
+            yield (status("failed", _said(error)), gr.skip(), gr.skip(), *unchanged)
         finally:  # also where the visitor has gone
-            for answer in both:
+            for answer in own:
                 answer.stop()
-                own.remove(answer)
-            if not own:
-                self.running.pop(str(request.session_hash), None)
+            self.running.pop(visitor, None)
+            self.unwanted.discard(visitor)
 
-    def stop(self, request: gr.Request) -> None:
-        """Stop this visitor's answers; what has been written stays."""
-        for answer in list(self.running.get(str(request.session_hash), [])):
+    def stop(self, request: gr.Request, busy: bool) -> None:
+        """Stop this visitor's answers, and one that waits for its turn (`busy`); what has been written stays."""
+        visitor = str(request.session_hash)
+        answers = self.running.get(visitor)
+        for answer in list(answers or ()):
             answer.stop()
+        if busy and answers is None:
+            self.unwanted.add(visitor)
 
     def api(
         self, prompt: str, weights: dict[str, float], kl: float, temperature: float, max_new_tokens: int, seed: int,
@@ -162,8 +159,9 @@ class Page:
         return [max(kl, PRESET_KL), *values, *[0.0] * (MOST_OBJECTIVES - len(values))]
 
     def code(
-        self, prompt: str, kl: float, temperature: float, length: float, seed: float, choice: Choice, *sliders: float
-    ) -> list[str]:
+        self, request: gr.Request, prompt: str, kl: float, temperature: float, length: float, seed: float,
+        choice: Choice, *sliders: float,
+    ) -> list[str]:  # fmt: skip
         """Python, command line and curl for the settings as they are."""
         try:
             engine = self.engines.get(choice)
@@ -172,7 +170,7 @@ class Page:
             return [
                 snippets.python(choice, asked, settings),
                 snippets.command(choice, asked, settings),
-                snippets.curl(self.url, choice, asked, settings),
+                snippets.curl(request.headers.get("origin", self.url), choice, asked, settings),
             ]
         except (ValueError, OSError, ImportError) as error:
             return [f"# {_said(error)}"] * 3
@@ -246,9 +244,9 @@ class Page:
                     )
                 with gr.Column(min_width=0, elem_id="answers"):
                     with gr.Row(elem_id="pair"):
-                        unsteered = gr.HTML(_titled("Unsteered", ""), elem_id="unsteered",
+                        unsteered = gr.HTML(_titled(UNSTEERED), elem_id="unsteered",
                                             min_width=240)  # fmt: skip
-                        steered = gr.HTML(_titled("Steered", ""), elem_id="steered",
+                        steered = gr.HTML(_titled(STEERED), elem_id="steered",
                                           min_width=240)  # fmt: skip
                     gr.HTML(_LEGEND)
                 with gr.Column(min_width=0, elem_id="more"):
@@ -279,15 +277,17 @@ class Page:
                         )  # fmt: skip
                         load = gr.Button("Load", size="sm", elem_id="load")
 
+            busy = gr.Checkbox(visible=False)
             settings = [kl, temperature, length, seed]
             gr.on(
                 [send.click, prompt.submit], self.answer, [prompt, *settings, choice, session, *sliders],
                 [told, unsteered, steered, plot, listed, session], trigger_mode="once", show_progress="hidden",
                 concurrency_limit=self.visitors, concurrency_id="answers", api_visibility="private",
                 api_name="page",  # not that of `api`
+                js="(...given) => { window.mavisWaiting(); return given; }",
             )  # fmt: skip
-            stop.click(self.stop, queue=False, api_visibility="private")
             quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+            stop.click(self.stop, busy, js="() => [document.querySelector('#status .busy') !== null]", **quick)
             for button, name in zip(buttons, presets_in_order(), strict=True):
                 button.click(
                     lambda own, nats, name=name: self.preset(name, own, nats), [choice, kl], [kl, *sliders], **quick
@@ -359,7 +359,11 @@ def _listed(session: Session) -> Any:
     return gr.Dataset(samples=[entry.row() for entry in reversed(session.entries)])
 
 
-def _titled(title: str, text: str) -> str:
+def _texts(unsteered: Answer, steered: Answer) -> tuple[str, str]:
+    return _titled(UNSTEERED, plain(unsteered)), _titled(STEERED, coloured(steered))
+
+
+def _titled(title: str, text: str = "") -> str:
     return f"<h2>{title}</h2>{text}"
 
 
