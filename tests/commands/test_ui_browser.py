@@ -24,7 +24,7 @@ if BROWSER is None:
     pytest.skip("no Chromium: apt-get install chromium", allow_module_level=True)
 
 QUESTION = "How do I make good tea?"
-DESKTOP, PHONE = (1280, 1180), (390, 844)
+DESKTOP, PHONE = (1280, 1220), (390, 844)
 ENDED = "#status .done, #status .stopped, #status .failed"
 WAIT = 300_000  # ms; an answer on a busy machine
 TOKENS = "nodes => nodes.map(node => node.firstChild.textContent).join('')"  # without their cards
@@ -152,7 +152,7 @@ def test_a_moved_slider_gives_another_answer(visit: Visit, shoot: Callable[..., 
     tab.hover(most)
     card = tab.inner_text(f"{most} >> .card")
     assert all(word in card for word in ("before", "after", "helpful", "formal", "step KL"))
-    shoot(tab, "ui-token", clip={"x": 400, "y": 400, "width": 880, "height": 780})
+    shoot(tab, "ui-token", clip={"x": 400, "y": 400, "width": 880, "height": 820})
 
     tab.get_by_role("tab", name="History").click()
     tab.click("#history tbody tr:nth-child(2)")
