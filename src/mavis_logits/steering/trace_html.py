@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
 
 from .step import TraceStep
@@ -19,7 +19,6 @@ from .step import TraceStep
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TEMPLATE = Path(__file__).with_name("trace_page.html")
 SHOWN = 20  # candidates of a token on the page
 UNKNOWN = -1
 _CONTEXT = 8  # tokens of the prompt that decide how the first new one is spelled
@@ -93,19 +92,67 @@ def render_page(
         prompt = [] if sequences is None else speller.without_padding(sequences[number, : steps[0].length].tolist())
         rows.append(_row(steps, number, prompt, eos_token_ids, speller))
     tokens = [token for row in rows for token in row.tokens]
-    return _template().render(
-        objectives=objectives,
-        rows=rows,
-        ratio_scale=_scale(token.log_ratio for token in tokens if token.log_ratio is not None),
-        kl_scale=_scale(token.kl for token in tokens),
+    return (
+        _templates()
+        .get_template("trace_page.html")
+        .render(
+            objectives=objectives,
+            rows=rows,
+            ratio_scale=_scale(token.log_ratio for token in tokens if token.log_ratio is not None),
+            kl_scale=_scale(token.kl for token in tokens),
+        )
     )
 
 
+class Written:
+    """A sequence while it is being written: the `Token` of every step as soon as it is known.
+
+    Args:
+        tokenizer: the base model's.
+        prompt: token ids that the sequence goes on from.
+        shown: candidates of a token that are kept.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], shown: int = SHOWN) -> None:
+        self._speller, self._prompt, self._shown = Speller(tokenizer), list(prompt), shown
+        self._ids: list[int] = []
+        self.tokens: list[Token] = []
+
+    def add(self, step: TraceStep, token: int) -> None:
+        """Append a token and the step (of one row) that it was chosen in."""
+        self._ids.append(token)
+        text = self._speller.running(self._ids, self._prompt)[-1]
+        taken = torch.full_like(step.candidates[:, 0], token)
+        self.tokens.append(_token(_shown(step, taken, self._shown), 0, token, text, self._speller))
+
+    def html(self, objectives: Sequence[str], first: int = 1, cards: bool = True, ratio_scale: float = 3.0) -> str:
+        """The tokens as a part of a page, coloured by how much each was tilted; its style is `parts_style`.
+
+        Args:
+            objectives: names of the M values.
+            first: number of the first token's card, where a page has several texts.
+            cards: whether each token has a card that shows on hover what it was chosen from.
+            ratio_scale: nats that get the full colour.
+        """
+        parts: Any = _templates().get_template("trace_parts.html").module
+        row = Row("", self.tokens)
+        return str(parts.text(row, first, objectives, ratio_scale, _scale(t.kl for t in self.tokens), cards))
+
+
+def parts_style() -> str:
+    """The style of `Written.html`; the page sets its colours: --up, --down, --line, --text, --quiet, --raised."""
+    parts: Any = _templates().get_template("trace_parts.html").module
+    return str(parts.style())
+
+
 @cache
-def _template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+def _templates() -> Environment:
+    folder = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(
+        loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters |= {"percent": percent, "signed": signed, "value": value}
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return environment
 
 
 def _steps(traced: Sequence[TraceStep], sequences: Tensor | None) -> list[TraceStep]:
@@ -142,9 +189,9 @@ def _steps(traced: Sequence[TraceStep], sequences: Tensor | None) -> list[TraceS
     return [_shown(step, sequences[:, step.length]) for step in kept]
 
 
-def _shown(step: TraceStep, taken: Tensor) -> TraceStep:
-    """`step` with these tokens taken, cut down to what the page shows, on the CPU."""
-    part = replace(step, taken=taken.to(step.candidates.device)).narrow(SHOWN)
+def _shown(step: TraceStep, taken: Tensor, count: int = SHOWN) -> TraceStep:
+    """`step` with these tokens taken, cut down to the candidates that the page shows, on the CPU."""
+    part = replace(step, taken=taken.to(step.candidates.device)).narrow(count)
     tensors: dict[str, Any] = {name: each.cpu() for name, each in vars(part).items() if isinstance(each, Tensor)}
     return replace(part, **tensors)
 
@@ -158,23 +205,23 @@ def _row(
     ids = ids[: next((t + 1 for t, token in enumerate(ids) if token in eos_token_ids), len(ids))]
     known = ids.index(UNKNOWN) if UNKNOWN in ids else len(ids)  # what follows a gap is spelled by itself
     texts = speller.running(ids[:known], prompt) + [speller.name(token) for token in ids[known:]]
-    tokens = []
-    for step, token, text in zip(steps, ids, texts, strict=False):
-        candidates = _candidates(step, number, speller)
-        tokens.append(
-            Token(
-                text=visible(text),
-                name=speller.candidate(token),
-                id=token,
-                log_ratio=next((each.log_ratio for each in candidates if each.taken), _of_others(step, number)),
-                kl=max(0.0, float(step.kl[number])),
-                beta=float(step.beta[number]),
-                candidates=candidates,
-                others_before=_others(each.before for each in candidates),
-                others_after=_others(each.after for each in candidates),
-            )
-        )
+    tokens = [_token(step, number, token, text, speller) for step, token, text in zip(steps, ids, texts, strict=False)]
     return Row(visible(speller.text(prompt)), tokens)
+
+
+def _token(step: TraceStep, row: int, token: int, text: str, speller: Speller) -> Token:
+    candidates = _candidates(step, row, speller)
+    return Token(
+        text=visible(text),
+        name=speller.candidate(token),
+        id=token,
+        log_ratio=next((each.log_ratio for each in candidates if each.taken), _of_others(step, row)),
+        kl=max(0.0, float(step.kl[row])),
+        beta=float(step.beta[row]),
+        candidates=candidates,
+        others_before=_others(each.before for each in candidates),
+        others_after=_others(each.after for each in candidates),
+    )
 
 
 def _of_others(step: TraceStep, row: int) -> float | None:

@@ -1,0 +1,1 @@
+"""``mavis ui``: a page to try steering on."""
