@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .generate import parse_weights, quiet_transformers, steered_model, value_arguments
+from ..core.weights import parse_weights
+from .generate import quiet_transformers, steered_model, value_arguments
 
 if TYPE_CHECKING:
     from torch import Tensor
