@@ -77,10 +77,11 @@ def output_embedding(model: nn.Module) -> Tensor:
 
 def language_model(model: nn.Module) -> nn.Module:
     """The part of a model of several modalities that writes text; any other model as it is."""
-    if hasattr(model, "get_language_model"):
-        found: nn.Module = model.get_language_model()
-        return found
-    return getattr(model, "language_model", model)
+    given: Any = model
+    found: nn.Module = (
+        given.get_language_model() if hasattr(given, "get_language_model") else getattr(given, "language_model", model)
+    )
+    return found
 
 
 def weights(model: nn.Module, tensor_parallel: int = 1) -> Iterator[tuple[str, Tensor]]:

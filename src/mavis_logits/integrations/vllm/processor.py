@@ -62,6 +62,12 @@ class _ForV2(MavisProcessor):
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         return self._engine.put(req_idx, sampling_params)
 
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update: Any) -> None:
+        """Nobody calls it: it is of the other runner's interface."""
+
     def apply(self, logits: Tensor, ctx: Any) -> Tensor:
         present = ctx.idx_mapping_np.tolist()
         rows = Rows(ctx.expanded_idx_mapping, present, one_each=len(logits) == len(present))
