@@ -167,7 +167,8 @@ class Runner:
                 (rows[~odd], [s for s in batch.slots if not s % 2]),
             ]
         if self.sampling == "compaction":  # one draft is not verified
-            parts = [(rows[rows != dropped(batch)], list(batch.slots))]
+            place = dropped(batch)
+            parts = [(rows if place is None else rows[rows != place], list(batch.slots))]
         for own, slots in parts:
             ctx = SimpleNamespace(
                 idx_mapping_np=np.array(slots, dtype=int), pos=positions[own],
