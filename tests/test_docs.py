@@ -18,6 +18,7 @@ PAGES = [
     ROOT / "docs" / "paper_to_code.md",
     ROOT / "docs" / "hub.md",
     ROOT / "docs" / "architecture.md",
+    ROOT / "docs" / "serving.md",
 ]
 NAME = re.compile(r"`(mavis_(?:logits|training)(?:\.\w+)+)`")
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mavis_logits.core.config import MavisConfig
 from mavis_logits.integrations.asked import Asked
-from mavis_logits.integrations.slots import Rows, Slots, head_values
+from mavis_logits.integrations.slots import Rows, Slots, Wanted, head_values
 from mavis_logits.steering.policy import Policy
 from mavis_logits.values.ensemble import ValueFunctions
 from mavis_logits.values.value_head import ValueHead, ValueHeadConfig
@@ -56,8 +56,8 @@ def steer(slots: Slots, logits: torch.Tensor, states: torch.Tensor, of: list[int
     present = list(dict.fromkeys(of))
     rows = Rows(torch.tensor(of, dtype=torch.int32), present, one_each=len(of) == len(present))
 
-    def read(chosen, choice, whole):
-        return head_values(functions, {1: states if chosen is None else states[chosen]}, choice, whole)
+    def read(wanted: Wanted) -> torch.Tensor:
+        return head_values(functions, {1: states if wanted.rows is None else states[wanted.rows]}, wanted)
 
     slots.steer(result, rows, read)
     return result
@@ -69,7 +69,7 @@ def alone(asked: Asked | None, logits: torch.Tensor, state: torch.Tensor) -> tor
         return logits
     policy = Policy(asked.config, asked.weights, torch.tensor(asked.beta), Settings.scale)
     step = policy.step(
-        logits[None], lambda choice, _: head_values(FUNCTIONS, {1: state[None]}, choice, asked.config.top_k is None)
+        logits[None], lambda choice, _: head_values(FUNCTIONS, {1: state[None]}, Wanted(None, choice, asked.config, []))
     )
     return step.log_probs(V)[0]
 

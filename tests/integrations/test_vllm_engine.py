@@ -19,7 +19,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from mavis_logits import MavisLogitsProcessor, ValueHead
+from mavis_logits import MavisLogitsProcessor, ValueHead, ValueModel
 from mavis_logits.core.weights import parse_weights
 from mavis_logits.demo.smollm2 import converted_folder
 
@@ -123,7 +123,7 @@ def plain(batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**request, "asked": {}} for request in batch]
 
 
-def greedy(setup: Setup, request: dict[str, Any]) -> tuple[list[int], torch.Tensor]:
+def greedy(setup: Setup, request: dict[str, Any], values: Any = None) -> tuple[list[int], torch.Tensor]:
     """What `generate` writes, and the scores [N, V] that it chose by."""
     asked = request["asked"]
     processors = []
@@ -132,8 +132,9 @@ def greedy(setup: Setup, request: dict[str, Any]) -> tuple[list[int], torch.Tens
                  "mavis_reference_temperature": "reference_temperature"}  # fmt: skip
         processors = [
             MavisLogitsProcessor.from_pretrained(
-                str(setup.head), weights=parse_weights(asked["mavis_weights"]), beta=asked.get("mavis_beta"),
-                model=setup.base, **{names[key]: value for key, value in asked.items() if key in names},
+                values or str(setup.head), weights=parse_weights(asked["mavis_weights"]), beta=asked.get("mavis_beta"),
+                model=setup.base, **({"normalize": "none"} if values else {}),
+                **{names[key]: value for key, value in asked.items() if key in names},
             )
         ]  # fmt: skip
     new = request["params"]["max_tokens"]
@@ -144,11 +145,11 @@ def greedy(setup: Setup, request: dict[str, Any]) -> tuple[list[int], torch.Tens
     return found.sequences[0, len(request["prompt"]) :].tolist(), torch.stack(found.scores)[:, 0]
 
 
-def ties(setup: Setup, batch: list[dict[str, Any]], answers: Any) -> int:
+def ties(setup: Setup, batch: list[dict[str, Any]], answers: Any, values: Any = None) -> int:
     """How many requests part from `generate` at a tie; any other difference is an error."""
     count = 0
     for request, tokens in zip(batch, answers["tokens"], strict=True):
-        wanted, scores = greedy(setup, request)
+        wanted, scores = greedy(setup, request, values)
         tokens = tokens[: len(wanted)]  # generate stops at the end of the text
         where = next((i for i, pair in enumerate(zip(tokens, wanted, strict=True)) if pair[0] != pair[1]), None)
         if where is not None:
@@ -246,6 +247,27 @@ def enumerated(setup: Setup, prompt: list[int], asked: dict[str, Any]) -> dict[t
 
     first = following(prompt)
     return {(a, b): p * q for a, p in first.items() for b, q in following([*prompt, a]).items()}
+
+
+@pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2 with drafts"])
+def test_value_models_follow_requests_that_come_and_go(tmp_path: Path, inner: Setup, drafter: Path, v2: bool) -> None:
+    """A value model, and a head beside it; room for some of the caches only."""
+    torch.manual_seed(4)
+    value_model = ValueModel.from_backbone(model(4), ["wide"], 2, reward_scale=[0.5])
+    torch.nn.init.normal_(value_model.head.weight, std=0.5)
+    value_model.save_pretrained(tmp_path / "value")
+    values = {"kind": str(inner.head), "wide": str(tmp_path / "value")}
+    batch = requests(24, 8, seed=9)
+    for request in batch:
+        if request["asked"]:
+            request["asked"] = {"mavis_weights": "kind=0.5,wide=0.7", "mavis_beta": 2.0, "mavis_top_k": 8}
+    serve = {"values": values, "max_value_tokens": 600, "normalize": "none"}
+    engine: dict[str, Any] = CROWDED
+    if v2:
+        draft = {"method": "draft_model", "model": str(drafter), "num_speculative_tokens": 2}
+        engine = CROWDED | {"max_num_batched_tokens": 96, "speculative_config": draft}
+    answers = run(tmp_path, inner, [batch], v2, serve, **engine)["batches"][0]
+    assert ties(inner, batch, answers, values) <= 2
 
 
 BAD = [{"mavis_weights": "kid=1"}, {"mavis_beta": "much"}, {"mavis_top_k": 100000}, {"mavis_strength": 1}]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mavis_logits.integrations.asked import Asked
 from mavis_logits.integrations.serving import ENVIRONMENT, Offer, Serving, offer_of
-from mavis_logits.integrations.slots import head_values
+from mavis_logits.integrations.slots import Wanted, head_values
 from mavis_logits.integrations.vllm.states import BatchStates
 from mavis_logits.steering.policy import Policy
 from mavis_logits.values.ensemble import ValueFunctions
@@ -206,7 +206,10 @@ def expected(runner: Runner, head: ValueHead, batch: Batch, logits: Tensor, aske
             continue
         policy = Policy(own.config, own.weights, torch.tensor(own.beta), offer.scale)
         states = {head.config.layer: runner.hidden[head.config.layer][token][None]}
-        step = policy.step(logits[row][None], lambda choice, _, s=states: head_values(functions, s, choice, False))
+        step = policy.step(
+            logits[row][None],
+            lambda choice, _, s=states, c=own.config: head_values(functions, s, Wanted(None, choice, c, [])),
+        )
         rows.append(step.log_probs(V)[0])
     return torch.stack(rows)
 
@@ -370,7 +373,7 @@ class RunnerV1(Runner):
 
 def update(size: int, removed: Any = (), added: Any = (), moved: Any = ()) -> SimpleNamespace:
     moves = [(a, b, SimpleNamespace(name=name)) for a, b, name in moved]
-    return SimpleNamespace(batch_size=size, removed=removed, added=[(i, p, None, []) for i, p in added], moved=moves)
+    return SimpleNamespace(batch_size=size, removed=removed, added=[(i, p, [5], []) for i, p in added], moved=moves)
 
 
 def test_the_v1_runner_too(processor_class: type, head: ValueHead) -> None:

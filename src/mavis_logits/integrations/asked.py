@@ -81,6 +81,8 @@ class Asked:
         if (config.top_k is None or config.top_k > offer.max_top_k) and config.top_k != offer.config.top_k:
             asked = EVERYTHING if config.top_k is None else config.top_k
             raise ValueError(f"mavis_top_k must be at most {offer.max_top_k} on this server, got {asked}")
+        if config.top_k is None and offer.functions.models:
+            raise ValueError("mavis_top_k must be a number: value models cannot score the whole vocabulary")
         beta = float(config.beta)
         if beta > MAX_BETA or weights.abs().max() > MAX_BETA:
             raise ValueError(f"mavis_beta and mavis_weights must be at most {MAX_BETA:g} in size")

@@ -40,8 +40,24 @@ class Rows:
     one_each: bool
 
 
-# The values V_m(s + a_i) [r, k, M] of a choice's candidates, for the rows [r] of the logits (None: all of them).
-ReadValues = Callable[[Tensor | None, Choice, bool], Tensor]
+@dataclass(frozen=True)
+class Wanted:
+    """Rows whose values are wanted.
+
+    Attributes:
+        rows: [r] their numbers among the rows of logits; None for all of them.
+        choice: what they choose among.
+        config: their settings.
+        idle: [M] the objectives that none of them weighs, and that need no value.
+    """
+
+    rows: Tensor | None
+    choice: Choice
+    config: MavisConfig
+    idle: list[bool]
+
+
+ReadValues = Callable[[Wanted], Tensor]  # gives V_m(s + a_i) [r, k, M]
 
 
 @dataclass
@@ -157,7 +173,7 @@ class Slots:
             if group == _REFUSED:
                 steered = self._ended(part, torch.ones(len(part), dtype=torch.bool, device=part.device))
             else:
-                steered = self._tilted(group, part, slots.long(), chosen, mask, read)
+                steered = self._tilted(group, part, slots.long(), rows.present, chosen, mask, read)
             if mask is not None:
                 steered = torch.where(mask[:, None], steered, part)
             if chosen is None:
@@ -178,7 +194,7 @@ class Slots:
         if rows.one_each:
             return torch.tensor(own, device=device), None
         mask = torch.isin(rows.slots, torch.tensor([rows.present[i] for i in own], device=device))
-        if device.type == "cpu":
+        if device.type == "cpu" or self.functions.models:  # value models need the host in any case
             return torch.nonzero(mask)[:, 0], None
         return None, mask
 
@@ -187,14 +203,18 @@ class Slots:
         group: int,
         logits: Tensor,
         slots: Tensor,
+        present: list[int],
         chosen: Tensor | None,
         mask: Tensor | None,
         read: ReadValues,
     ) -> Tensor:
         """[r, V] what the rows of a group become."""
         policy = self._policy(group)
-        whole = policy.config.top_k is None
-        step = policy.step(logits, lambda choice, _: read(chosen, choice, whole), Requests(of=slots))
+        own = [slot for slot in present if self._group[slot] == group]
+        idle = self.functions.idle(self._weights[own])
+        step = policy.step(
+            logits, lambda choice, _: read(Wanted(chosen, choice, policy.config, idle)), Requests(of=slots)
+        )
         ours = torch.ones_like(step.broken) if mask is None else mask
         result = step.log_probs(logits.shape[1])
         if logits.device.type == "cpu" and not step.broken.any():  # on a GPU this would wait for it
@@ -229,7 +249,7 @@ class Slots:
         self._policies.clear()
 
 
-def head_values(functions: ValueFunctions, states: Mapping[Layer, Tensor], choice: Choice, whole: bool) -> Tensor:
+def head_values(functions: ValueFunctions, states: Mapping[Layer, Tensor], wanted: Wanted) -> Tensor:
     """Values [r, k, M] of value heads alone, from states [r, d] by layer."""
-    candidates = None if whole else choice.candidates
+    candidates = None if wanted.config.top_k is None else wanted.choice.candidates
     return functions.gather({head: head(states[head.config.layer], candidates) for head in functions.heads})

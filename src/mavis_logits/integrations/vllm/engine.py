@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from ...backbone.hidden import Layer
+from ...backbone.needs import Needs
+from ...scoring.rows import Tokens
+from ...values.ensemble import ValueFunctions
 from ..asked import Asked
+from ..histories import Histories
 from ..serving import Serving, offer_of
-from ..slots import Rows, Slots, head_values
+from ..slots import Rows, Slots, Wanted, head_values
 from . import binding
 from .metrics import Metrics
 from .states import BatchStates
 
 logger = logging.getLogger("vllm.mavis")  # below vLLM's own logger, which has a handler
+
+# Given numbers of rows, the tokens of each row's text up to where its logits stand.
+Texts = Callable[[list[int]], list[Tokens]]
 
 CONFIG_KEY = "mavis"  # of vLLM's additional_config
 _MARK = "mavis_states"
@@ -95,6 +104,7 @@ class Engine:
         self.slots = Slots(slots, offer.functions, offer, binding.end_tokens(vllm_config))
         self.metrics = Metrics(self.slots)
         self.batch: BatchStates | None = None
+        self.histories: Histories | None = None
         self._offer = offer
 
     @property
@@ -110,20 +120,16 @@ class Engine:
         """
         config, parallel = self.vllm_config.model_config, self.vllm_config.parallel_config
         functions = self.serving.load(model, self.device)
-        if functions.models:
-            raise ValueError(
-                f"{[m.config.objectives for m in functions.models]} are value models, which this version does not run "
-                "inside vLLM: use value heads"
-            )
+        self._check_value_models(functions)
         binding.check_shapes(functions, config.get_hidden_size(), config.get_vocab_size())
         binding.bind(functions, model, self.serving.check_weights, parallel.tensor_parallel_size)
         self.slots.functions = functions
-        places = ", ".join(
-            f"{', '.join(head.config.objectives)} ({_place(head.config.layer)})" for head in functions.heads
-        )
+        if functions.models:
+            self.histories = Histories(functions, self.serving.max_value_tokens)
+        places = ", ".join(f"{', '.join(one.config.objectives)} ({_place(one)})" for one in functions.all)
         own = self._offer.config
         logger.info(
-            "mavis: steering by value heads for %s; beta %g, top_k %s, %s, at most %d candidates; requests without "
+            "mavis: steering by values of %s; beta %g, top_k %s, %s, at most %d candidates; requests without "
             "mavis_ arguments are not touched",
             places, own.beta, own.top_k, own.normalize, self._offer.max_top_k,
         )  # fmt: skip
@@ -146,29 +152,55 @@ class Engine:
             self.slots.refuse(slot)
         return self.slots.is_steered(slot)
 
-    def steer(self, logits: Tensor, rows: Rows, positions: Tensor | None) -> Tensor:
+    def steer(self, logits: Tensor, rows: Rows, positions: Tensor | None, texts: Texts) -> Tensor:
         """Tilt the rows of steered requests, in place.
 
         Args:
             logits: [R, V].
             rows: whose they are.
             positions: [R] in their requests' texts; None where rows are in the order of the forward pass.
+            texts: gives what has been written before rows [r], for value models.
         """
 
-        def read(chosen: Tensor | None, choice: Any, whole: bool) -> Tensor:
-            batch = self.batch
-            if batch is None:
-                raise RuntimeError("mavis: rows are to be steered, but no states of the model were seen for them")
-            slots, places = rows.slots, positions
-            if chosen is not None and batch.slots is None:
-                batch, slots, places = BatchStates(batch.hidden, batch.tokens[chosen]), slots[chosen], None
-            elif chosen is not None:
-                slots, places = slots[chosen], None if places is None else places[chosen]
-            return head_values(self.slots.functions, batch.of(slots, places, self.layers), choice, whole)
+        def read(wanted: Wanted) -> Tensor:
+            states = self._states(wanted.rows, rows.slots, positions) if self.layers else {}
+            if self.histories is None:
+                return head_values(self.slots.functions, states, wanted)
+            candidates = wanted.choice.candidates
+            try:
+                numbers = list(range(len(logits))) if wanted.rows is None else wanted.rows.tolist()
+                return self.histories.values(wanted.config, texts(numbers), states, candidates, wanted.idle)
+            except Exception:  # the engine goes on; the rows without values are ended
+                logger.exception("mavis: value models failed; the requests that they steer are ended")
+                self.histories.forget()
+                shape = (*candidates.shape, len(self.slots.functions.objectives))
+                return torch.full(shape, torch.nan, device=candidates.device)
 
         self.slots.steer(logits, rows, read)
         self.metrics.update()
         return logits
+
+    def _states(self, chosen: Tensor | None, slots: Tensor, positions: Tensor | None) -> dict[Layer, Tensor]:
+        """The states [r, d] behind rows, by layer."""
+        batch = self.batch
+        if batch is None:
+            raise RuntimeError("mavis: rows are to be steered, but no states of the model were seen for them")
+        if chosen is None:
+            return batch.of(slots, positions, self.layers)
+        if batch.slots is None:
+            return BatchStates(batch.hidden, batch.tokens[chosen]).of(slots[chosen], None, self.layers)
+        return batch.of(slots[chosen], None if positions is None else positions[chosen], self.layers)
+
+    def _check_value_models(self, functions: ValueFunctions) -> None:
+        if not functions.models:
+            return
+        config = self.vllm_config.model_config
+        functions.check_vocabulary(config.get_vocab_size())
+        if config.skip_tokenizer_init:
+            return
+        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer, revision=config.tokenizer_revision)
+        for model in functions.models:
+            Needs.of(model.config).check_tokenizer(tokenizer)
 
     def _refuse_what_is_not_supported(self) -> None:
         parallel = self.vllm_config.parallel_config
@@ -180,5 +212,8 @@ class Engine:
             )
 
 
-def _place(layer: Layer) -> str:
+def _place(function: Any) -> str:
+    if function.reads == "tokens":
+        return "a value model"
+    layer = function.config.layer
     return "the state at the output" if layer is None else f"the state after layer {layer}"

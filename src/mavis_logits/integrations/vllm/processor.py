@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import wraps
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ...scoring.rows import Tokens
 from ..slots import Rows
 from . import binding
 from .engine import Engine, runner_of_caller, validate
@@ -48,6 +51,7 @@ class _ForV2(MavisProcessor):
 
     def __init__(self, vllm_config: Any, req_states: Any) -> None:
         runner = runner_of_caller(vllm_config)
+        self._req_states = req_states
         self._engine = Engine(vllm_config, req_states.max_num_reqs, req_states.device)
         if not runner.is_last_pp_rank:
             return  # no logits here
@@ -71,7 +75,23 @@ class _ForV2(MavisProcessor):
     def apply(self, logits: Tensor, ctx: Any) -> Tensor:
         present = ctx.idx_mapping_np.tolist()
         rows = Rows(ctx.expanded_idx_mapping, present, one_each=len(logits) == len(present))
-        return self._engine.steer(logits, rows, ctx.pos)
+        return self._engine.steer(logits, rows, ctx.pos, lambda numbers: self._texts_of(ctx, numbers))
+
+    def _texts_of(self, ctx: Any, numbers: list[int]) -> list[Tokens]:
+        """What stands before the tokens that are chosen by some rows: what is committed, and drafts up to there."""
+        slots, positions, inputs = (
+            tensor.cpu().numpy() for tensor in (ctx.expanded_idx_mapping, ctx.pos, ctx.input_ids)
+        )
+        wanted = ctx.expanded_idx_mapping[numbers].long()
+        longest = int(positions[numbers].max()) + 1
+        committed = self._req_states.all_token_ids.gpu[wanted, :longest].cpu().numpy()
+        texts = []
+        for number, text in zip(numbers, committed, strict=True):
+            own = text[: positions[number] + 1].astype(np.int64)
+            before = np.flatnonzero((slots == slots[number]) & (positions <= positions[number]))
+            own[positions[before]] = np.maximum(inputs[before], 0)  # -1 stands for a draft that is rejected anyway
+            texts.append(own)
+        return texts
 
 
 def _watch_v2(runner: Any, engine: Engine) -> None:
@@ -117,7 +137,7 @@ class _ForV1(MavisProcessor):
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         runner = runner_of_caller(vllm_config)
         self._engine = Engine(vllm_config, vllm_config.scheduler_config.max_num_seqs, device)
-        self._count = 0
+        self._texts: dict[int, tuple[Sequence[int] | None, Sequence[int]]] = {}
         self._slots = torch.arange(vllm_config.scheduler_config.max_num_seqs, device=device)
         load_model = runner.load_model
 
@@ -137,15 +157,31 @@ class _ForV1(MavisProcessor):
             return
         for slot in batch_update.removed:
             self._engine.slots.put(slot, None)
-        for slot, params, *_ in batch_update.added:
+            self._texts.pop(slot, None)
+        for slot, params, prompt, written in batch_update.added:
             self._engine.put(slot, params)
+            self._texts[slot] = prompt, written  # the latter grows
         for source, target, direction in batch_update.moved:
-            self._engine.slots.move(source, target, swap=direction.name == "SWAP")
-        self._count = batch_update.batch_size
+            swap = direction.name == "SWAP"
+            self._engine.slots.move(source, target, swap)
+            gone = self._texts.get(target)
+            self._texts[target] = self._texts.pop(source)
+            if swap and gone is not None:
+                self._texts[source] = gone
 
     def apply(self, logits: Tensor) -> Tensor:
         rows = Rows(self._slots[: len(logits)], list(range(len(logits))), one_each=True)
-        return self._engine.steer(logits, rows, None)
+        return self._engine.steer(logits, rows, None, self._texts_of)
+
+    def _texts_of(self, numbers: list[int]) -> list[Tokens]:
+        """What the requests in some places of the batch hold so far."""
+        texts = []
+        for number in numbers:
+            prompt, written = self._texts[number]
+            if prompt is None:
+                raise ValueError("a prompt was given as embeddings, which value models cannot read")
+            texts.append(np.array([*prompt, *written], dtype=np.int64))
+        return texts
 
 
 def _watch_v1(runner: Any, engine: Engine) -> None:
