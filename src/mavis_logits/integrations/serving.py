@@ -119,9 +119,15 @@ class Serving:
         return json.dumps({**own, **self.defaults})
 
     def load(self, model: Any, device: torch.device) -> ValueFunctions:
-        """The value functions with their weights; heads are not bound yet."""
+        """The value functions with their weights; heads are not bound yet.
+
+        Args:
+            model: the served model, or anything in its place: nothing is done with it but to tell that there is one.
+            device: of the value functions.
+        """
         sources, _ = _sources(self.values)
-        functions = ValueFunctions(load_value_functions(sources, model, device, {}))
+        served = model if model is not None else object()
+        functions = ValueFunctions(load_value_functions(sources, served, device, {}))
         for function in functions.all:
             if isinstance(function, torch.nn.Module):
                 function.eval()
