@@ -25,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def offer(folder: Path) -> Offer:
-    return Offer(Serving.read({"values": str(folder), "max_top_k": 64}))
+    return Offer.of(Serving.read({"values": str(folder), "max_top_k": 64}))
 
 
 def read(offer: Offer, **arguments: object) -> Asked:
@@ -70,7 +70,7 @@ def test_every_setting_has_an_argument(offer: Offer) -> None:
 
 
 def test_a_strength_counts_in_place_of_the_servers_budget(folder: Path) -> None:
-    offer = Offer(Serving.read({"values": str(folder), "kl_budget": 0.3}))
+    offer = Offer.of(Serving.read({"values": str(folder), "kl_budget": 0.3}))
     assert read(offer, mavis_weights="kind=1").config.kl_budget == 0.3
     assert read(offer, mavis_beta=2).config.kl_budget is None
 
@@ -118,12 +118,12 @@ def test_a_bad_request_is_refused(offer: Offer, arguments: dict[str, object], me
 
 def test_the_offer_is_read_without_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    assert Offer(Serving.read(str(folder))).objectives == ["kind", "short"]
+    assert Offer.of(Serving.read(str(folder))).objectives == ["kind", "short"]
 
 
 def test_defaults_of_the_server_come_before_those_of_the_value_functions(folder: Path) -> None:
     serving = Serving.read({"values": [str(folder)], "beta": 2, "weights": {"short": 1}})
-    asked = read(Offer(serving), mavis_top_k=5)
+    asked = read(Offer.of(serving), mavis_top_k=5)
     assert asked.beta == 2
     assert asked.weights.tolist() == [0.0, 1.0]
     assert Serving.read(serving.to_json()) == serving
@@ -161,4 +161,4 @@ def test_bad_settings_of_a_server_are_refused(given: object, message: str) -> No
 def test_a_tuned_policy_is_refused_with_what_to_use_instead(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "mavis_value_policy", "objectives": ["kind"]}')
     with pytest.raises(ValueError, match="a tuned policy, which cannot steer a server: use value heads"):
-        Offer(Serving.read(str(tmp_path)))
+        Offer.of(Serving.read(str(tmp_path)))

@@ -197,7 +197,7 @@ ASKED: dict[int, Any] = {
 def expected(runner: Runner, head: ValueHead, batch: Batch, logits: Tensor, asked: dict[int, Any]) -> Tensor:
     """The slow twin: row by row, from the state of the row's own token."""
     functions = ValueFunctions(head.bind_embedding(runner.model.lm_head.weight.detach()))
-    offer = Offer(Serving.find())
+    offer = Offer.of(Serving.find())
     rows = []
     for row, (token, slot) in enumerate(zip(batch.logits_indices, batch.expanded_idx_mapping.tolist(), strict=True)):
         own = Asked.read(asked[slot].extra_args, offer)
@@ -446,3 +446,18 @@ def test_packed_projections_are_taken_apart() -> None:
     found, wanted = dict(weights(packed)), dict(weights(plain))
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_the_text_before_a_row_is_what_is_committed_and_the_drafts_up_to_it(processor_class: type) -> None:
+    from mavis_logits.integrations.vllm.processor import _ForV2
+
+    committed = torch.tensor([[5, 6, 7, 0, 0, 9, 9], [8, 8, 8, 8, 0, 0, 0]])  # slots 0 and 1; behind them old texts
+    own = SimpleNamespace(_req_states=SimpleNamespace(all_token_ids=SimpleNamespace(gpu=committed)))
+    ctx = SimpleNamespace(
+        expanded_idx_mapping=torch.tensor([1, 0, 0, 0], dtype=torch.int32),
+        pos=torch.tensor([3, 2, 3, 4]),
+        input_ids=torch.tensor([8, 7, 20, -1]),  # a committed token, and two drafts, one of them none
+    )
+    texts = _ForV2._texts_of(own, ctx, [0, 1, 2, 3])  # type: ignore[arg-type]
+    assert [text.tolist() for text in texts] == [[8, 8, 8, 8], [5, 6, 7], [5, 6, 7, 20], [5, 6, 7, 20, 0]]
+    assert [text.tolist() for text in _ForV2._texts_of(own, ctx, [2])] == [[5, 6, 7, 20]]  # type: ignore[arg-type]

@@ -258,7 +258,7 @@ def _describe_served(policy: PolicyConfig) -> dict[str, Any]:
         ValueError: a value function that cannot be served, or settings that do not fit it.
     """
     serving = Serving.read(rollout_vllm.serving(policy))
-    Offer(serving)
+    Offer.of(serving)
     return _described(serving.load(None, torch.device("cpu")), MavisConfig.from_dict(policy.settings))
 
 

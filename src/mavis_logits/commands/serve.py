@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     from ..integrations.serving import ENVIRONMENT, Offer, Serving
     from ..models import folder_of, full_name
 
-    offer = Offer(Serving.read(settings))  # what is wrong is told before an engine starts
+    offer = Offer.of(Serving.read(settings))  # what is wrong is told before an engine starts
     name = full_name(arguments.model)
     command = [
         sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", folder_of(arguments.model),

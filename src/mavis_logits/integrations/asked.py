@@ -22,6 +22,11 @@ _COLDEST, _HOTTEST = 0.01, 100.0  # reference temperatures at which no logit ove
 _FIELDS = {f.name for f in fields(MavisConfig)}
 
 
+def arguments() -> list[str]:
+    """The names of all arguments that a request may have."""
+    return sorted(PREFIX + name for name in _FIELDS | _OTHER_NAMES.keys())
+
+
 @dataclass(frozen=True)
 class Asked:
     """How one request is steered.
@@ -38,11 +43,11 @@ class Asked:
     beta: float
 
     @classmethod
-    def read(cls, arguments: Mapping[str, Any] | None, offer: Offer) -> Asked | None:
+    def read(cls, given: Mapping[str, Any] | None, offer: Offer) -> Asked | None:
         """The settings that a request's extra arguments ask for.
 
         Args:
-            arguments: all of them; those whose names do not begin with `mavis_` are another's.
+            given: extra arguments; those whose names do not begin with `mavis_` are another's.
             offer: what there is to ask for.
 
         Returns:
@@ -52,16 +57,15 @@ class Asked:
             ValueError: an unknown argument or objective, a wrong type, a number out of range or not finite, more
                 candidates than the server allows.
         """
-        given = {str(key): value for key, value in (arguments or {}).items() if str(key).startswith(PREFIX)}
-        if not given:
+        ours = {str(key): value for key, value in (given or {}).items() if str(key).startswith(PREFIX)}
+        if not ours:
             return None
         settings: dict[str, Any] = {}
-        for key, value in given.items():
+        for key, value in ours.items():
             name = _OTHER_NAMES.get(key.removeprefix(PREFIX), key.removeprefix(PREFIX))
             if name not in _FIELDS:
-                known = sorted(PREFIX + name for name in _FIELDS | _OTHER_NAMES.keys())
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+                near = difflib.get_close_matches(key, arguments(), n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(arguments())}"
                 raise ValueError(f"unknown argument {key!r}; {hint}")
             if name in settings:
                 raise ValueError(f"{PREFIX}{name} is given twice, under two names")

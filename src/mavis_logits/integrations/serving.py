@@ -137,22 +137,32 @@ class Serving:
 class Offer:
     """What requests may ask for: objectives, defaults and limits.
 
-    Attributes:
+    Args:
         functions: the value functions as their configs describe them, or themselves.
-        config: the defaults; `weights` and `beta` of it too.
+        config: the defaults; its `weights` and `beta` too.
+        max_top_k: most candidates that a request may ask for, beyond those of `config`.
+
+    Attributes:
         weights: [M] the default lambda.
-        max_top_k: as in `Serving`.
     """
 
-    def __init__(self, serving: Serving, functions: ValueFunctions | None = None) -> None:
+    def __init__(self, functions: ValueFunctions, config: MavisConfig, max_top_k: int = DEFAULT_MAX_TOP_K) -> None:
+        self.functions, self.config = functions, config
+        self.weights = functions.weights(config.weights)
+        self.max_top_k = max(max_top_k, config.top_k or 0)
+
+    @classmethod
+    def of(cls, serving: Serving) -> Offer:
+        """The offer of a server, from the value functions' configs alone.
+
+        Raises:
+            ValueError: a value function that cannot be served, or settings that do not fit them.
+            OSError: one that cannot be read.
+        """
         sources, bundled = _sources(serving.values)
-        self.functions = functions or ValueFunctions(_described(sources))
-        base = vars(bundled) if bundled is not None else self.functions.recommended
-        self.config = MavisConfig.from_dict({**base, **serving.defaults})
-        self.weights = self.functions.weights(self.config.weights)
-        self.max_top_k = serving.max_top_k
-        if self.config.top_k is not None:
-            self.max_top_k = max(self.max_top_k, self.config.top_k)
+        functions = ValueFunctions(_described(sources))
+        base = vars(bundled) if bundled is not None else functions.recommended
+        return cls(functions, MavisConfig.from_dict({**base, **serving.defaults}), serving.max_top_k)
 
     @property
     def objectives(self) -> list[str]:
@@ -168,7 +178,7 @@ class Offer:
 @lru_cache(maxsize=8)
 def offer_of(text: str) -> Offer:
     """The offer of a server's settings, as JSON text, from the value functions' configs alone."""
-    return Offer(Serving.read(text))
+    return Offer.of(Serving.read(text))
 
 
 class _Described:
