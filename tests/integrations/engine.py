@@ -20,7 +20,9 @@ from pathlib import Path
 def main(asked: Path, answers: Path) -> None:
     """Run the batches one after another."""
     job = json.loads(asked.read_text())
-    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1")
+    os.environ.update(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind"
+    )
     if job["serve"] is not None:
         os.environ["MAVIS_SERVE"] = json.dumps(job["serve"])
     if job["v2"]:

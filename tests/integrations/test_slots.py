@@ -130,6 +130,19 @@ def test_values_that_are_no_numbers_end_only_the_rows_they_steer() -> None:
     assert slots.counters.kl == pytest.approx(slots.counters.kl)  # no NaN among the totals
 
 
+def test_values_that_a_row_does_not_weigh_cannot_harm_it() -> None:
+    slots, logits, states = make_slots(), torch.randn(2, V), torch.randn(2, D)
+    head = make_functions().heads[0]
+    with torch.no_grad():
+        head.out.bias[1] = torch.nan  # of "short"
+    kind = Asked(CONFIGS[0], torch.tensor([1.0, 0.0]), 2.0)
+    slots.put(0, kind)
+    slots.put(1, request(0))
+    result = steer(slots, logits, states, [0, 1], ValueFunctions(head))
+    assert torch.allclose(result[0], alone(kind, logits[0], states[0]), atol=1e-5)
+    assert torch.isfinite(result[1]).nonzero().flatten().tolist() == [EOS]
+
+
 def test_a_row_that_may_not_end_is_left_as_it_is() -> None:
     slots, logits = make_slots(), torch.randn(1, V)
     slots.put(0, request(0))

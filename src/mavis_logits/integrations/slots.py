@@ -212,9 +212,14 @@ class Slots:
         policy = self._policy(group)
         own = [slot for slot in present if self._group[slot] == group]
         idle = self.functions.idle(self._weights[own])
-        step = policy.step(
-            logits, lambda choice, _: read(Wanted(chosen, choice, policy.config, idle)), Requests(of=slots)
-        )
+        requests = Requests(of=slots)
+
+        def values_of(choice: Choice, _: Tensor) -> Tensor:
+            values = read(Wanted(chosen, choice, policy.config, idle))
+            # What a row does not weigh must not harm it: a NaN times 0 is one.
+            return torch.where(policy.weights_of(values, requests)[:, None] != 0, values, 0.0)
+
+        step = policy.step(logits, values_of, requests)
         ours = torch.ones_like(step.broken) if mask is None else mask
         result = step.log_probs(logits.shape[1])
         if logits.device.type == "cpu" and not step.broken.any():  # on a GPU this would wait for it

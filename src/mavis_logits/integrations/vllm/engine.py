@@ -187,7 +187,7 @@ class Engine:
             raise RuntimeError("mavis: rows are to be steered, but no states of the model were seen for them")
         if chosen is None:
             return batch.of(slots, positions, self.layers)
-        if batch.slots is None:
+        if batch.slots is None or batch.slots is slots:  # rows are in the order of the pass
             return BatchStates(batch.hidden, batch.tokens[chosen]).of(slots[chosen], None, self.layers)
         return batch.of(slots[chosen], None if positions is None else positions[chosen], self.layers)
 

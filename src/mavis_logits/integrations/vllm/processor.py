@@ -108,6 +108,7 @@ def _watch_v2(runner: Any, engine: Engine) -> None:
 
     @wraps(execute_model)
     def executing(*given: Any, **named: Any) -> Any:
+        caught.clear()  # rather none than those of another pass
         result = execute_model(*given, **named)
         state = runner.execute_model_state
         if state is not None and every and state.aux_hidden_states is not None:
