@@ -28,6 +28,7 @@ def main(asked: Path, answers: Path) -> None:
     if job["v2"]:
         use_interpreter()
     from vllm import LLM, SamplingParams
+    from vllm.exceptions import VLLMValidationError
     from vllm.inputs import TokensPrompt
 
     processors = [] if job["serve"] is None else ["mavis_logits.integrations.vllm:MavisProcessor"]
@@ -44,7 +45,7 @@ def main(asked: Path, answers: Path) -> None:
         started = time.perf_counter()
         try:
             outputs = engine.generate(prompts, params, use_tqdm=False)
-        except ValueError as error:
+        except VLLMValidationError as error:
             found["batches"].append({"refused": f"{type(error).__name__}: {error}"})  # type: ignore[attr-defined]
             continue
         seconds = time.perf_counter() - started

@@ -60,7 +60,7 @@ class Setup:
 @pytest.fixture(scope="module")
 def drafter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("drafter")
-    model(0, noise=0.15).save_pretrained(folder)
+    model(0, noise=0.03).save_pretrained(folder)
     return folder
 
 
