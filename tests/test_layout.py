@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # the folders is one, too.
 ORDERS = {
     "src/mavis_logits": [
-        "core", "backbone", "hub", "values", "demo", "models", "scoring", "steering", "decoding", "plugs", "testing",
-        "commands", "cli",
+        "core", "backbone", "hub", "values", "demo", "models", "scoring", "steering", "decoding", "plugs",
+        "integrations", "testing", "commands", "cli",
     ],
     "training/mavis_training": [
         "base", "trees", "rewards", "sampling", "fitting", "label", "collect", "train_head", "train_model", "distil",

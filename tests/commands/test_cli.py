@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from mavis_logits import cli
-from mavis_logits.commands.generate import parse_values, parse_weights
+from mavis_logits.commands.generate import parse_values
 from mavis_logits.commands.registry import OWN, Command, available
+from mavis_logits.core.weights import parse_weights
 
 
 def commands_with(monkeypatch: pytest.MonkeyPatch, **functions: object) -> None:

@@ -94,7 +94,10 @@ def test_ids_that_are_numbers_are_sampled_once(folder, tmp_path):
         ({"vllm": {"seed": 1}}, "no effect under backend 'transformers'"),
         ({"backend": "vllm", "temperature": 0.7}, "temperature 1 from all tokens only, got temperature 0.7"),
         ({"backend": "vllm", "top_p": 0.9}, "got temperature 1.0, top_p 0.9"),
-        ({"backend": "vllm", "policy": collect_module.PolicyConfig("head")}, "leave the policy out"),
+        (
+            {"backend": "vllm", "policy": collect_module.PolicyConfig("head"), "top_p": 0.9},
+            "got temperature 1.0, top_p 0.9",
+        ),
         ({"layers": 0}, "layers must be at least 1"),
         ({"temperature": 0.0}, "above 0"),
         ({"top_p": 0.0}, "above 0 and at most 1"),

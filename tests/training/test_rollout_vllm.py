@@ -13,6 +13,7 @@ import torch
 import collecting
 from chat_model import chat_model
 from collecting import config
+from mavis_logits import MavisConfig, MavisLogitsProcessor, ValueHead
 from mavis_training import collect as collect_module
 from mavis_training.base.ranks import Ranks
 from mavis_training.collect import collect
@@ -32,17 +33,21 @@ class SamplingParams:
     stop_token_ids: list[int] | None = None
     ignore_eos: bool = False
     detokenize: bool = True
+    prompt_logprobs: int | None = None
+    extra_args: dict | None = None
 
 
 class LLM:
     """A double of vLLM's engine: samples request by request with the model in this process."""
 
     def __init__(self, model, dtype="auto", logprobs_mode="raw_logprobs", max_model_len=None, **arguments):
-        assert logprobs_mode == "raw_logprobs"
+        steered = "logits_processors" in arguments
+        assert logprobs_mode == ("processed_logprobs" if steered else "raw_logprobs")
         self.arguments = arguments
         self.longest = max_model_len
         self.model = chat_model()[0].to(getattr(torch, dtype))
         self.calls = []
+        self.serving = dict(arguments["additional_config"]["mavis"]) if steered else {}
 
     @torch.no_grad()
     def generate(self, prompts, sampling_params, *, use_tqdm=True):
@@ -56,11 +61,29 @@ class LLM:
         assert len(prompt) + settings.max_tokens <= self.longest
         generator = torch.Generator().manual_seed(settings.seed)
         ids, logprobs = list(prompt), []
+        processors, read = [], []
+        if settings.extra_args:
+            own = {key: value for key, value in self.serving.items() if key != "values"}
+            own["reference_temperature"] = settings.extra_args["mavis_reference_temperature"]
+            weights = own.pop("weights", None)
+            mavis = MavisLogitsProcessor.from_pretrained(
+                self.serving["values"], weights, model=self.model, config=MavisConfig(**own)
+            )
+            processors = [mavis]
+        if settings.prompt_logprobs == 0:
+            every = torch.log_softmax(self.model(torch.tensor([prompt])).logits[0].float(), dim=-1)
+            read = [None] + [
+                {token: SimpleNamespace(logprob=float(row[token]))}
+                for token, row in zip(prompt[1:], every[:-1], strict=True)
+            ]
         stops = set(settings.stop_token_ids or [])
         if not settings.ignore_eos:
             stops.add(self.model.config.eos_token_id)
         while len(ids) - len(prompt) < settings.max_tokens:
-            scores = torch.log_softmax(self.model(torch.tensor([ids])).logits[0, -1].float(), dim=-1)
+            logits = self.model(torch.tensor([ids])).logits[0, -1].float()
+            for processor in processors:
+                logits = processor(torch.tensor([ids]), logits[None])[0]
+            scores = torch.log_softmax(logits, dim=-1)
             token = int(torch.multinomial((scores / settings.temperature).softmax(-1), 1, generator=generator))
             ids.append(token)
             logprobs.append({token: SimpleNamespace(logprob=float(scores[token]), rank=1, decoded_token=None)})
@@ -69,7 +92,7 @@ class LLM:
         completion = SimpleNamespace(
             token_ids=ids[len(prompt) :], logprobs=logprobs if settings.logprobs == 0 else None
         )
-        return SimpleNamespace(outputs=[completion])
+        return SimpleNamespace(outputs=[completion], prompt_logprobs=read)
 
 
 @pytest.fixture
@@ -115,6 +138,50 @@ def test_trees_are_those_of_algorithm_3_with_the_models_own_log_probabilities(vl
     check(store, chat_model()[0])
     assert store.metadata.sampling["backend"] == "vllm"
     assert store.metadata.weights_fingerprint is None
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_steered_policy_is_sampled_with_both_log_probabilities(vllm, folder, temperature):
+    """Those that the backend transformers finds for the same tokens."""
+    model = chat_model()[0]
+    torch.manual_seed(0)
+    head = ValueHead.for_model(model, ["kind", "short"], width=16)
+    torch.nn.init.normal_(head.out.weight)
+    head.save_pretrained(folder / "head")
+    settings = {"weights": {"kind": 1.0}, "beta": 2.0, "top_k": 6}
+    policy = collect_module.PolicyConfig(str(folder / "head"), settings)
+    store = collect(config(folder, f"steered {temperature}", backend="vllm", policy=policy, temperature=temperature))
+    assert store.metadata.policy["settings"]["top_k"] == 6
+    assert store.metadata.policy["value_functions"][0]["objectives"] == ["kind", "short"]
+    reference, steered = [], []
+    mavis = MavisLogitsProcessor(
+        head, {"kind": 1.0}, 2.0, model=model, config=MavisConfig(top_k=6, reference_temperature=temperature)
+    )
+    for tree in store:
+        for leaf in tree.leaves():
+            ids = tree.prompt_tokens.tolist()
+            for node in tree.path(leaf):
+                sums = [0.0, 0.0]
+                for token in tree.tokens[tree.start[node] : tree.start[node] + tree.length[node]].tolist():
+                    with torch.no_grad():
+                        logits = model(torch.tensor([ids])).logits[:, -1].float()
+                        tilted = mavis(torch.tensor([ids]), logits)
+                    for place, scores in enumerate((tilted, logits)):
+                        sums[place] += float(torch.log_softmax(scores, dim=-1)[0, token])
+                    ids.append(token)
+                assert sums[0] == pytest.approx(tree.logp_gen[node], abs=1e-3)
+                assert sums[1] == pytest.approx(tree.logp_ref[node], abs=1e-3)
+                steered.append(sums[0])
+                reference.append(sums[1])
+    assert steered != reference
+
+
+def test_a_policy_that_cannot_be_served_is_refused_before_an_engine_starts(vllm, folder):
+    (folder / "policy").mkdir()
+    (folder / "policy" / "config.json").write_text('{"model_type": "mavis_value_policy", "objectives": ["kind"]}')
+    policy = collect_module.PolicyConfig(str(folder / "policy"))
+    with pytest.raises(ValueError, match="cannot steer a server"):
+        collect(config(folder, "refused", backend="vllm", policy=policy))
 
 
 def test_a_rerun_samples_the_same_trees(vllm, folder):

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -19,8 +20,10 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrain
 from mavis_logits import MavisConfig
 from mavis_logits.backbone.anatomy import longest_sequence
 from mavis_logits.backbone.fingerprint import Identity, parameters_fingerprint, tokenizer_fingerprint
+from mavis_logits.integrations.serving import Offer, Serving
 from mavis_logits.models import folder_of, full_name, load_chat_model, load_tokenizer
 from mavis_logits.steering.steering import Steering
+from mavis_logits.values.ensemble import ValueFunctions
 
 from .base.kept import as_json
 from .base.prompts import encode_prompts, read_prompts
@@ -175,7 +178,7 @@ def transformers_sampler(
 def vllm_sampler(
     config: CollectConfig, ranks: Ranks, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None
 ) -> Sampler:
-    """Rollouts of the reference by vLLM. Raises as `collect`.
+    """Rollouts of the reference, or of a steered policy, by vLLM. Raises as `collect`.
 
     Args:
         config, tokenizer: see `collect`.
@@ -191,12 +194,16 @@ def vllm_sampler(
     tokenizer = tokenizer or load_tokenizer(folder)
     longest = config.max_prompt_tokens + config.max_new_tokens
     context = longest_sequence(AutoConfig.from_pretrained(folder).get_text_config(decoder=True))
-    engine = rollout_vllm.load_engine(folder, config.dtype, min(longest, context or longest), config.vllm)
+    policy = {} if config.policy is None else _describe_served(config.policy)  # refuses what cannot be served
+    engine = rollout_vllm.load_engine(
+        folder, config.dtype, min(longest, context or longest), config.vllm, config.policy
+    )
     eos = eos_token_ids(_generation(folder), tokenizer)
     metadata = StoreMetadata(
         model=full_name(config.model),
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         sampling=config.sampling(),
+        policy=policy,
         reference=Reference(frozenset(eos), tokenizer.pad_token_id).record(),
         **({} if model is None else _weights(model, config.store)),
         versions={"vllm": rollout_vllm.engine_version(), "mavis-logits": version("mavis-logits")},
@@ -234,17 +241,30 @@ def load_policy(
 
 def describe(steering: Steering | None) -> dict[str, Any]:
     """What a store records of the policy that sampled it: its settings, and which value functions it used."""
-    if steering is None:
-        return {}
-    functions = []
-    for function in steering.functions.all:
+    return {} if steering is None else _described(steering.functions, steering.config)
+
+
+def _described(functions: ValueFunctions, config: MavisConfig) -> dict[str, Any]:
+    used = []
+    for function in functions.all:
         # A policy or instructions are read by a language model, which is not theirs alone.
         weights = function if isinstance(function, nn.Module) else function.backbone  # type: ignore[attr-defined]
         found = {"objectives": function.config.objectives, "weights": parameters_fingerprint(weights)}
         if instructions := getattr(function.config, "instructions", None):
             found["instructions"] = instructions
-        functions.append(found)
-    return {"settings": asdict(steering.config), "value_functions": functions}
+        used.append(found)
+    return {"settings": asdict(config), "value_functions": used}
+
+
+def _describe_served(policy: PolicyConfig) -> dict[str, Any]:
+    """The same of a policy inside vLLM, which has the base model; here the value functions are loaded without it.
+
+    Raises:
+        ValueError: a value function that cannot be served, or settings that do not fit it.
+    """
+    serving = Serving.read(rollout_vllm.serving(policy))
+    Offer.of(serving)
+    return _described(serving.load(None, torch.device("cpu")), MavisConfig.from_dict(policy.settings))
 
 
 def _generation(model: str) -> GenerationConfig:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -179,24 +179,9 @@ class Identity:
             found.append(f"it lacks {len(missing)} of {len(kept)} weights")
         if added:
             found.append(f"it has {len(added)} more, {added[0]} among them")
-        off: dict[str, float] = {}
-        strayed, compared = 0, 0
-        for key, before in kept.items():
-            name, now = samples.get(key, ("", None))
-            if now is None:
-                continue
-            now = replace(now, values=now.values[:_SKETCHED])
-            if len(now.values) != len(before.values):
-                found.append(f"its {name} has another size")
-                continue
-            compared += len(now.values)
-            if far := before.strays(now):
-                off[name] = before.distance(now)
-                strayed += far
-        # One value among very many may stray: two roundings do not always add up to less than the sum of their bounds.
-        if strayed > compared // 512:
-            worst = max(off, key=lambda name: off[name])
-            found.append(f"{len(off)} of {len(kept)} weights differ, {worst} the most, by {off[worst]:.1%}")
+        compared, difference = _compared({key: one for key, one in samples.items() if key in kept}, kept)
+        if difference is not None:
+            found.append(difference)
         if not compared and not found:
             found.append("none of its weights can be read" if unreadable else "it has no weights")
         return found
@@ -212,6 +197,45 @@ class Identity:
                 tensor = tensor[: self.vocabulary]
             found[weight.name] = None if tensor is None else _sampled(tensor, quantised)
         return found
+
+
+def weights_difference(weights: Mapping[str, Tensor], sketch: str | None) -> tuple[int, str | None]:
+    """Compare some weights of a model, such as an engine has them, with the sketch of one.
+
+    Args:
+        weights: plain tensors by canonical name, those only that are there whole.
+        sketch: of the model that they should be of; None if unknown.
+
+    Returns:
+        how many values were compared, and in words what differs; None for nothing.
+    """
+    kept = {} if sketch is None else _entries(sketch)
+    samples = {_key(name): (name, _sampled(tensor, None)) for name, tensor in weights.items() if _key(name) in kept}
+    return _compared(samples, kept)
+
+
+def _compared(
+    samples: Mapping[bytes, tuple[str, _Sample | None]], kept: Mapping[bytes, _Sample]
+) -> tuple[int, str | None]:
+    """How many values of `samples` were compared with those `kept`, and in words what differs; None for nothing."""
+    off: dict[str, float] = {}
+    strayed, compared, found = 0, 0, []
+    for key, (name, now) in samples.items():
+        if now is None:
+            continue
+        before, now = kept[key], replace(now, values=now.values[:_SKETCHED])
+        if len(now.values) != len(before.values):
+            found.append(f"its {name} has another size")
+            continue
+        compared += len(now.values)
+        if far := before.strays(now):
+            off[name] = before.distance(now)
+            strayed += far
+    # One value among very many may stray: two roundings do not always add up to less than the sum of their bounds.
+    if strayed > compared // 512:
+        worst = max(off, key=lambda name: off[name])
+        found.append(f"{len(off)} of {len(kept)} weights differ, {worst} the most, by {off[worst]:.1%}")
+    return compared, "; ".join(found) or None
 
 
 def base_weights(model: nn.Module, adapters: bool = True) -> Iterator[Weight]:

@@ -9,14 +9,9 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ..core.weights import parse_weights
 from .finding import Finding
-from .generate import (
-    DEFAULT_TEMPERATURE,
-    parse_weights,
-    quiet_transformers,
-    steered_model,
-    value_arguments,
-)
+from .generate import DEFAULT_TEMPERATURE, quiet_transformers, steered_model, value_arguments
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.weights import parse_weights
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -236,27 +238,6 @@ def model_arguments(result: argparse.ArgumentParser) -> None:
         help="of the language model, which is sharpened by it before it is steered (default: as recommended, else "
         f"{DEFAULT_TEMPERATURE})",
     )
-
-
-def parse_weights(text: str) -> dict[str, float]:
-    """Parse ``"helpful=0.7,humour=0.3"``.
-
-    Raises:
-        ValueError: A part is not ``NAME=NUMBER``, or a name occurs twice.
-    """
-    weights: dict[str, float] = {}
-    for part in text.split(","):
-        name, sign, number = (piece.strip() for piece in part.partition("="))
-        try:
-            weight = float(number)
-        except ValueError:
-            sign = ""
-        if not (name and sign):
-            raise ValueError(f"--weights got {part!r}; expected NAME=NUMBER, e.g. --weights helpful=0.7,humour=0.3")
-        if name in weights:
-            raise ValueError(f"--weights names {name!r} twice; give each objective one weight")
-        weights[name] = weight
-    return weights
 
 
 def parse_words(parts: Sequence[str]) -> dict[str, str]:

@@ -45,8 +45,9 @@ def bundle(argv: Sequence[str]) -> None:
     arguments = bundle_parser().parse_args(list(argv))
 
     from ..core.config import MavisConfig
+    from ..core.weights import parse_weights
     from ..hub.make_bundle import make_bundle
-    from .generate import parse_values, parse_weights
+    from .generate import parse_values
 
     settings = {name: getattr(arguments, name) for name in ("beta", "top_k", "normalize", "kl_budget")}
     settings["weights"] = parse_weights(arguments.weights) if arguments.weights else None

@@ -45,6 +45,12 @@ OWN = [
         "ui",
     ),
     Command(
+        "serve",
+        "serve a language model with vLLM, every request steered by weights of its own",
+        "mavis_logits.commands.serve:main",
+        "vllm",
+    ),
+    Command(
         "verify",
         "see on your own model whether steering does what it should and what it costs; one block to paste",
         "mavis_logits.commands.verify:main",

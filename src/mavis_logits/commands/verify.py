@@ -6,33 +6,21 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from .generate import parse_weights, quiet_transformers, steered_model, value_arguments
+from ..core.weights import parse_weights
+from .checks import PROMPTS, Check, block
+from .generate import quiet_transformers, steered_model, value_arguments
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .. import MavisLogitsProcessor
 
-PROMPTS = (
-    "How do I make good tea?",
-    "What should I think of when I plan a picnic?",
-    "Write two sentences about the sea.",
-)
 _CLOSE = 1e-4  # differences of scores that count as equal: other shapes are computed in another order
 
 _DROPPED = -1e4  # log-probabilities below are those of tokens that were cut off
-
-
-@dataclass(frozen=True)
-class Check:
-    """What was looked at, whether it is as it should be, and what was found."""
-
-    name: str
-    passed: bool
-    found: str
 
 
 def verify(model: Any, tokenizer: Any, mavis: MavisLogitsProcessor, tokens: int = 24, runs: int = 3) -> list[Check]:
@@ -137,23 +125,26 @@ def main(argv: list[str]) -> int:
     """Print the checks as a block; 1 if one failed."""
     arguments = parser().parse_args(argv)
     weights = parse_weights(arguments.weights) if arguments.weights else None
+    if arguments.url is not None:
+        from .verify_server import verify_server
+
+        heading, checks = verify_server(arguments.url, weights, arguments.beta, arguments.max_new_tokens)
+        print(block(heading, checks))
+        return 0 if all(check.passed for check in checks) else 1
     with quiet_transformers():
         from .doctor import environment
 
         model, tokenizer, mavis, _ = steered_model(arguments, weights, trace=False)
         checks = verify(model, tokenizer, mavis, arguments.max_new_tokens)
         found = environment()
-    print("```")
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    print(
-        f"mavis verify: {arguments.model} ({type(model).__name__}, {model.dtype}, {model.device}), {found['machine']}"
-    )
-    print(versions)
-    print(f"objectives: {', '.join(mavis.objectives)}; beta {float(mavis.beta):g}, top_k {mavis.config.top_k}, "
-          f"{mavis.config.normalize}")  # fmt: skip
-    for check in checks:
-        print(f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.found}")
-    print("```")
+    heading = [
+        f"mavis verify: {arguments.model} ({type(model).__name__}, {model.dtype}, {model.device}), {found['machine']}",
+        versions,
+        f"objectives: {', '.join(mavis.objectives)}; beta {float(mavis.beta):g}, top_k {mavis.config.top_k}, "
+        f"{mavis.config.normalize}",
+    ]
+    print(block(heading, checks))
     return 0 if all(check.passed for check in checks) else 1
 
 
@@ -165,5 +156,11 @@ def parser() -> argparse.ArgumentParser:
         "and what it costs. Exits with 1 if something is not as it should be.",
     )
     value_arguments(result)
+    result.add_argument(
+        "--url",
+        metavar="URL",
+        help="look at a server instead (`mavis serve`, or vLLM with the plug-in), e.g. http://localhost:8000; of the "
+        "other options only --weights, --beta and --max-new-tokens count then",
+    )
     result.add_argument("--max-new-tokens", type=int, default=24, help="length of an answer (default: %(default)s)")
     return result

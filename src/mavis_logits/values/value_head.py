@@ -188,6 +188,30 @@ class ValueHead(PushMixin, PreTrainedModel):
         self._base, self._base_state = WeakModel(model), state
         return self
 
+    def bind_embedding(self, embedding: Tensor) -> ValueHead:
+        """Take candidates' embeddings from the table of a model that is no transformers model; returns self.
+
+        Whose states `forward` is then given, and of which weights, is for the caller to know.
+
+        Args:
+            embedding: [V, d], the output embedding of the base model.
+
+        Raises:
+            ValueError: another vocabulary, width or device.
+        """
+        expected = (self.config.vocab_size, self.config.embedding_size)
+        if tuple(embedding.shape) != expected:
+            raise ValueError(
+                f"this value head is for an output embedding of {expected[0]} x {expected[1]}, but the model given has "
+                f"{' x '.join(map(str, embedding.shape))}: use the head's own base model, {self.config.base_model}"
+            )
+        if embedding.device != self.device:
+            raise ValueError(
+                f"the value head is on {self.device}, the embedding on {embedding.device}: move one of them"
+            )
+        self._embedding, self._base, self._base_state = [embedding], WeakModel(), None
+        return self
+
     def follow(self) -> None:
         """Bind again if the base model has changed since: for when it is about to write another text.
 

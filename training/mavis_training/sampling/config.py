@@ -48,7 +48,8 @@ class CollectConfig:
         temperature: softmax temperature of the sampling policy (a steered one tilts the reference at it).
         top_p: nucleus that it samples from, after the temperature, as in `generate`; 1 for all tokens.
         policy: the steered policy that samples; None for the reference, as in iteration 0.
-        backend: "transformers", or "vllm" (the reference at temperature 1 only; needs the extra `vllm`).
+        backend: "transformers", or "vllm" (needs the extra `vllm`), which samples from the reference at
+            temperature 1, or steered by value heads and value models.
         vllm: arguments of vLLM's engine, e.g. `tensor_parallel_size` or `gpu_memory_utilization`.
         chat_template: "auto" puts a prompt as one user turn of the tokenizer's chat template, or as raw text if it has
             none; "none" always as raw text.
@@ -98,12 +99,7 @@ class CollectConfig:
         if self.backend != "vllm":
             if self.vllm:
                 raise ValueError(f"vllm = {self.vllm} has no effect under backend {self.backend!r}: leave it out")
-        elif self.policy is not None:
-            raise ValueError(
-                "backend 'vllm' samples from the reference only: leave the policy out (iteration 0), or use backend "
-                "'transformers' to sample from a steered policy"
-            )
-        elif self.temperature != 1 or self.top_p != 1:
+        elif self.top_p != 1 or (self.temperature != 1 and self.policy is None):
             raise ValueError(
                 f"backend 'vllm' samples at temperature 1 from all tokens only, got temperature {self.temperature}, "
                 f"top_p {self.top_p}: it reports no log-probability of the reference beside that of such a policy. Use "
