@@ -28,7 +28,8 @@ RUN = [
 ]
 # Blocks of these are run by tests of their own (hub.md), or hold stages of a training, which the pipeline's tests run.
 ELSEWHERE = {"hub.md": "tests/hub/test_docs.py", "training.md": "tests/training/test_pipeline.py",
-             "comparing.md": "tests/training/test_rivals.py"}  # fmt: skip
+             "comparing.md": "tests/training/test_rivals.py", "serving.md": "tests/integrations/test_vllm_server.py",
+             "ui.md": "tests/commands/test_ui_server.py"}  # fmt: skip
 NOT_RUN = ("pip ", "make ", "git ")  # what installs or needs a clone
 _FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

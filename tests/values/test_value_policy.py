@@ -123,7 +123,7 @@ def test_they_are_loaded_by_name_and_recommend_their_settings(place) -> None:
     model, tokenizer = chat_model()
     mavis = MavisLogitsProcessor.from_pretrained(str(place / "a"), model=model, tokenizer=tokenizer)
     assert mavis.objectives == ["a"]
-    assert (float(mavis.beta), mavis.config.top_k, mavis.config.normalize) == (2.0, 200, "standard")
+    assert (float(mavis.beta), mavis.config.top_k, mavis.config.unscored) == (3.0, 200, "expected")
     with pytest.raises(ValueError, match="pass model="):
         MavisLogitsProcessor.from_pretrained(str(place / "a"))
 
