@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -113,8 +114,8 @@ class ContinuousSteering(ContinuousBatchingLogitsProcessor):
         self._kept = False
         backbone = Backbone.of(model)
         with ExitStack() as hooks:
-            for layer in mavis.functions.layers:
-                hooks.callback(backbone.catch(layer, lambda states, at=layer: self._catch(at, states)).remove)  # type: ignore[misc]
+            for head in mavis.functions.heads:
+                hooks.callback(backbone.catch(head.config.layer, partial(self._catch, head.config.layer)).remove)
             hooks.callback(before(backbone.model, self._before, with_kwargs=True).remove)
             self._hooks = hooks.pop_all()
 
