@@ -47,7 +47,8 @@ def steered_batching(model: PreTrainedModel, mavis: Steering, **given: Any) -> A
         given: arguments of `model.init_continuous_batching`.
 
     Returns:
-        the manager; `add_request` and `add_requests` take `mavis_...` arguments, as a server does (docs/serving.md).
+        the manager; `add_request` and `add_requests` take `mavis_...` arguments, as a server does (docs/serving.md), and
+        `manager.mavis.close()` takes the hooks off the model when it is done with.
 
     Raises:
         ValueError: value models or words, which need what a request has written; CUDA graphs or compiled passes, in
@@ -85,6 +86,7 @@ def steered_batching(model: PreTrainedModel, mavis: Steering, **given: Any) -> A
         return add_request(*args, **named)
 
     manager.add_request = adding
+    manager.mavis = steering
     return manager
 
 
