@@ -47,7 +47,7 @@ def steered_batching(model: PreTrainedModel, mavis: Steering, **given: Any) -> A
         given: arguments of `model.init_continuous_batching`.
 
     Returns:
-        the manager; `add_request` and `add_requests` take `mavis_...` arguments, as a server does (docs/serving.md), and
+        the manager; `add_request` and `add_requests` take `mavis_...` arguments, as a server does (docs/serving.md).
         `manager.mavis.close()` takes the hooks off the model when it is done with.
 
     Raises:
