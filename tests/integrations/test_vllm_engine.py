@@ -207,7 +207,7 @@ def test_drafts_are_verified_against_the_tilted_distribution(tmp_path: Path, set
 
 def test_sampling_with_drafts_is_exact(tmp_path: Path, inner: Setup, drafter: Path) -> None:
     """Pairs of tokens follow the tilted distribution that is enumerated."""
-    prompt, count = [5, 9, 23, 40], 1500
+    prompt, count = [5, 9, 23, 40], 600
     asked = {"mavis_weights": "kind=1,odd=-0.5", "mavis_beta": 1.0, "mavis_top_k": 4}
     batch = [
         {
@@ -228,7 +228,7 @@ def test_sampling_with_drafts_is_exact(tmp_path: Path, inner: Setup, drafter: Pa
     degrees = sum(count * p >= 5 for p in truth.values())
     assert statistic < degrees + 4 * (2 * degrees) ** 0.5, (statistic, degrees)
     distance = sum(abs(counted[pair] / count - p) for pair, p in truth.items()) / 2
-    assert distance < 0.06
+    assert distance < 0.09
 
 
 def enumerated(setup: Setup, prompt: list[int], asked: dict[str, Any]) -> dict[tuple[int, ...], float]:

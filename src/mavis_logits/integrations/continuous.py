@@ -48,6 +48,7 @@ def steered_batching(model: PreTrainedModel, mavis: Steering, **given: Any) -> A
 
     Returns:
         the manager; `add_request` and `add_requests` take `mavis_...` arguments, as a server does (docs/serving.md).
+        `manager.mavis.close()` takes the hooks off the model when it is done with.
 
     Raises:
         ValueError: value models or words, which need what a request has written; CUDA graphs or compiled passes, in
@@ -85,6 +86,7 @@ def steered_batching(model: PreTrainedModel, mavis: Steering, **given: Any) -> A
         return add_request(*args, **named)
 
     manager.add_request = adding
+    manager.mavis = steering
     return manager
 
 
@@ -114,9 +116,8 @@ class ContinuousSteering(ContinuousBatchingLogitsProcessor):
         self._kept = False
         backbone = Backbone.of(model)
         with ExitStack() as hooks:
-            for layer in mavis.functions.layers:
-                assert not isinstance(layer, str)  # of objectives in words, which have been refused
-                hooks.callback(backbone.catch(layer, partial(self._catch, layer)).remove)
+            for head in mavis.functions.heads:
+                hooks.callback(backbone.catch(head.config.layer, partial(self._catch, head.config.layer)).remove)
             hooks.callback(before(backbone.model, self._before, with_kwargs=True).remove)
             self._hooks = hooks.pop_all()
 
