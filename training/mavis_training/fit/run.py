@@ -18,43 +18,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mavis_logits import MavisConfig
-from mavis_logits.hub.cards import METRICS
-from mavis_logits.hub.make_bundle import make_bundle
 from mavis_logits.models import load_chat_model
-from mavis_logits.values.value_model import ValueModel
 
 from ..base.files import read_json, write_json, write_json_lines
 from ..base.kept import model_origin, require_same
 from ..base.prompts import prompt_id, read_prompts
 from ..base.ranks import join
 from ..base.settings import torch_dtype
-from ..calibrate import set_tilt_scale, strength
-from ..cards import CardConfig, can_draw, write_card
+from ..calibrate import strength
 from ..collect import collect
 from ..evaluate import EvaluateConfig, evaluate
-from ..fitting.head_config import TrainHeadConfig
 from ..label import LabelConfig, label, sameness
 from ..measure.schedule import Measurement
 from ..measure.validation import ValidationConfig, Validator
 from ..pairs import Pair, pairs_digest, pairs_store, read_pairs
-from ..rewards.load import describe_spec, reward_digest
+from ..rewards.load import reward_digest
 from ..sampling.config import CollectConfig, PolicyConfig
-from ..train_head import train_head
-from ..train_model import train_model
 from ..trees.tree_store import TreeStore
-from ..tuning.config import TuneConfig
-from ..tuning.run import seconds_a_tree, tune
 from .config import FitConfig, seconds, told
 from .plan import TREES_SHARE, Split, answers_within, split, trees_within
 from .report import judged, write_report
 from .tune import GRIDS, STRENGTHS, Trial, choose
+from .values import Values
 
 STATE = "fit.json"
 _FIRST = 8  # trees from which the time of one is told
-_TIMED = 3  # of these tuning is timed on
 _ROUNDS = 6  # in which the others are collected, with a look at the clock between them
 _PLACES = ("output", "device", "fresh", "budget")
 _TOP_P, _TEMPERATURE = 1.0, 0.7
@@ -93,6 +83,7 @@ class _Run:
         self.config, self.say = config, say
         self.folder = Path(config.output)
         self.work = self.folder / "work"
+        self.values = Values(config, self.work)
         self.device = str(join(config.device).device)
         if model is not None and tokenizer is not None:
             self.base = model.to(self.device).eval(), tokenizer  # type: ignore[arg-type]
@@ -134,13 +125,15 @@ class _Run:
             self._validator.load(spec)
         self._tell_begin(tokenizer)
         store = self._collected() if config.pairs is None else self._paired()
-        self.value = self._trained(store)
+        self._train(store)
         chosen, tried = self._chosen()
         chosen = self._in_units(chosen)
         results = self._measured(chosen)
-        bundle = self._bundled(chosen)
+        bundle = self.folder / "bundle"
+        self.say(f"[6/6] Writing {bundle} and {self.folder / 'report.html'}.")
+        self.values.bundle(bundle, chosen, self.temperature, self.work / "evaluation.json")
         self._keep(temperature=self.temperature, top_p=self.top_p, bundle=str(bundle), results=results)
-        metrics = self._metrics()
+        metrics = self.values.metrics()
         write_report(self.folder / "report.html", config, self.state, results, tried, metrics, self._answers())
         return self.state
 
@@ -204,7 +197,7 @@ class _Run:
         if "trees" not in self.state:
             self._require_something_to_learn(store)
             count = min(_FIRST, prompts)
-            sampling, tuning = (self.spent - begun) / count, self._tuning_cost(store)
+            sampling, tuning = (self.spent - begun) / count, self.values.tuning_cost(store, self.base[0])
             cost = max(1e-3, sampling + tuning)
             self._keep(sampling_share=sampling / cost)
             wanted = trees_within(budget, self.spent, cost, prompts, self.config.trees)
@@ -262,46 +255,13 @@ class _Run:
 
     # Values
 
-    def _trained(self, store: TreeStore) -> str | dict[str, str]:
-        """The folder of the value function, or of each objective's."""
+    def _train(self, store: TreeStore) -> None:
         what = "a policy for each reward" if self.config.kind == "policy" else f"a value {self.config.kind}"
         self.say(f"[3/6] Training {what} on {len(store.prompt_ids())} trees.")
-        places: dict[str, Any] = {"device": self.config.device}
-        if self.config.kind == "head":
-            places["states"] = str(self.work / "states")
-        trainings = self.config.trainings(str(store.folder), str(self.work / "value"), places)
-        for training in trainings:
-            if isinstance(training, TuneConfig):
-                tune(training, *self.base)
-            elif isinstance(training, TrainHeadConfig):
-                train_head(training, self.base[0])
-            else:
-                train_model(training)
-        folders = [training.output for training in trainings]
-        self.value = folders[0]
-        if self.config.kind == "policy":
-            self.value = dict(zip(self.config.objectives, folders, strict=True))
-        for line in judged(self.config, self._metrics()):
+        self.values.train(store, self.base)
+        for line in judged(self.config, self.values.metrics()):
             self.say(f"      {line}")
         self._keep()
-        return self.value
-
-    @property
-    def _folders(self) -> list[Path]:
-        """Those of the value functions."""
-        return [Path(folder) for folder in (self.value.values() if isinstance(self.value, dict) else [self.value])]
-
-    def _metrics(self) -> dict[str, Any]:
-        """What held-out trees say of the value functions."""
-        return {name: one for folder in self._folders for name, one in read_json(folder / METRICS).items()}
-
-    def _tuning_cost(self, store: TreeStore) -> float:
-        """Seconds for which policies are tuned on a tree, all objectives together; 0 for other value functions."""
-        if self.config.kind != "policy":
-            return 0.0
-        trainings = self.config.trainings(str(store.folder), str(self.work / "value"), {"device": self.config.device})
-        trees = [tree for tree, _ in store.labelled(self.config.objectives)][:_TIMED]
-        return sum(seconds_a_tree(one, self.base[0], trees) for one in trainings if isinstance(one, TuneConfig))
 
     # Settings
 
@@ -322,7 +282,7 @@ class _Run:
         def measure(settings: dict[str, Any]) -> Trial:
             found = {}
             for name in self.config.objectives:
-                policy = PolicyConfig(self.value, {**settings, "weights": {name: 1.0}})
+                policy = PolicyConfig(self.values.source, {**settings, "weights": {name: 1.0}})
                 found[name] = self._validated(_file_name(settings, name), policy, plain)
             kls = [one.kl for one in found.values()]
             gains = {name: float(found[by].summary[name]["gain_sd"] or 0.0) for name, by in self.config.shown}
@@ -344,7 +304,7 @@ class _Run:
             return None
 
         def spent(beta: float, name: str) -> float:
-            policy = PolicyConfig(self.value, {**best.settings, "beta": beta, "weights": {name: 1.0}})
+            policy = PolicyConfig(self.values.source, {**best.settings, "beta": beta, "weights": {name: 1.0}})
             return self._validated(_file_name({**best.settings, "beta": beta}, name), policy, plain).kl
 
         tried = {
@@ -362,11 +322,7 @@ class _Run:
         betas = self.state.get("betas")
         if betas is None:
             return chosen
-        configs = [AutoConfig.from_pretrained(folder) for folder in self._folders]
-        set_tilt_scale(configs, betas)
-        for config, folder in zip(configs, self._folders, strict=True):
-            config.save_pretrained(folder)
-        return {**chosen, "beta": configs[0].settings["beta"]}
+        return {**chosen, "beta": self.values.put_in_units(betas)}
 
     def _validated(self, name: str, policy: PolicyConfig | None, plain: Measurement | None) -> Measurement:
         return self._validator.measure(self.work / "trials" / name, policy, plain)
@@ -407,8 +363,8 @@ class _Run:
         results = evaluate(
             EvaluateConfig(
                 prompts=str(self.work / "measuring.jsonl"), output=str(self.work / "evaluation.json"),
-                completions=str(self.work / "completions"), value_functions=self.value, rewards=self.config.measured,
-                settings=settings, limit=None, seeds=list(range(seeds)), max_new_tokens=self.config.max_new_tokens,
+                completions=str(self.work / "completions"), value_functions=self.values.source,
+                rewards=self.config.measured, settings=settings, limit=None, seeds=list(range(seeds)), max_new_tokens=self.config.max_new_tokens,
                 temperature=self.temperature, top_p=self.top_p, model=self.config.model,
                 chat_template=self.config.chat_template, dtype=self.config.dtype, device=self.config.device,
             ),
@@ -424,44 +380,6 @@ class _Run:
             found[name] = read_json(self.work / "completions" / f"{name}.json")["texts"]
         rows = self.split.measuring[:6]
         return [{"prompt": row["prompt"]} | {name: found[name][i] for name in found} for i, row in enumerate(rows)]
-
-    # What is left
-
-    def _bundled(self, chosen: dict[str, Any]) -> Path:
-        target, final = self.folder / "bundle", self.work / "final"
-        self.say(f"[6/6] Writing {target} and {self.folder / 'report.html'}.")
-        shutil.rmtree(final, ignore_errors=True)  # copies: what was measured stays as it is
-        finals = [self._final(folder, final / folder.name, chosen) for folder in self._folders]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            shutil.rmtree(target, ignore_errors=True)
-            equal = dict.fromkeys(self.config.objectives, 1 / len(self.config.objectives))
-            settings = MavisConfig.from_dict({**chosen, "weights": equal})
-            make_bundle(target, finals, settings, allow_weak=True)
-        return target
-
-    def _final(self, folder: Path, final: Path, chosen: dict[str, Any]) -> str:
-        """A copy of a value function with its settings and its card, in the folder `final`."""
-        shutil.copytree(folder, final, ignore=shutil.ignore_patterns("states", "checkpoints", "training.json"))
-        if self.config.kind == "model" and Path(self.config.model).is_dir():
-            # Nobody else has the folder that an adapter would be on: its layers are saved with it.
-            ValueModel.from_pretrained(final, merge=True).save_pretrained(final)
-            (final / "adapter_config.json").unlink(missing_ok=True)
-        config = AutoConfig.from_pretrained(final)
-        config.settings = {**chosen, "temperature": self.temperature}
-        config.save_pretrained(final)
-        rewards = {name: f"computed by `{describe_spec(spec)}`." for name, spec in self.config.rewards.items()}
-        if self.config.pairs is not None:
-            rewards = {self.config.objective: "what was chosen in pairs of answers."}
-        rewards = {name: told for name, told in rewards.items() if name in config.objectives}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            write_card(
-                CardConfig(
-                    str(final), evaluation=str(self.work / "evaluation.json"), rewards=rewards, plots=can_draw(),
-                )
-            )  # fmt: skip
-        return str(final)
 
 
 def _row(pair: Pair) -> dict[str, Any]:
