@@ -364,7 +364,8 @@ class _Run:
             EvaluateConfig(
                 prompts=str(self.work / "measuring.jsonl"), output=str(self.work / "evaluation.json"),
                 completions=str(self.work / "completions"), value_functions=self.values.source,
-                rewards=self.config.measured, settings=settings, limit=None, seeds=list(range(seeds)), max_new_tokens=self.config.max_new_tokens,
+                rewards=self.config.measured, settings=settings,
+                limit=None, seeds=list(range(seeds)), max_new_tokens=self.config.max_new_tokens,
                 temperature=self.temperature, top_p=self.top_p, model=self.config.model,
                 chat_template=self.config.chat_template, dtype=self.config.dtype, device=self.config.device,
             ),
