@@ -36,6 +36,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], dict[str, 
     runs: list[tuple[list[str], dict[str, str]]] = []
     monkeypatch.setattr(module, "_run", lambda command, environment: runs.append((command, environment)) or 0)
     monkeypatch.setattr(module, "find_spec", lambda name: object())
+    monkeypatch.setattr(module, "version", lambda name: "1")
     monkeypatch.delenv(ENVIRONMENT, raising=False)
     return runs
 
@@ -55,6 +56,16 @@ def test_the_server_is_started_with_the_plug_in_and_its_settings(
     assert serving.defaults == {"weights": {"kind": 1.0}, "beta": 4.0}
     assert "PROMETHEUS_MULTIPROC_DIR" in environment
     assert not Path(environment["PROMETHEUS_MULTIPROC_DIR"]).exists()  # it goes when the server does
+
+
+def test_builds_of_another_name_are_started_too(head: Path, started: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(name: str) -> str:
+        raise module.PackageNotFoundError(name)
+
+    monkeypatch.setattr(module, "version", none)
+    main(["serve", "--values", str(head), "--model", "org/chat"])
+    ((command, _),) = started
+    assert command[1:5] == ["-m", "vllm.entrypoints.openai.api_server", "--model", "org/chat"]
 
 
 def test_the_printed_command_asks_for_what_there_is(

