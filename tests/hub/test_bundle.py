@@ -158,6 +158,20 @@ def test_what_the_caller_gives_comes_before_the_bundles_settings(folders: Path) 
         MavisLogitsProcessor.from_pretrained(str(bundle), {"z": 1.0})
 
 
+def test_a_bundle_takes_what_its_value_functions_recommend(folders: Path) -> None:
+    settings = {"beta": 3.5, "top_k": 7, "normalize": "standard", "unscored": "expected", "temperature": 0.7}
+    config = json.loads((folders / "head" / "config.json").read_text()) | {"settings": settings}
+    (folders / "head" / "config.json").write_text(json.dumps(config))
+    made = make_bundle(folders / "bundle", [str(folders / "head")])
+    mavis = MavisLogitsProcessor.from_pretrained(str(made), model=make_base())
+    assert (mavis.config.beta, mavis.config.top_k, mavis.config.unscored) == (3.5, 7, "expected")
+    made = make_bundle(folders / "stronger", [str(folders / "head")], {"beta": 6.0})
+    mavis = MavisLogitsProcessor.from_pretrained(str(made), model=make_base())
+    assert (mavis.config.beta, mavis.config.top_k, mavis.config.normalize) == (6.0, 7, "standard")
+    made = make_bundle(folders / "plain", [str(folders / "head")], MavisConfig())
+    assert MavisLogitsProcessor.from_pretrained(str(made), model=make_base()).config.top_k == 15
+
+
 def test_a_value_head_with_two_outputs_lies_in_a_bundle_once(folders: Path) -> None:
     bundle = make_bundle(folders / "bundle", [str(folders / "head")])
     content = json.loads((bundle / BUNDLE_FILE).read_text())

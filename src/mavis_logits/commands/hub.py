@@ -44,16 +44,15 @@ def bundle(argv: Sequence[str]) -> None:
     """``mavis bundle``: write a bundle of value functions into a new folder."""
     arguments = bundle_parser().parse_args(list(argv))
 
-    from ..core.config import MavisConfig
     from ..core.weights import parse_weights
     from ..hub.make_bundle import make_bundle
     from .generate import parse_values
 
-    settings = {name: getattr(arguments, name) for name in ("beta", "top_k", "normalize", "kl_budget")}
+    settings = {name: getattr(arguments, name) for name in ("beta", "top_k", "normalize", "unscored", "kl_budget")}
     settings["weights"] = parse_weights(arguments.weights) if arguments.weights else None
-    config = MavisConfig(**{name: value for name, value in settings.items() if value is not None})
+    given = {name: value for name, value in settings.items() if value is not None}
     values = parse_values(arguments.values)
-    made = make_bundle(arguments.folder, values, config, arguments.base_model, allow_weak=arguments.allow_weak)
+    made = make_bundle(arguments.folder, values, given, arguments.base_model, allow_weak=arguments.allow_weak)
     print(made)
     for value in values.values() if isinstance(values, dict) else values:
         _tell_left_out(value)
@@ -106,12 +105,17 @@ def bundle_parser() -> argparse.ArgumentParser:
         help="value functions, under their own objectives' names or under those given",
     )
     add("--weights", metavar="NAME=NUMBER,...", help="default weights (default: equal)")
-    add("--beta", type=float, help="default strength (default: 5)")
-    add("--top-k", type=int, help="default number of candidates (default: 15)")
+    add("--beta", type=float, help="default strength (default: what the value functions recommend, else 5)")
+    add("--top-k", type=int, help="default number of candidates (default: as recommended, else 15)")
     add(
         "--normalize",
         choices=("minmax", "gap", "center", "none", "standard"),
-        help="default normalisation (default: minmax)",
+        help="default normalisation (default: as recommended, else minmax)",
+    )
+    add(
+        "--unscored",
+        choices=("drop", "keep", "expected"),
+        help="what becomes of other tokens by default (default: as recommended, else drop)",
     )
     add("--kl-budget", type=float, metavar="NATS", help="default divergence per step, in place of a strength")
     add("--base-model", metavar="ID", help="the language model it is for (default: what the value functions name)")

@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from ..core.config import MavisConfig
+from ..core.config import MavisConfig, recommended
 from .bundle import BUNDLE_FILE, Bundle, BundleEntry
 from .cards import CARD, render_bundle_card
 from .files import Source, find_file, hub_errors, read_json
@@ -21,7 +21,7 @@ from .quality import require_foresight
 def make_bundle(
     folder: str | Path,
     value_functions: Sequence[str] | Mapping[str, str],
-    config: MavisConfig | None = None,
+    config: MavisConfig | Mapping[str, Any] | None = None,
     base_model: str | None = None,
     *,
     token: str | bool | None = None,
@@ -33,7 +33,7 @@ def make_bundle(
         folder: must not exist.
         value_functions: folders and Hub ids, `org/name` or `org/name@revision`; by objective, or in a list to stand
             under all the objectives that their configs name.
-        config: default settings.
+        config: default settings, or those of them that differ from what the value functions recommend.
         base_model: Hub id of the language model; by default the one that the value functions name, if they agree.
         token: for private repositories.
         allow_weak: take folders also whose metrics say that they foresee nothing.
@@ -53,18 +53,22 @@ def make_bundle(
     entries: dict[str, BundleEntry] = {}
     copies: dict[str, Path] = {}
     bases: list[str | None] = []
+    settings: list[Mapping[str, Any]] = []
     for objective, given in pairs:
         entry, values = _local(Path(given), copies) if Path(given).is_dir() else _remote(given, token)
         if not allow_weak and Path(given).is_dir():
             require_foresight(Path(given))
         bases.append(values.get("base_model"))
+        settings.append(values.get("settings") or {})
         for name in _objectives(given, values, objective):
             if name in entries:
                 raise ValueError(f"several value functions predict {name!r}: name them, as in kind={given}")
             entries[name] = entry
     if base_model is None and len(set(bases)) == 1:
         base_model = bases[0]
-    bundle = Bundle(entries, config or MavisConfig(), base_model)
+    if not isinstance(config, MavisConfig):
+        config = MavisConfig.from_dict({**recommended(settings), **(config or {})})
+    bundle = Bundle(entries, config, base_model)
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
