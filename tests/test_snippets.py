@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import mavis_logits.demo
+import mavis_logits.models
 from byte_models import lay_out
 from mavis_logits import cli
 
@@ -60,7 +61,7 @@ def run(page: str, slow: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     (tmp_path / "training").symlink_to(ROOT / "training")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    for place in (mavis_logits.demo, mavis_logits.demo.smollm2):
+    for place in (mavis_logits.demo, mavis_logits.demo.smollm2, mavis_logits.models):
         monkeypatch.setattr(place, "load_smollm2", lambda *_, **__: (model, tokenizer))
     names: dict[str, Any] = {"__name__": "snippet"}
     for block in blocks(page):
