@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,9 +130,18 @@ def spread(places: int, count: int) -> list[int]:
     return [(((i * 2654435769 + 0x80000000) & 0xFFFFFFFF) * count) >> 32 for i in range(places)]
 
 
-def twin(model: PreTrainedModel) -> PreTrainedModel:
-    """A second model whose weights are those of `model`, the same tensors: what is put around them is its own."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+@contextmanager
+def twin(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """A second model whose weights are those of `model`, the same tensors: what is put around them is its own.
+
+    What of them is trainable is afterwards as it was: PEFT freezes what it puts an adapter on.
+    """
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        yield copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    finally:
+        for parameter, mode in trained.items():
+            parameter.requires_grad_(mode)
 
 
 class WeakModel:

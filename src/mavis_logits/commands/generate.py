@@ -66,9 +66,7 @@ def steered_model(
         OSError: a model or value function that cannot be found.
     """
     check_strength(arguments)
-    for given, parse in ((arguments.values, parse_values), (arguments.words, parse_words)):
-        if given:  # what is wrong with them is told before anything is loaded
-            parse(given)
+    check_names(arguments)
 
     # Imported only here, so that `--help` and a mistyped option answer at once.
     from ..models import load_chat_model
@@ -86,9 +84,8 @@ def steering(
     from .. import MavisLogitsProcessor
     from ..demo.checkout import checkout_path
 
-    values = parse_values(arguments.values) if arguments.values else None
+    sources = value_sources(arguments.values) if arguments.values else None
     words = parse_words(arguments.words) if arguments.words else None
-    sources = values[0] if isinstance(values, list) and len(values) == 1 else values  # one may be a bundle
     if sources is None and words is None:
         sources = str(checkout_path(DEFAULT_VALUES))
     settings: dict[str, Any] = {} if arguments.top_k is None else {"top_k": arguments.top_k}
@@ -110,6 +107,13 @@ def recommended_temperature(mavis: MavisLogitsProcessor) -> float:
     """Of the base model, as the value functions recommend it, else `DEFAULT_TEMPERATURE`."""
     recommended = [function.config.settings.get("temperature") for function in mavis.functions.all]
     return next((found for found in recommended if found is not None), DEFAULT_TEMPERATURE)
+
+
+def check_names(arguments: argparse.Namespace) -> None:
+    """Raise `ValueError` for value functions or words that cannot be read: before anything is loaded."""
+    for given, parse in ((arguments.values, parse_values), (arguments.words, parse_words)):
+        if given:
+            parse(given)
 
 
 def check_strength(arguments: argparse.Namespace) -> None:
@@ -257,6 +261,12 @@ def parse_words(parts: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"--words names {name!r} twice; give each objective a name of its own")
         words[name] = text
     return words
+
+
+def value_sources(parts: Sequence[str]) -> str | list[str] | dict[str, str]:
+    """`parse_values`, and a lone name by itself, which may be a bundle's."""
+    values = parse_values(parts)
+    return values[0] if isinstance(values, list) and len(values) == 1 else values
 
 
 def parse_values(parts: Sequence[str]) -> list[str] | dict[str, str]:

@@ -14,8 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
-from ..core.weights import parse_weights
-from .generate import DEFAULT_VALUES, parse_values
+from ..core.weights import parse_weights, weights_text
+from .generate import DEFAULT_VALUES, value_sources
 
 PROCESSOR = "mavis_logits.integrations.vllm:MavisProcessor"
 EXAMPLES = """examples:
@@ -62,9 +62,7 @@ def serving(arguments: argparse.Namespace) -> dict[str, Any]:
     """The settings of the server (`integrations.serving.Serving`) that the arguments ask for."""
     from ..demo.checkout import checkout_path
 
-    values: Any = parse_values(arguments.values) if arguments.values else str(checkout_path(DEFAULT_VALUES))
-    if isinstance(values, list) and len(values) == 1:
-        values = values[0]
+    values: Any = value_sources(arguments.values) if arguments.values else str(checkout_path(DEFAULT_VALUES))
     settings: dict[str, Any] = {"values": values, "max_top_k": arguments.max_top_k}
     if arguments.weights:
         settings["weights"] = parse_weights(arguments.weights)
@@ -79,7 +77,7 @@ def curl(port: int, model: str, objectives: list[str]) -> str:
         "model": model,
         "messages": [{"role": "user", "content": "How do I make good tea?"}],
         "max_tokens": 64,
-        "vllm_xargs": {"mavis_weights": ",".join(f"{name}={weight:g}" for name, weight in weights.items())},
+        "vllm_xargs": {"mavis_weights": weights_text(weights)},
     }
     url = f"http://localhost:{port}/v1/chat/completions"
     return f"curl {url} -H 'Content-Type: application/json' \\\n  -d '{json.dumps(body)}'"

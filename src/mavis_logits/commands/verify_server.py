@@ -11,6 +11,7 @@ from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
+from ..core.weights import weights_text
 from .checks import PROMPTS, Check
 
 _SIDE_BY_SIDE = 8  # requests of the timing
@@ -38,7 +39,7 @@ def verify_server(
         ValueError: it refuses the weights, or answers what no such server answers.
     """
     server = _Server(url, tokens)
-    asked: dict[str, Any] = {} if weights is None else {"mavis_weights": dict_as_text(weights)}
+    asked: dict[str, Any] = {} if weights is None else {"mavis_weights": weights_text(weights)}
     asked |= {"mavis_beta": float(beta)} if beta is not None else {} if asked else {"mavis_beta": _DEFAULT_BETA}
     plain = server.answers([{}] * len(PROMPTS))
     steered = server.answers([asked] * len(PROMPTS))
@@ -47,11 +48,6 @@ def verify_server(
     checks = [_fires(plain, steered), _zero(plain, zero), _neighbours(plain, among), _refuses(server)]
     checks.append(_cost(server, asked))
     return [f"mavis verify: {server.model} at {server.url}", f"asked: {json.dumps(asked)}"], checks
-
-
-def dict_as_text(weights: Mapping[str, float]) -> str:
-    """Weights as servers take them, whose extra arguments are no objects."""
-    return ",".join(f"{name}={weight:g}" for name, weight in weights.items())
 
 
 class _Server:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 def parse_weights(text: str, name: str = "--weights") -> dict[str, float]:
     """Parse ``"helpful=0.7,humour=0.3"``.
@@ -26,3 +28,8 @@ def parse_weights(text: str, name: str = "--weights") -> dict[str, float]:
             raise ValueError(f"{name} names {objective!r} twice; give each objective one weight")
         weights[objective] = weight
     return weights
+
+
+def weights_text(weights: Mapping[str, float]) -> str:
+    """What `parse_weights` reads: ``"helpful=0.7,humour=0.3"``, to the last digit."""
+    return ",".join(f"{name}={float(weight)!r}".removesuffix(".0") for name, weight in weights.items())

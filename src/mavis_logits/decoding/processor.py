@@ -256,6 +256,8 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
 
     def _reads_for_words(self) -> PreTrainedModel | None:
         """The base model, if it has an encoder whose prompts objectives in words have to know; else None."""
+        if not self.functions.words:
+            return None
         words = [model for model in self.functions.busy_models(self.idle) if model in self.functions.words]
         base = self.base if words else None
         return base if base is not None and Backbone.of(base).is_encoder_decoder else None

@@ -59,7 +59,7 @@ def steered_batching(model: PreTrainedModel, mavis: Steering, **given: Any) -> A
             f"the values of {[m.config.objectives for m in mavis.functions.models]} need what a request has written, "
             "which continuous batching does not tell: use value heads, or vLLM"
         )
-    config = given.setdefault("continuous_batching_config", ContinuousBatchingConfig(use_cuda_graph=False))
+    given.setdefault("continuous_batching_config", ContinuousBatchingConfig(use_cuda_graph=False))
     steering = ContinuousSteering(model, mavis)
     prepare = model._get_logits_processor
 

@@ -57,9 +57,8 @@ def likeliest(scores: Tensor, k: int) -> Tensor:
     several times as fast as `torch.topk`. Of n parts each has every n-th token, which vector units compare at once.
     """
     rows, vocabulary = scores.shape
-    size = 2 ** round(
-        math.log2(max(vocabulary / k, 1)) / 2
-    )  # of a part: V / size maxima are sorted, and k * size scores
+    # Tokens of a part: of V / size maxima the best are found, and then of k * size scores.
+    size = 2 ** round(math.log2(max(vocabulary / k, 1)) / 2)
     count = vocabulary // size
     if size == 1 or count < k:
         return scores.topk(k, dim=1).indices

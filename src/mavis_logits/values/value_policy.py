@@ -179,10 +179,8 @@ def _tuned(name: str, model: PreTrainedModel, hub: dict[str, Any]) -> PreTrained
     for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if find_file(name, file, hub) is None:
             raise OSError(f"{name} has no {file}: expected an adapter, as mavis tune, TRL or PEFT writes it")
-    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    tuned = PeftModel.from_pretrained(twin(model), name, **{k: v for k, v in hub.items() if k != "force_download"})
-    for parameter, mode in trained.items():  # PEFT freezes what it is put on, which is the base model's own
-        parameter.requires_grad_(mode)
+    with twin(model) as own:
+        tuned = PeftModel.from_pretrained(own, name, **{k: v for k, v in hub.items() if k != "force_download"})
     policy: PreTrainedModel = tuned.get_base_model()  # type: ignore[assignment]
     return policy.eval()
 

@@ -34,12 +34,8 @@ OBJECTIVES = {"head": ("concise", "formal"), "model": ("helpful", "humour")}
 KNOWN = {"head": tuple(REWARDS), "model": ("helpful", "harmless", "humour")}  # what there are value functions for
 PROMPTS = "examples/data/demo_prompts.jsonl"
 STEERING: dict[str, dict[str, float | int | str]] = {
-    "head": {
-        "beta": 5.6,
-        "top_k": 200,
-        "normalize": "standard",
-        "unscored": "drop",
-    },  # what it recommends, but for the cut
+    # What it recommends, but for the cut, which has a row of its own.
+    "head": {"beta": 5.6, "top_k": 200, "normalize": "standard", "unscored": "drop"},
     "model": {"beta": 5.0, "top_k": 15, "normalize": "minmax", "unscored": "drop"},  # the paper's
 }
 

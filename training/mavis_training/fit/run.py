@@ -199,9 +199,8 @@ class _Run:
             count = min(_FIRST, prompts)
             sampling, tuning = (self.spent - begun) / count, self.values.tuning_cost(store, self.base[0])
             cost = max(1e-3, sampling + tuning)
-            self._keep(sampling_share=sampling / cost)
             wanted = trees_within(budget, self.spent, cost, prompts, self.config.trees)
-            self._keep(trees=wanted)
+            self._keep(trees=wanted, sampling_share=sampling / (sampling + tuning))
             ahead = max(0.0, (wanted - count) * cost)
             answers = np.mean([len(tree.leaves()) for tree in store])
             self.say(
@@ -209,11 +208,12 @@ class _Run:
                 f"{' with the tuning' if tuning else ''}: about {told(ahead)}."
             )
         wanted = int(self.state["trees"])
+        share = TREES_SHARE * self.state.get("sampling_share", 1.0)  # which fits from before policies do not have
         step = max(_FIRST, -(-wanted // _ROUNDS))
         for limit in [*range(step, wanted, step), wanted]:
             store = self._grow(limit)
             done = len(store.prompt_ids())
-            if done < wanted and self.spent > TREES_SHARE * budget * self.state["sampling_share"] and done >= _FIRST:
+            if done < wanted and self.spent > share * budget and done >= _FIRST:
                 self.say(f"      {done} trees have taken longer than was thought: going on with these.")
                 break
         self._keep(collected=len(store.prompt_ids()))

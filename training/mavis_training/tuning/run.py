@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -104,7 +103,7 @@ def tune(
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
             iteration=_iteration(config, chosen),
         )  # fmt: skip
-        with _aside(model) as own:
+        with twin(model) as own:
             sampled = [0]
             if config.method in ONLINE:
                 trainer = _online(config, own, tokenizer, rows, deviations, sampled)
@@ -162,7 +161,7 @@ def _iteration(config: TuneConfig, chosen: ChosenTrees) -> int:
 def seconds_a_tree(config: TuneConfig, model: PreTrainedModel, trees: Sequence[Tree]) -> float:
     """For which "paths" is at work on a tree, by a few of them."""
     found = []
-    with _aside(model) as own:
+    with twin(model) as own:
         adapted = _adapted(config, own).train()
         for tree in trees:
             started = time.monotonic()
@@ -171,17 +170,6 @@ def seconds_a_tree(config: TuneConfig, model: PreTrainedModel, trees: Sequence[T
             ratios.square().mean().backward()
             found.append(time.monotonic() - started)
     return config.epochs * sum(found) / len(found)
-
-
-@contextmanager
-def _aside(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """A `twin` to put adapters on; of `model` it leaves also what is trainable as it was."""
-    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        yield twin(model)
-    finally:
-        for parameter, mode in trained.items():
-            parameter.requires_grad_(mode)
 
 
 def _adapted(config: TuneConfig, model: PreTrainedModel) -> Any:

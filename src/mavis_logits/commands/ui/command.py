@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 
-from ..generate import model_arguments, parse_values, parse_words, quiet_transformers
+from ..generate import check_names, model_arguments, quiet_transformers
 from .settings import LENGTH, SEED, Choice, Settings
 
 EXAMPLES = """examples:
@@ -58,9 +58,7 @@ def check(arguments: argparse.Namespace) -> None:
         ValueError: a setting out of range, or names that cannot be read.
         OSError: the port is in use, or there is no such host.
     """
-    for given, parse in ((arguments.values, parse_values), (arguments.words, parse_words)):
-        if given:
-            parse(given)
+    check_names(arguments)
     temperature = 1.0 if arguments.temperature is None else arguments.temperature
     Settings({}, 0.0, temperature, arguments.max_new_tokens, arguments.seed)
     if arguments.visitors < 1:

@@ -6,7 +6,8 @@ import json
 import shlex
 from typing import Any
 
-from ..generate import DEFAULT_VALUES, parse_values, parse_words
+from ...core.weights import weights_text
+from ..generate import DEFAULT_VALUES, parse_words, value_sources
 from .settings import Choice, Settings
 
 API = "answer"  # name of the page's own endpoint
@@ -65,7 +66,7 @@ def command(choice: Choice, prompt: str, settings: Settings) -> str:
     words += [] if choice.top_k is None else ["--top-k", str(choice.top_k)]
     if settings.steers:
         # With = since a value may begin with a minus.
-        words += ["--weights=" + ",".join(f"{name}={weight!r}" for name, weight in settings.said.items())]
+        words += ["--weights=" + weights_text(settings.said)]
         words += ["--kl", repr(settings.kl)]
     else:
         words += ["--beta", "0", "--unsteered"]
@@ -96,5 +97,4 @@ def _sources(choice: Choice) -> str | list[str] | dict[str, str] | None:
     """What `from_pretrained` takes for `--values`."""
     if not choice.values:
         return None if choice.words else DEFAULT_VALUES
-    values = parse_values(choice.values)
-    return values[0] if isinstance(values, list) and len(values) == 1 else values
+    return value_sources(choice.values)
