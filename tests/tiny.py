@@ -84,10 +84,15 @@ def make_value_model(
     return model
 
 
-def make_head(base: PreTrainedModel, *objectives: str, seed: int = 2, layer: int | None = None) -> ValueHead:
+def make_head(
+    base: PreTrainedModel, *objectives: str, seed: int = 2, layer: int | None = None, rank: int | None = None
+) -> ValueHead:
     """A random value head for `base`."""
     torch.manual_seed(seed)
-    return ValueHead.for_model(base, objectives or ("a",), width=16, layer=layer).eval()
+    head = ValueHead.for_model(base, objectives or ("a",), width=16, layer=layer, rank=rank).eval()
+    if rank is not None:
+        torch.nn.init.normal_(head.factors.weight)  # a new head's are 0
+    return head
 
 
 def make_words(base: PreTrainedModel, *objectives: str) -> Words:

@@ -101,6 +101,18 @@ def test_expected_values_of_the_others_follow_a_shift_of_all(seed: int, k: int, 
     assert (alike.kl.abs() < 1e-4).all()
 
 
+def test_what_is_left_beside_near_certain_candidates_is_counted_exactly() -> None:
+    """Pushed down from nearly all of the probability, candidates leave it to others that had a millionth of it."""
+    mavis = steering(top_k=6, normalize="none", unscored="keep", beta=1.0)
+    scores = torch.full((1, VOCABULARY), -15.0)
+    scores[0, :6] = torch.arange(6.0)
+    step = mavis.policy.step(scores, lambda choice, _: torch.full((*choice.candidates.shape, 2), -12.0))
+    expected = definition(mavis, scores[0], torch.full((VOCABULARY,), -12.0))
+    log_ref = torch.log_softmax(scores[0].double(), dim=0)
+    assert float(step.kl) == pytest.approx(float((expected * (expected.log() - log_ref)).sum()), rel=1e-4)
+    torch.testing.assert_close(step.log_probs(VOCABULARY)[0].double().exp(), expected, atol=1e-6, rtol=1e-4)
+
+
 @pytest.mark.parametrize("top_k", [6, 60, None])
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_a_budget_is_spent_over_any_number_of_candidates(top_k: int | None, normalize: str) -> None:

@@ -141,6 +141,20 @@ def test_a_head_learns_what_its_teachers_say(place, tmp_path) -> None:
         assert torch.equal(again.state_dict()[name], tensor)
 
 
+def test_a_head_of_factors_learns_from_a_few_answers_of_some_trees(place, tmp_path) -> None:
+    model, _ = chat_model()
+    head = train_head(given(place, tmp_path, rank=16, trees=8, answers=2, epochs=60, learning_rate=1e-2), model)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["explained"] > 0.2
+    assert head.config.rank == 16
+    stores, trees = load_trees(str(place / "trees"), ["a", "b"], 0.0, most=8, answers=2)
+    assert len(trees) == 8
+    assert len(read_taught(stores[0], tmp_path / "states")) == 8
+    assert all(len(item.tree.leaves()) <= 2 for item in trees)
+    with pytest.raises(ValueError, match="use another folder"):
+        train_head(given(place, tmp_path, rank=16, trees=8, answers=1), model)
+
+
 def test_metrics_of_a_perfect_policy_are_perfect(place) -> None:
     """One whose log-ratio grows by the reward that every token adds."""
     trees = load_trees(str(place / "trees"), ["a"], 0.0)[1]
@@ -162,6 +176,7 @@ def test_what_does_not_go_together_is_refused(place, tmp_path) -> None:
         ({"rule": "sums"}, "take the place of a rule"),
         ({"initial": "x"}, "begins anew"),
         ({"tokens": 1}, "at least 2"),
+        ({"rank": 0}, "rank must be at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
             given(place, tmp_path, **changes)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mavis_training.trees.sample import Sample
 from mavis_training.trees.tree_store import FORMAT_VERSION, StoreMetadata, Tree, TreeStore
 from random_trees import random_tree
 
@@ -35,6 +36,44 @@ def test_paths_partition_the_tree(seed, layers):
             assert np.array_equal(tree.completion(child)[: tree.end()[node]], tree.completion(node))
     assert len(tree.completion(-1)) == 0
     assert tree.path(-1) == []
+
+
+@given(st.integers(0, 10_000), st.integers(1, 4), st.integers(1, 6), st.integers(0, 3))
+def test_some_answers_of_a_tree_are_as_they_were(seed, layers, answers, more):
+    tree = random_tree(seed, layers=layers)
+    sample = Sample(answers=answers)
+    thin, chosen = sample.thin(tree), sample.leaves(tree)
+    assert len(chosen) == len(thin.leaves()) == min(answers, len(tree.leaves()))
+    for number, leaf in zip(chosen, thin.leaves(), strict=True):
+        whole = tree.leaves()[number]
+        assert np.array_equal(thin.completion(leaf), tree.completion(whole))
+        for one, other in zip(thin.path(leaf), tree.path(whole), strict=True):
+            assert thin.logp_ref[one] == tree.logp_ref[other]
+    tops = {thin.path(leaf)[0] for leaf in thin.leaves()}
+    assert len(tops) == min(answers, int((tree.parent == -1).sum()))
+    assert set(chosen) <= set(Sample(answers=answers + more).leaves(tree))
+
+
+def test_a_sample_of_a_store_has_the_rewards_of_its_answers(tmp_path):
+    store = TreeStore.create(tmp_path, metadata())
+    for part in (range(5), range(5, 9)):
+        shard = store.write([random_tree(seed) for seed in part])
+        trees = shard.trees()
+        shard.write_rewards("a", [np.arange(len(t.leaves())) + 100.0 * int(t.prompt_id[1:]) for t in trees], "test")
+    some = store.sampled(trees=6, answers=2)
+    labelled = list(some.labelled(["a"]))
+    assert len(labelled) == len(some) == 6
+    assert len(store) == 9
+    for tree, rewards in labelled:
+        whole = next(other for other in store if other.prompt_id == tree.prompt_id)
+        for leaf, reward in zip(tree.leaves(), rewards[:, 0], strict=True):
+            number = int(reward - 100 * int(tree.prompt_id[1:]))
+            assert np.array_equal(whole.completion(whole.leaves()[number]), tree.completion(leaf))
+    assert some.prompt_ids() < store.sampled(trees=7, answers=2).prompt_ids()
+    assert store.sampled(None, None) is store
+    for wrong in ({"trees": 1, "answers": None}, {"trees": None, "answers": 0}):
+        with pytest.raises(ValueError, match="must be at least"):
+            store.sampled(**wrong)
 
 
 @pytest.mark.parametrize(

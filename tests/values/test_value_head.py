@@ -30,13 +30,20 @@ def candidates(rows: int = 3, k: int = 5) -> Tensor:
 @torch.no_grad()
 def by_hand(head: ValueHead, base: Any, state: Tensor, token: int) -> Tensor:
     """Q(s, a) as the class's docstring has it."""
-    norm = torch.nn.functional.layer_norm
+    norm, rank = torch.nn.functional.layer_norm, head.config.rank
     embedding = base.get_output_embeddings().weight[token]
-    z = head.norm(head.state(norm(state, state.shape)) + head.action(norm(embedding, embedding.shape)))
+    seen, action = head.state(norm(state, state.shape)), head.action(norm(embedding, embedding.shape))
+    z = head.norm(seen if rank else seen + action)
     for layer in head.layers:
         z = z + torch.nn.functional.gelu(layer(z))
+    said = head.out(z)
+    if rank:
+        said = said + torch.stack([part @ action for part in head.factors(z).split(rank)]) / rank**0.5
     mean, scale = torch.tensor(head.config.reward_mean), torch.tensor(head.config.reward_scale)
-    return mean + scale * head.out(z)
+    return mean + scale * said
+
+
+every_form = pytest.mark.parametrize("rank", [None, 4])
 
 
 @pytest.mark.parametrize("layer", [0, 3, -1])
@@ -45,11 +52,14 @@ def test_a_layer_that_the_model_has_not_is_refused(layer: int) -> None:
         make_head(make_base(), "a", layer=layer)
 
 
-def test_the_value_is_the_formula() -> None:
+@every_form
+def test_the_value_is_the_formula(rank: int | None) -> None:
     base = make_base()
     head = ValueHead.for_model(
-        base, ["a", "b"], width=16, num_layers=2, reward_mean=[1.0, -1.0], reward_scale=[2.0, 3.0]
+        base, ["a", "b"], width=16, num_layers=2, rank=rank, reward_mean=[1.0, -1.0], reward_scale=[2.0, 3.0]
     ).eval()
+    if rank:
+        torch.nn.init.normal_(head.factors.weight)
     values = head(hidden(), candidates())
     assert values.shape == (3, 5, 2)
     assert values.dtype == torch.float32
@@ -59,8 +69,15 @@ def test_the_value_is_the_formula() -> None:
             torch.testing.assert_close(values[row, i], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_the_whole_vocabulary_agrees_with_its_candidates() -> None:
-    head = make_head(make_base(), "a", "b")
+def test_a_new_head_of_factors_tilts_nothing() -> None:
+    head = ValueHead.for_model(make_base(), ["a", "b"], width=16, rank=4).eval()
+    values = head(hidden())
+    torch.testing.assert_close(values, values[:, :1].expand_as(values))
+
+
+@every_form
+def test_the_whole_vocabulary_agrees_with_its_candidates(rank: int | None) -> None:
+    head = make_head(make_base(), "a", "b", rank=rank)
     whole = head(hidden())
     assert whole.shape == (3, VOCABULARY, 2)
     some = head(hidden(), candidates())
@@ -75,16 +92,18 @@ def test_chunks_change_nothing(limit: int, monkeypatch: pytest.MonkeyPatch) -> N
     torch.testing.assert_close((head(hidden()), head(hidden(), candidates(k=20))), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_row_alone_gets_the_values_it_gets_in_a_batch() -> None:
-    head = make_head(make_base(), "a")
+@every_form
+def test_a_row_alone_gets_the_values_it_gets_in_a_batch(rank: int | None) -> None:
+    head = make_head(make_base(), "a", rank=rank)
     together = head(hidden(), candidates())
     for row in range(3):
         alone = head(hidden()[row : row + 1], candidates()[row : row + 1])
         torch.testing.assert_close(alone[0], together[row], atol=1e-5, rtol=1e-5)
 
 
-def test_training_without_dropout_agrees_and_reaches_every_weight() -> None:
-    head = make_head(make_base(), "a", "b")
+@every_form
+def test_training_without_dropout_agrees_and_reaches_every_weight(rank: int | None) -> None:
+    head = make_head(make_base(), "a", "b", rank=rank)
     evaluated = head(hidden(), candidates())
     head.train()
     trained = head(hidden(), candidates())
@@ -100,8 +119,9 @@ def test_dropout_is_for_training_only() -> None:
     assert not torch.equal(head(hidden(), candidates()), head(hidden(), candidates()))
 
 
-def test_the_table_follows_the_weights() -> None:
-    head = make_head(make_base(), "a")
+@every_form
+def test_the_table_follows_the_weights(rank: int | None) -> None:
+    head = make_head(make_base(), "a", rank=rank)
     before = head(hidden(), candidates())
     head.train()
     optimizer = torch.optim.SGD([head.action.weight], lr=1.0)
@@ -111,11 +131,9 @@ def test_the_table_follows_the_weights() -> None:
     after = head.eval()(hidden(), candidates())
     assert not torch.equal(before, after)
     torch.testing.assert_close(after, expected, atol=1e-5, rtol=1e-5)
-    state = make_head(make_base(), "a", seed=9).state_dict()
-    head.load_state_dict(state)
-    torch.testing.assert_close(
-        head(hidden(), candidates()), make_head(make_base(), "a", seed=9)(hidden(), candidates())
-    )
+    other = make_head(make_base(), "a", seed=9, rank=rank)
+    head.load_state_dict(other.state_dict())
+    torch.testing.assert_close(head(hidden(), candidates()), other(hidden(), candidates()))
 
 
 @pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - {"mamba"}))

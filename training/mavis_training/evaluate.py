@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -21,7 +22,7 @@ from mavis_logits.core.chat import ChatTemplate
 from mavis_logits.models import DEFAULT_MODEL, load_chat_model
 
 from .base.files import write_json
-from .base.kept import model_origin
+from .base.kept import digest, model_origin
 from .base.prompts import encode_prompts, read_prompts
 from .base.settings import check_sampling, torch_dtype
 from .measure.completions import (
@@ -205,8 +206,12 @@ def _scored(
 ) -> dict[str, tuple[Completions, Rewards]]:
     """The completions of every setting with their rewards; of several a prompt the first, and that of most reward."""
     scored: dict[str, tuple[Completions, Rewards]] = {}
+    judged: dict[str, Path] = {}
     for name, done in written.items():
         path = _paths(config)[name].with_suffix(".rewards.json")
+        twin = judged.setdefault(digest(done.texts), path)
+        if not path.exists() and twin.exists():  # the same texts under another name
+            shutil.copyfile(twin, path)
         rewards = judge(path, done, rows * len(config.seeds), config.rewards, load)
         if config.combined is not None:
             rewards[COMBINED] = sum(weight * rewards[m] for m, weight in config.combined.items())  # type: ignore[assignment]
@@ -260,12 +265,20 @@ def _generate_all(
         )  # fmt: skip
         total = len(todo) * len(config.seeds) * len(prompts)
         with tqdm(total=total, desc="evaluate", unit="prompt") as progress:
+            there = dict(kept)
             for name, setting in todo.items():
                 progress.set_postfix_str(name)
-                done = complete_all(model, tokenizer, rows, protocol, steering[name], setting, progress.update, load)
+                same = [done for other, done in there.items() if origins[other] == origins[name]]
+                if same:  # under another name: it would write the same texts
+                    there[name] = same[0]
+                    progress.update(len(config.seeds) * len(prompts))
+                else:
+                    there[name] = complete_all(
+                        model, tokenizer, rows, protocol, steering[name], setting, progress.update, load
+                    )
                 for beside in (".rewards.json", ".likelihood.json"):
                     paths[name].with_suffix(beside).unlink(missing_ok=True)
-                write_completions(paths[name], origins[name], done)
+                write_completions(paths[name], origins[name], there[name])
     return {name: read_completions(path, origins[name]) for name, path in paths.items()}
 
 

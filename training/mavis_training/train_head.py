@@ -76,7 +76,8 @@ def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) ->
         OSError: no store there, or a corrupt file.
     """
     set_seed(config.seed)
-    stores, trees = load_trees(config.store, config.objectives, config.zeta, config.penalty)
+    sample = config.trees, config.answers
+    stores, trees = load_trees(config.store, config.objectives, config.zeta, config.penalty, *sample)
     training, validation = split_by_prompt(trees, config.validation_share)
     if model is None:
         model = load_chat_model(config.model, torch_dtype(config.dtype))[0]
@@ -87,7 +88,7 @@ def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) ->
     head = starting_head(config, model, nats if config.teachers else units)
     sources = {name: config.teachers[name] for name in config.objectives if config.teachers}
     teachers = {name: ValuePolicy.from_pretrained(source, model) for name, source in sources.items()}
-    of_head = {name: getattr(head.config, name) for name in ("layer", "width", "num_layers")}
+    of_head = {name: getattr(head.config, name) for name in ("layer", "width", "num_layers", "rank")}
     recipe = recipe_of(asdict(config) | of_head, stores)
     head.config.recipe, head.config.iteration = recipe, config.iteration
     head.config.tokenizer_fingerprint = stores[-1].metadata.tokenizer_fingerprint
@@ -244,6 +245,9 @@ def training_origin(
     settings = settings_origin(asdict(config))
     if config.rule == "positions":  # later settings: heads that were trained without them are known again
         settings = {name: value for name, value in settings.items() if name not in ("rule", "anchor", "actions")}
+    for name in ("rank", "trees", "answers"):
+        if settings[name] is None:
+            settings.pop(name)
     if not config.teachers:
         settings.pop("tokens")
     else:
@@ -272,7 +276,7 @@ def starting_head(
     """
     if config.initial is None:
         shape = config.width, config.num_layers, config.dropout
-        head = ValueHead.for_model(model, config.objectives, *shape, layer=config.layer_of(model))
+        head = ValueHead.for_model(model, config.objectives, *shape, layer=config.layer_of(model), rank=config.rank)
         head.config.reward_mean, head.config.reward_scale = (values.tolist() for values in units)
         return head.float()
     head = ValueHead.from_pretrained(config.initial).to(model.device).bind(model).float()  # type: ignore[arg-type]

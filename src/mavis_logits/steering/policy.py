@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.config import MavisConfig
 from ..core.tilting import AS_THEY_ARE, combine, expectation, kl_divergence, normalize, solve_beta, tilt
@@ -141,7 +141,8 @@ class Policy:
             least = reference.amax(dim=-1, keepdim=True) + math.log(config.candidate_min_p)
             # A NaN stays, so that it is noticed.
             reference = reference.masked_fill(reference < least, -torch.inf)
-        return Choice(candidates, reference, everything if config.keeps_unscored else None)
+        cut = config.top_k is not None or config.candidate_min_p is not None
+        return Choice(candidates, reference, everything if cut and config.keeps_unscored else None)
 
     def worth_scoring(self, choice: Choice) -> Tensor:
         """[R, k] bool, the candidates whose values can matter: those that take part, unless the row has but one.
@@ -170,20 +171,20 @@ class Policy:
         reference = choice.reference
         if config.unscored == "expected":
             policy = (policy - expectation(policy, reference)).masked_fill(~mask, 0.0)
-        if choice.everything is not None:
-            policy = torch.zeros_like(choice.everything).scatter(1, choice.candidates, policy)
-            reference = choice.everything
+        keeps = choice.unscored is not None
+        if keeps:  # all that take no part are one more candidate, of value 0: they stay in proportion to each other
+            reference = torch.cat([reference, choice.rest[:, None]], dim=1)
+            policy = nn.functional.pad(policy, (0, 1))
         if config.kl_budget is not None:
             beta = solve_beta(reference, policy, config.kl_budget)
         scores = tilt(reference, policy, beta)
         tilted = torch.log_softmax(scores, dim=-1)
         kl = kl_divergence(tilted, reference, normalized=True)
-        everything = tilted if config.top_k is None else None
-        others = torch.full_like(kl, -torch.inf)
-        if choice.everything is not None:
-            everything, tilted = tilted, tilted.gather(1, choice.candidates).masked_fill(~mask, -torch.inf)
-            others = -scores.logsumexp(dim=-1)
-        return Step(choice.candidates, choice.reference, values, combined, tilted, beta, kl, everything, others)
+        others = -scores.logsumexp(dim=-1) if config.keeps_unscored else torch.full_like(kl, -torch.inf)
+        return Step(
+            choice.candidates, choice.reference, values, combined, tilted[:, : mask.shape[1]], beta, kl, others,
+            choice.unscored, whole=config.top_k is None,
+        )  # fmt: skip
 
     @cached_property
     def is_reference(self) -> bool:

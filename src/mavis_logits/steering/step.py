@@ -16,17 +16,26 @@ class Choice:
     Attributes:
         candidates: [R, k] token ids, the likeliest first (in order of their ids if they are the whole vocabulary).
         reference: [R, k] log pi_ref, normalised over the whole vocabulary; -inf for those that take no part.
-        everything: [R, V] log pi_ref of all tokens, where those that are no candidates keep theirs; else None.
+        unscored: [R, V] log pi_ref of all tokens, where those that take no part keep a probability; else None.
     """
 
     candidates: Tensor
     reference: Tensor
-    everything: Tensor | None
+    unscored: Tensor | None
 
     @cached_property
     def mask(self) -> Tensor:
         """[R, k] bool, candidates that take part."""
         return self.reference > -torch.inf
+
+    @cached_property
+    def rest(self) -> Tensor:
+        """[R] log pi_ref of all tokens together that take no part and keep a probability."""
+        if self.unscored is None:
+            return torch.full_like(self.reference[:, 0], -torch.inf)
+        own = self.unscored.gather(1, self.candidates).masked_fill(self.mask, -torch.inf)
+        # Not 1 less the candidates' share, of which rounding would leave nothing where these are nearly all.
+        return self.unscored.scatter(1, self.candidates, own).exp_().sum(dim=1).log()
 
 
 @dataclass(frozen=True)
@@ -40,8 +49,9 @@ class Step:
         tilted: [R, k] log pi, the distribution to sample from.
         beta: [] or [R].
         kl: [R] exact divergence of pi from the reference over the whole vocabulary, in nats.
-        everything: [R, V] log pi of all tokens, in order, where that is at hand; else only candidates have probability.
-        others: [R] log(pi / pi_ref) of every token that is no candidate, -inf where these have no probability.
+        others: [R] log(pi / pi_ref) of every token that takes no part, -inf where these have no probability.
+        unscored: as in `Choice`.
+        whole: the candidates are the whole vocabulary, in order.
     """
 
     candidates: Tensor
@@ -51,8 +61,9 @@ class Step:
     tilted: Tensor
     beta: Tensor
     kl: Tensor
-    everything: Tensor | None
     others: Tensor
+    unscored: Tensor | None = None
+    whole: bool = False
 
     @property
     def broken(self) -> Tensor:
@@ -60,6 +71,15 @@ class Step:
         # Of anything that is not finite this sum is NaN.
         unsound = self.kl + (self.combined - self.combined).sum(dim=1)
         return (self.reference == -torch.inf).all(dim=1) | torch.isnan(unsound)
+
+    @cached_property
+    def everything(self) -> Tensor | None:
+        """[R, V] log pi of all tokens, in order; None where only candidates have probability."""
+        if self.unscored is None:
+            return self.tilted if self.whole else None
+        every = self.unscored + self.others[:, None]
+        own = torch.where(self.reference > -torch.inf, self.tilted, every.gather(1, self.candidates))
+        return every.scatter_(1, self.candidates, own)
 
     def log_probs(self, vocabulary: int) -> Tensor:
         """[R, V] log pi of all tokens, -inf for those without probability."""

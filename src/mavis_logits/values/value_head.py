@@ -36,6 +36,9 @@ class ValueHeadConfig(ObjectivesMixin, PreTrainedConfig):
         vocab_size: V.
         width: of the head.
         num_layers: residual GELU layers.
+        rank: None: these layers read state and candidate together, for every candidate anew; a number: they read the
+            state alone, and a candidate's value is a product of so many factors of the state with as many of the
+            candidate. That costs a hundredth, and is the form of what a tuned output layer changes.
         dropout: while training.
         layer: after how many of the base model's layers the state is read, 1 to all; None: what enters the output
             embedding.
@@ -57,21 +60,24 @@ class ValueHeadConfig(ObjectivesMixin, PreTrainedConfig):
         layer: int | None = None,
         base_fingerprint: str | None = None,
         base_sketch: str | None = None,
+        rank: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.hidden_size, self.embedding_size, self.vocab_size = hidden_size, embedding_size, vocab_size
-        self.width, self.num_layers, self.dropout = width, num_layers, dropout
+        self.width, self.num_layers, self.dropout, self.rank = width, num_layers, dropout, rank
         self.layer, self.base_fingerprint, self.base_sketch = layer, base_fingerprint, base_sketch
         kwargs = self._take_objectives(kwargs)
         super().__init__(**kwargs)
 
 
 class ValueHead(PushMixin, PreTrainedModel):
-    """Pairwise value head: z = LayerNorm(W_h h + W_e e_a), residual GELU layers, M outputs.
+    """Value head over h, the base model's hidden state after `config.layer` of its layers, or what enters its output
+    embedding, and e_a, the candidate's row of that embedding, both normalised.
 
-    h is the base model's hidden state after `config.layer` of its layers, or what enters its output embedding, and e_a
-    the candidate's row of that embedding, both normalised. A head belongs to one base model and must be bound to it
-    (`bind`) before use.
+    Pairwise, the default: z = LayerNorm(W_h h + W_e e_a), residual GELU layers, M outputs. With `config.rank`: z =
+    LayerNorm(W_h h), residual GELU layers, and Q_m(s, a) = b_m(z) + u_m(z) . W_e e_a / sqrt(rank).
+
+    A head belongs to one base model and must be bound to it (`bind`) before use.
     """
 
     config: ValueHeadConfig
@@ -83,11 +89,13 @@ class ValueHead(PushMixin, PreTrainedModel):
     def __init__(self, config: ValueHeadConfig) -> None:
         super().__init__(config)
         self.state = nn.Linear(config.hidden_size, config.width)
-        self.action = nn.Linear(config.embedding_size, config.width, bias=False)
+        self.action = nn.Linear(config.embedding_size, config.rank or config.width, bias=False)
         self.norm = nn.LayerNorm(config.width)
         self.layers = nn.ModuleList(nn.Linear(config.width, config.width) for _ in range(config.num_layers))
         self.dropout = nn.Dropout(config.dropout)
         self.out = nn.Linear(config.width, len(config.objectives))
+        if config.rank is not None:
+            self.factors = nn.Linear(config.width, len(config.objectives) * config.rank, bias=False)
         self._embedding: list[Tensor] = []  # in a list, so that it is no parameter: it belongs to the base model
         self._table: tuple[Any, Tensor, list[Tensor]] | None = None
         self._base = WeakModel()
@@ -96,7 +104,9 @@ class ValueHead(PushMixin, PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
+        if module is getattr(self, "factors", None):
+            nn.init.zeros_(module.weight)  # nothing is steered before something is learned
+        elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -250,31 +260,54 @@ class ValueHead(PushMixin, PreTrainedModel):
         if hidden.ndim != 2 or hidden.shape[1] != self.config.hidden_size:
             raise ValueError(f"hidden must be [rows, {self.config.hidden_size}], got {list(hidden.shape)}")
         state = self.state(_normalised(hidden.to(self.state.weight)))  # an inner layer may be on another device
+        if self.config.rank is not None:
+            return self._products(state, candidates)
         if candidates is None:
             actions = self._actions()
             step = max(1, _CHUNK_ELEMENTS // (len(hidden) * self.config.width))
             chunks = [self._values(state[:, None] + chunk) for chunk in actions.split(step)]
             return torch.cat(chunks, dim=1)
         if self.training:
-            embedding = self._embedding[0]
-            action = self.action(_normalised(embedding[candidates.to(embedding.device)].to(self.state.weight)))
-            return self._values(state[:, None] + action)
+            return self._values(state[:, None] + self._learned_actions(candidates))
         actions = self._actions()
         step = max(1, _CHUNK_ELEMENTS // (len(hidden) * self.config.width))
         chunks = [self._values(state[:, None] + actions[part]) for part in candidates.split(step, dim=1)]
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=1)
 
     def _values(self, features: Tensor) -> Tensor:
+        return self._in_reward_units(self.out(self._layers(features)))
+
+    def _products(self, state: Tensor, candidates: Tensor | None) -> Tensor:
+        """Values [R, k, M] by `config.rank` factors, from W_h h [R, width]."""
+        features = self._layers(state)
+        factors = self.factors(features).unflatten(1, (-1, self.action.out_features)) * self.action.out_features**-0.5
+        if candidates is None:
+            products = torch.einsum("rmf,vf->rvm", factors, self._actions())
+        else:
+            actions = self._learned_actions(candidates) if self.training else self._actions()[candidates]
+            products = actions @ factors.mT
+        return self._in_reward_units(products + self.out(features)[:, None])
+
+    def _layers(self, features: Tensor) -> Tensor:
         features = self.dropout(self.norm(features))
         for layer in self.layers:
             features = features + self.dropout(nn.functional.gelu(layer(features)))
-        mean, scale = self.config.reward_units(features.device)
-        return mean + scale * self.out(features).float()
+        return features
+
+    def _in_reward_units(self, said: Tensor) -> Tensor:
+        mean, scale = self.config.reward_units(said.device)
+        return mean + scale * said.float()
+
+    def _learned_actions(self, candidates: Tensor) -> Tensor:
+        """W_e e_a [R, k, .] of candidates, through which gradients flow; of every token once."""
+        embedding = self._embedding[0]
+        tokens, which = candidates.unique(return_inverse=True)
+        return self.action(_normalised(embedding[tokens.to(embedding.device)].to(self.action.weight)))[which]
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def _actions(self) -> Tensor:
-        """W_e e_a of every token, [V, width]: computed once, and again when the weights have changed."""
+        """W_e e_a of every token, [V, width or rank]: computed once, and again when the weights have changed."""
         weight, embedding = self.action.weight, self._embedding[0]
         version = [(_version(x), x.data_ptr(), x.dtype, x.device) for x in (weight, embedding)]
         kept = self._table

@@ -215,7 +215,8 @@ def train_estimate(
 
 def _training_trees(config: TrainModelConfig | TrainHeadConfig, calibration: Calibration) -> tuple[Counts, TreeStore]:
     """How many there are to train and validate on, and a small store of some."""
-    stores, trees = load_trees(config.store, config.objectives, config.zeta, config.penalty)
+    sample = (config.trees, config.answers) if isinstance(config, TrainHeadConfig) else ()
+    stores, trees = load_trees(config.store, config.objectives, config.zeta, config.penalty, *sample)
     once = list({item.tree.prompt_id: item for item in trees}.values())
     count = HEAD_TREES if isinstance(config, TrainHeadConfig) else TREES
     labelled = [(item.tree, item.rewards) for item in spread(once, count)]

@@ -25,6 +25,9 @@ class TrainHeadConfig(FittingSettings):
     Attributes:
         store: folder of the labelled tree store, or several, which are trained on together.
         objectives: rewards to predict, one output each.
+        trees: of each store that are read, a sample by prompt; None for all.
+        answers: of each of these trees that are read, of as many first branches as may be; None for all. Time goes into
+            tokens: a few answers of many prompts teach more than many of a few.
         output: folder for the head and its metrics.
         model: Hub id or folder of the base model, or "smollm2".
         states: folder of hidden states, computed if missing, or one for each store; None for `<output>/states`.
@@ -35,6 +38,7 @@ class TrainHeadConfig(FittingSettings):
             output embedding.
         width: of a new head.
         num_layers: residual layers of a new head.
+        rank: of a new head that multiplies factors of state and candidate; None for one that reads both together.
         dropout: while training.
         bootstrap: share of a position's target that is the value of the state after its token, said by a small network
             of states alone which is trained first, in place of the completions' rewards; 0 is equation 6 alone.
@@ -68,6 +72,7 @@ class TrainHeadConfig(FittingSettings):
     layer: int | Literal["third", "output"] = "third"
     width: int = 512
     num_layers: int = 1
+    rank: int | None = field(default=None, kw_only=True)
     dropout: float = 0.5
     bootstrap: float = 0.5
     zeta: float = 0.0
@@ -84,6 +89,8 @@ class TrainHeadConfig(FittingSettings):
     actions: int = field(default=4, kw_only=True)
     teachers: dict[str, str] = field(default_factory=dict, kw_only=True)
     tokens: int = field(default=32, kw_only=True)
+    trees: int | None = field(default=None, kw_only=True)
+    answers: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if not self.objectives:
@@ -91,6 +98,8 @@ class TrainHeadConfig(FittingSettings):
         for name in ("width", "num_layers", "epochs", "patience", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"rank must be at least 1, or null, got {self.rank}.")
         if self.layer not in ("third", "output") and not (isinstance(self.layer, int) and self.layer >= 1):
             raise ValueError(f"layer must be a number from 1 on, 'third' or 'output', got {self.layer!r}.")
         if self.rule not in get_args(Rule):

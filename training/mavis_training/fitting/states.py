@@ -174,7 +174,7 @@ def read_taught(store: TreeStore, folder: str | Path) -> list[dict[str, Tensor]]
         with open_safetensors(_Kept("policies", None).path(Path(folder), shard), "pt") as file:
             keys = list(file.keys())
             names = sorted({key.partition(".")[2] for key in keys})
-            count = len(keys) // len(names)
+            count = len(keys) // max(1, len(names))
             trees += [{name: file.get_tensor(f"{i}.{name}") for name in names} for i in range(count)]
     return trees
 

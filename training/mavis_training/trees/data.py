@@ -83,7 +83,12 @@ def open_stores(
 
 
 def load_trees(
-    store: str | Sequence[str], objectives: Sequence[str], zeta: float, penalty: Penalty = "completion"
+    store: str | Sequence[str],
+    objectives: Sequence[str],
+    zeta: float,
+    penalty: Penalty = "completion",
+    most: int | None = None,
+    answers: int | None = None,
 ) -> tuple[list[TreeStore], list[LabelledTree]]:
     """All trees of one or several stores with their targets.
 
@@ -92,6 +97,8 @@ def load_trees(
         objectives: names of the M rewards.
         zeta: KL penalty multiplier of equation 6.
         penalty: what it penalises (`node_targets`).
+        most: trees of a store that are read; None for all.
+        answers: of each tree that are read; None for all.
 
     Returns:
         The opened stores, in the order given, and their trees, store by store and shard by shard.
@@ -101,7 +108,7 @@ def load_trees(
             same trees, or as `open_stores`.
         OSError: no store there, or a corrupt shard.
     """
-    stores = open_stores(store)
+    stores = [opened.sampled(most, answers) for opened in open_stores(store)]
     for opened in stores:
         labelled = opened.objectives()
         missing = [name for name in objectives if name not in labelled]

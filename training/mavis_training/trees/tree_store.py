@@ -28,6 +28,7 @@ from mavis_logits.backbone.fingerprint import Identity
 
 from ..base.files import TEMPORARY_SUFFIX, read_json, write_json
 from .columns import FORMAT_VERSION, attributes_of, read_columns, write_columns
+from .sample import Sample
 from .tree import NODE_DTYPES, Tree
 
 __all__ = ["FORMAT_VERSION", "Shard", "StoreMetadata", "Tree", "TreeStore"]
@@ -38,6 +39,7 @@ _PACKED = 90_000  # numbers from here on are of packed shards: no collection pla
 _DESCRIPTIVE_FIELDS = frozenset({"created", "versions", "weights_sketch"})
 _MAY_BE_UNKNOWN = frozenset({"weights_fingerprint", "reference"})
 _SHARD_NAME = re.compile(r"trees-(\d{5})\.h5")
+_ALL = Sample()
 _OBJECTIVE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
 
 
@@ -96,17 +98,21 @@ class StoreMetadata:
 
 @dataclass(frozen=True)
 class Shard:
-    """One whole file of trees; trees are read when asked for."""
+    """One whole file of trees, or a sample of what is in it; trees are read when asked for."""
 
     path: Path
+    sample: Sample = _ALL
 
     def trees(self) -> list[Tree]:
-        """All trees of the shard.
+        """All trees of the shard, or those of the sample.
 
         Raises:
             OSError: the file is truncated or corrupt.
             ValueError: it is of a newer format.
         """
+        return [self.sample.thin(tree) for tree in self._whole() if self.sample.has(tree)]
+
+    def _whole(self) -> list[Tree]:
         return _unpack(read_columns(self.path))
 
     def reward_path(self, objective: str) -> Path:
@@ -151,7 +157,7 @@ class Shard:
         Raises:
             ValueError: a count that does not fit the trees, or a reward that is not finite.
         """
-        expected = [len(tree.leaves()) for tree in self.trees()]
+        expected = [len(tree.leaves()) for tree in self._whole()]
         if [len(r) for r in rewards] != expected:
             raise ValueError(
                 f"{self.path.name}: {objective!r} has {sum(map(len, rewards))} rewards for {len(rewards)} trees, "
@@ -178,7 +184,11 @@ class Shard:
         if not path.exists():
             raise ValueError(f"{self.path.name} has no rewards for {objective!r}: run `mavis label` for it first.")
         columns = read_columns(path)
-        return [columns["rewards"][a:b] for a, b in itertools.pairwise(columns["offsets"])]
+        rewards = [columns["rewards"][a:b] for a, b in itertools.pairwise(columns["offsets"])]
+        if self.sample == _ALL:
+            return rewards
+        own = zip(self._whole(), rewards, strict=True)
+        return [of_tree[self.sample.leaves(tree)] for tree, of_tree in own if self.sample.has(tree)]
 
     def labelled(self, objectives: Sequence[str]) -> Iterator[tuple[Tree, NDArray[np.float64]]]:
         """Iterate over trees with their leaf rewards `[leaves, M]` for M objectives. Raises as `rewards`."""
@@ -190,9 +200,24 @@ class Shard:
 class TreeStore:
     """A folder of tree shards that were all sampled with the same settings. Use `create` to write, `open` to read."""
 
-    def __init__(self, folder: str | Path, metadata: StoreMetadata) -> None:
+    def __init__(self, folder: str | Path, metadata: StoreMetadata, sample: Sample = _ALL) -> None:
         self.folder = Path(folder)
         self.metadata = metadata
+        self.sample = sample
+
+    def sampled(self, trees: int | None, answers: int | None) -> TreeStore:
+        """This store for reading, as if it held some of its trees only, and of each some of its answers.
+
+        Args:
+            trees: prompts, at most; None for all.
+            answers: leaves of a tree, at most; None for all.
+
+        Raises:
+            ValueError: as `Sample.of`.
+        """
+        if trees is None and answers is None:
+            return self
+        return TreeStore(self.folder, self.metadata, Sample.of(self.prompt_ids(), trees, answers))
 
     @classmethod
     def create(cls, folder: str | Path, metadata: StoreMetadata) -> TreeStore:
@@ -280,7 +305,8 @@ class TreeStore:
 
     def shards(self) -> list[Shard]:
         """The whole shards, in the order of their numbers."""
-        return [Shard(path) for path in sorted(self.folder.iterdir()) if _SHARD_NAME.fullmatch(path.name)]
+        paths = [path for path in sorted(self.folder.iterdir()) if _SHARD_NAME.fullmatch(path.name)]
+        return [Shard(path, self.sample) for path in paths]
 
     def write(self, trees: Sequence[Tree], number: int | None = None) -> Shard | None:
         """Add trees as one new shard, which appears only when whole. No trees: nothing is written.

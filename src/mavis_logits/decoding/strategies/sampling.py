@@ -94,6 +94,7 @@ class MavisSampling(MavisStrategy):
                 others=step.others[rows],
                 beta=beta,
                 kl=torch.where(mask, step.kl[rows], 0.0),
+                unscored=None,
             ),
             length=length,
             live=mask,
