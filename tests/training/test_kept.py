@@ -42,7 +42,7 @@ MODEL_SETTINGS = {
     "bf16": True, "iteration": 4, "trainer": {"adam_beta1": 0.5},
 }  # fmt: skip
 HEAD_SETTINGS = {
-    "teachers": {"low": "org/other"}, "tokens": 7,
+    "teachers": {"low": "org/other"}, "tokens": 7, "rank": 5, "trees": 9, "answers": 3,
     "objectives": ["high"], "layer": "output", "width": 9, "num_layers": 2, "dropout": 0.1, "bootstrap": 0.1,
     "rule": "gain", "anchor": 0.7, "actions": 6,
     "zeta": 0.1, "penalty": "continuation", "drop_leaves": 0.1, "epochs": 9, "patience": 9, "batch_size": 9,
@@ -125,6 +125,24 @@ def test_what_is_kept_is_taken_and_said_and_fresh_replaces_it(evaluation, monkey
     fresh = evaluate(dataclasses.replace(other, fresh=True))
     assert fresh["settings"] == evaluate(other)["settings"]
     assert fresh["settings"] != first["settings"]
+
+
+def test_a_setting_of_two_names_is_written_and_judged_once(evaluation, monkeypatch):
+    settings = evaluation.settings | {"again": evaluation.settings["low"], "other": {"beta": 3.0, "top_k": 9}}
+    written = []
+    complete_all = evaluating.complete_all
+
+    def counted(*arguments, **rest):
+        written.append(arguments[5])
+        return complete_all(*arguments, **rest)
+
+    monkeypatch.setattr(evaluating, "complete_all", counted)
+    found = evaluate(dataclasses.replace(evaluation, settings=settings))["settings"]
+    assert written == [{}, settings["low"], settings["other"]]
+    assert found["again"] == found["low"]
+    assert found["other"] != found["low"]
+    kept = [Path(evaluation.completions) / f"{name}.rewards.json" for name in ("low", "again")]
+    assert kept[0].read_bytes() == kept[1].read_bytes()
 
 
 def test_an_edited_reward_judges_again(evaluation, tmp_path, monkeypatch):

@@ -137,6 +137,7 @@ def render_card(
         id=name.partition(":")[0],
         kind=kind,
         is_policy=kind == "value policy",
+        in_nats=kind == "value policy" or bool(recipe.get("teachers")),
         objectives=objectives,
         settings={key: value for key, value in (config.get("settings") or {}).items() if key != "temperature"},
         temperature=(config.get("settings") or {}).get("temperature"),
