@@ -13,6 +13,7 @@ from transformers import MambaConfig, MambaForCausalLM
 from chat_model import chat_model, save_random_adapter
 from collecting import collect_here
 from mavis_logits import ValueHead, ValuePolicy, ValuePolicyConfig
+from mavis_logits.values.value_policy import SETTINGS
 from mavis_training.fitting.policies import (
     gather_taught,
     head_ratios,
@@ -127,6 +128,7 @@ def test_a_head_learns_what_its_teachers_say(place, tmp_path) -> None:
     assert metrics["validation_loss_by_epoch"][-1] < metrics["validation_loss_by_epoch"][0]
     assert head.config.reward_scale == [1.0, 1.0]
     assert head.config.recipe["teachers"] == {"a": "a", "b": "b"}
+    assert head.config.settings == SETTINGS
     stores, trees = load_trees(str(place / "trees"), ["a", "b"], 0.0)
     said = read_taught(stores[0], tmp_path / "states")
     assert len(said) == len(trees)

@@ -17,7 +17,7 @@ from mavis_logits.backbone import Backbone
 from mavis_logits.backbone.fingerprint import Identity, parameters_fingerprint
 from mavis_logits.models import load_chat_model
 from mavis_logits.values.value_head import ValueHead
-from mavis_logits.values.value_policy import ValuePolicy
+from mavis_logits.values.value_policy import SETTINGS, ValuePolicy
 
 from .base.files import write_json
 from .base.kept import model_origin
@@ -91,6 +91,8 @@ def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) ->
     of_head = {name: getattr(head.config, name) for name in ("layer", "width", "num_layers", "rank")}
     recipe = recipe_of(asdict(config) | of_head, stores)
     head.config.recipe, head.config.iteration = recipe, config.iteration
+    if teachers:
+        head.config.settings = dict(SETTINGS)  # as its teachers recommend; mavis calibrate finds the strength
     head.config.tokenizer_fingerprint = stores[-1].metadata.tokenizer_fingerprint
     head.config.base_model, head.config.base_revision = stores[-1].metadata.model, stores[-1].metadata.revision
 
