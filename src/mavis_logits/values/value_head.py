@@ -38,7 +38,7 @@ class ValueHeadConfig(ObjectivesMixin, PreTrainedConfig):
         num_layers: residual GELU layers.
         rank: None: these layers read state and candidate together, for every candidate anew; a number: they read the
             state alone, and a candidate's value is a product of so many factors of the state with as many of the
-            candidate. That costs a hundredth, and is the form of what a tuned output layer changes.
+            candidate. That costs far less, and is the form of what a tuned output layer changes.
         dropout: while training.
         layer: after how many of the base model's layers the state is read, 1 to all; None: what enters the output
             embedding.
