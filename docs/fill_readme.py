@@ -123,6 +123,33 @@ def search(results: Path) -> str:
     return "\n".join([f"{about}, {measured(run)}:", "", *gains(run), ""])
 
 
+def tradeoff(results: Path) -> str:
+    """Return what every way to steer between two objectives reaches, and how much of the plane it covers."""
+    run = read(results / "pareto_helpful_humour.json")
+    if run is None:
+        return ""
+    first, second = run["config"]["objectives"]
+    shown = {f"all {first}": 1.0, "half and half": 0.5, f"all {second}": 0.0}
+    rows = []
+    for name, method in run["methods"].items():
+        row = [name]
+        for share in shown.values():
+            cells = [x for x in run["cells"].values() if x["method"] == name and x["weights"][first] == share]
+            best = max(cells, key=lambda x: sum(x["weights"][o] * x["gains"][o] for o in (first, second)))
+            row.append(f"{best['gains'][first]:+.2f}, {best['gains'][second]:+.2f} ({best['kl']:.1f})")
+        low, high = method["interval"]
+        row.append(f"{method['hypervolume']:.2f} ({low:.2f} to {high:.2f})")
+        rows.append(row)
+    config = run["config"]
+    about = (
+        f"Gains in {first} and {second}, in standard deviations of the unsteered reward, and in brackets the nats that "
+        f"they cost, at three weightings; {measured(run)}, temperature {config['temperature']:g}. Hypervolume: how "
+        f"much of the plane all {config['steps'] + 1} weightings cover, from {config['worst']:g} below the unsteered "
+        f"model; cells beyond {config['most_kl']:g} nats do not count; 95 % intervals over prompts."
+    )
+    return "\n".join([about, "", *table(["way", *shown, "hypervolume"], rows), ""])
+
+
 def measured(run: dict[str, Any]) -> str:
     """Return on what an evaluation was made, and when."""
     return f"{run['prompts']} held-out prompts x {len(run['config']['seeds'])} seeds, {run['date']}"
@@ -223,13 +250,14 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "demo": demo,
     "steering": steering,
     "search": search,
+    "tradeoff": tradeoff,
     "decode": decode,
     "versions": versions,
     "hack": hack,
 }
 PAGES = {
     "README.md": ("demo",),
-    "docs/measured.md": ("steering", "search", "decode", "versions"),
+    "docs/measured.md": ("steering", "tradeoff", "search", "decode", "versions"),
     "docs/limits.md": ("hack",),
 }
 
