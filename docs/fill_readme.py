@@ -135,7 +135,8 @@ def tradeoff(results: Path) -> str:
         row = [name]
         for share in shown.values():
             cells = [x for x in run["cells"].values() if x["method"] == name and x["weights"][first] == share]
-            best = max(cells, key=lambda x: sum(x["weights"][o] * x["gains"][o] for o in (first, second)))
+            counted = [x for x in cells if x["kl"] <= run["config"]["most_kl"]]
+            best = max(counted or cells, key=lambda x: sum(x["weights"][o] * x["gains"][o] for o in (first, second)))
             row.append(f"{best['gains'][first]:+.2f}, {best['gains'][second]:+.2f} ({best['kl']:.1f})")
         low, high = method["interval"]
         row.append(f"{method['hypervolume']:.2f} ({low:.2f} to {high:.2f})")
