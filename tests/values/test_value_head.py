@@ -69,6 +69,11 @@ def test_the_value_is_the_formula(rank: int | None) -> None:
             torch.testing.assert_close(values[row, i], expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_head_of_no_factors_is_refused() -> None:
+    with pytest.raises(ValueError, match="rank must be at least 1, or None, got 0"):
+        make_head(make_base(), "a", rank=0)
+
+
 def test_a_new_head_of_factors_tilts_nothing() -> None:
     head = ValueHead.for_model(make_base(), ["a", "b"], width=16, rank=4).eval()
     values = head(hidden())
@@ -84,9 +89,10 @@ def test_the_whole_vocabulary_agrees_with_its_candidates(rank: int | None) -> No
     torch.testing.assert_close(whole.gather(1, candidates()[..., None].expand_as(some)), some, atol=1e-5, rtol=1e-5)
 
 
+@every_form
 @pytest.mark.parametrize("limit", [1, 16 * 3 * 2, 16 * 3 * 7])
-def test_chunks_change_nothing(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    head = make_head(make_base(), "a", "b")
+def test_chunks_change_nothing(limit: int, rank: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = make_head(make_base(), "a", "b", rank=rank)
     expected = head(hidden()), head(hidden(), candidates(k=20))
     monkeypatch.setattr(value_head, "_CHUNK_ELEMENTS", limit)
     torch.testing.assert_close((head(hidden()), head(hidden(), candidates(k=20))), expected, atol=1e-5, rtol=1e-5)

@@ -63,6 +63,8 @@ class ValueHeadConfig(ObjectivesMixin, PreTrainedConfig):
         rank: int | None = None,
         **kwargs: Any,
     ) -> None:
+        if rank is not None and rank < 1:
+            raise ValueError(f"rank must be at least 1, or None, got {rank}")
         self.hidden_size, self.embedding_size, self.vocab_size = hidden_size, embedding_size, vocab_size
         self.width, self.num_layers, self.dropout, self.rank = width, num_layers, dropout, rank
         self.layer, self.base_fingerprint, self.base_sketch = layer, base_fingerprint, base_sketch
@@ -275,20 +277,23 @@ class ValueHead(PushMixin, PreTrainedModel):
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=1)
 
     def _values(self, features: Tensor) -> Tensor:
-        return self._in_reward_units(self.out(self._layers(features)))
+        return self._in_reward_units(self.out(self._through_layers(features)))
 
     def _products(self, state: Tensor, candidates: Tensor | None) -> Tensor:
         """Values [R, k, M] by `config.rank` factors, from W_h h [R, width]."""
-        features = self._layers(state)
+        features = self._through_layers(state)
         factors = self.factors(features).unflatten(1, (-1, self.action.out_features)) * self.action.out_features**-0.5
         if candidates is None:
             products = torch.einsum("rmf,vf->rvm", factors, self._actions())
+        elif self.training:
+            products = self._learned_actions(candidates) @ factors.mT
         else:
-            actions = self._learned_actions(candidates) if self.training else self._actions()[candidates]
-            products = actions @ factors.mT
+            actions = self._actions()
+            step = max(1, _CHUNK_ELEMENTS // (len(state) * self.action.out_features))
+            products = torch.cat([actions[part] @ factors.mT for part in candidates.split(step, dim=1)], dim=1)
         return self._in_reward_units(products + self.out(features)[:, None])
 
-    def _layers(self, features: Tensor) -> Tensor:
+    def _through_layers(self, features: Tensor) -> Tensor:
         features = self.dropout(self.norm(features))
         for layer in self.layers:
             features = features + self.dropout(nn.functional.gelu(layer(features)))
@@ -301,8 +306,8 @@ class ValueHead(PushMixin, PreTrainedModel):
     def _learned_actions(self, candidates: Tensor) -> Tensor:
         """W_e e_a [R, k, .] of candidates, through which gradients flow; of every token once."""
         embedding = self._embedding[0]
-        tokens, which = candidates.unique(return_inverse=True)
-        return self.action(_normalised(embedding[tokens.to(embedding.device)].to(self.action.weight)))[which]
+        tokens, which = candidates.to(embedding.device).unique(return_inverse=True)
+        return self.action(_normalised(embedding[tokens].to(self.action.weight)))[which]
 
     @torch.inference_mode(False)
     @torch.no_grad()
