@@ -14,13 +14,10 @@ Both sides of a piece take turns in one process. Prints a table, and writes it t
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +29,7 @@ from mavis_logits.core.tilting import expectation, kl_divergence, solve_beta, ti
 from mavis_logits.steering.policy import Policy
 from mavis_logits.values.value_head import ValueHead, ValueHeadConfig
 from mavis_training.base.files import write_json
+from mavis_training.base.made import made_here, made_in_words
 
 VOCABULARY, WIDTH, OBJECTIVES = 49_152, 576, 2  # of SmolLM2-135M; helpful and humour, say
 Pair = tuple[str, int, int, Callable[[], Any], Callable[[], Any]]  # name, rows, candidates, ours, plainly
@@ -104,11 +102,10 @@ def table(results: dict[str, Any]) -> str:
         f"| {x['piece']} | {x['rows']} | {x['candidates']} | {x['ms']:.2f} | {x['plain_ms']:.2f} | {x['ratio']:.3f} |"
         for x in results["pieces"]
     ]
-    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     note = (
         f"A vocabulary of {VOCABULARY:,}, states of {WIDTH}, {OBJECTIVES} objectives, float32; medians of "
         f"{results['rounds']} rounds, both sides in turns; the ratio is the median of the rounds' own. "
-        f"{results['machine']}; {versions}; {results['date']}."
+        f"{made_in_words(results)}"
     )
     return "\n".join([*lines, "", note, ""])
 
@@ -130,9 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "plain_ms": 1e3 * statistics.median(plain), "ratio": ratio,
             })  # fmt: skip
     results = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {name: version(name) for name in ("torch", "transformers", "mavis-logits")},
+        **made_here(),
         "rounds": options.rounds,
         "pieces": pieces,
     }

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import platform
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from functools import lru_cache, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from mavis_logits.models import DEFAULT_MODEL, load_chat_model
 
 from .base.files import write_json
 from .base.kept import digest, model_origin
+from .base.made import made_here, made_in_words
 from .base.prompts import encode_prompts, read_prompts
 from .base.settings import check_sampling, torch_dtype
 from .measure.completions import (
@@ -168,9 +166,7 @@ def evaluate(
     if reused:
         tqdm.write(f"{config.completions}: taken as they are, under the same settings: {', '.join(reused)}")
     results: dict[str, Any] = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {name: version(name) for name in ("torch", "transformers", "mavis-logits")},
+        **made_here(),
         "config": asdict(config),
         "reference": next(iter(written.values())).reference,
         "prompts": len(rows),
@@ -268,9 +264,9 @@ def _generate_all(
             there = dict(kept)
             for name, setting in todo.items():
                 progress.set_postfix_str(name)
-                same = [done for other, done in there.items() if origins[other] == origins[name]]
-                if same:  # under another name: it would write the same texts
-                    there[name] = same[0]
+                same = next((done for other, done in there.items() if origins[other] == origins[name]), None)
+                if same is not None:  # under another name: it would write the same texts
+                    there[name] = same
                     progress.update(len(config.seeds) * len(prompts))
                 else:
                     there[name] = complete_all(
@@ -324,7 +320,6 @@ def markdown(results: Mapping[str, Any]) -> str:
             for c in results["contrasts"]
         ]
         lines += ["", *_table(["setting", "against", *(f"{o} (sd)" for o in objectives)], differences)]
-    versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
     combined = " + ".join(f"{weight:g} {name}" for name, weight in (config["combined"] or {}).items())
     cooler = config.get("temperature", 1.0), config.get("top_p", 1.0)
     note = (
@@ -333,7 +328,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         + f"base model in {config['dtype']}; means ± standard errors over prompts; KL by equation 7, "
         + ("against the full vocabulary. " if cooler == (1.0, 1.0) else "against the model at these. ")
         + (f"Combined: {combined}. " if combined else "")
-        + f"{results['machine']}; {versions}; {results['date']}."
+        + made_in_words(results)
     )
     return "\n".join([*lines, "", note, ""])
 

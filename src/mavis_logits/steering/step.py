@@ -31,8 +31,7 @@ class Choice:
     @cached_property
     def rest(self) -> Tensor:
         """[R] log pi_ref of all tokens together that take no part and keep a probability."""
-        if self.unscored is None:
-            return torch.full_like(self.reference[:, 0], -torch.inf)
+        assert self.unscored is not None, "only of a step in which they do"
         own = self.unscored.gather(1, self.candidates).masked_fill(self.mask, -torch.inf)
         # Not 1 less the candidates' share, of which rounding would leave nothing where these are nearly all.
         return self.unscored.scatter(1, self.candidates, own).exp_().sum(dim=1).log()

@@ -8,7 +8,7 @@ decoding.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -262,36 +262,24 @@ class ValueHead(PushMixin, PreTrainedModel):
         if hidden.ndim != 2 or hidden.shape[1] != self.config.hidden_size:
             raise ValueError(f"hidden must be [rows, {self.config.hidden_size}], got {list(hidden.shape)}")
         state = self.state(_normalised(hidden.to(self.state.weight)))  # an inner layer may be on another device
-        if self.config.rank is not None:
-            return self._products(state, candidates)
-        if candidates is None:
-            actions = self._actions()
-            step = max(1, _CHUNK_ELEMENTS // (len(hidden) * self.config.width))
-            chunks = [self._values(state[:, None] + chunk) for chunk in actions.split(step)]
-            return torch.cat(chunks, dim=1)
-        if self.training:
-            return self._values(state[:, None] + self._learned_actions(candidates))
+        read = self._read_together(state) if self.config.rank is None else self._read_factors(state)
+        if candidates is not None and self.training:
+            return self._in_reward_units(read(self._learned_actions(candidates)))
         actions = self._actions()
-        step = max(1, _CHUNK_ELEMENTS // (len(hidden) * self.config.width))
-        chunks = [self._values(state[:, None] + actions[part]) for part in candidates.split(step, dim=1)]
-        return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=1)
+        step = max(1, _CHUNK_ELEMENTS // (len(state) * actions.shape[1]))
+        parts = actions.split(step) if candidates is None else (actions[part] for part in candidates.split(step, dim=1))
+        return self._in_reward_units(torch.cat([read(part) for part in parts], dim=1))
 
-    def _values(self, features: Tensor) -> Tensor:
-        return self._in_reward_units(self.out(self._through_layers(features)))
+    def _read_together(self, state: Tensor) -> Callable[[Tensor], Tensor]:
+        """What gives outputs [R, k, M] of W_e e_a, [R, k, width] or [k, width], after W_h h [R, width]."""
+        return lambda actions: self.out(self._through_layers(state[:, None] + actions))
 
-    def _products(self, state: Tensor, candidates: Tensor | None) -> Tensor:
-        """Values [R, k, M] by `config.rank` factors, from W_h h [R, width]."""
+    def _read_factors(self, state: Tensor) -> Callable[[Tensor], Tensor]:
+        """The same by `config.rank` factors; the layers read each state once."""
         features = self._through_layers(state)
+        own = self.out(features)[:, None]
         factors = self.factors(features).unflatten(1, (-1, self.action.out_features)) * self.action.out_features**-0.5
-        if candidates is None:
-            products = torch.einsum("rmf,vf->rvm", factors, self._actions())
-        elif self.training:
-            products = self._learned_actions(candidates) @ factors.mT
-        else:
-            actions = self._actions()
-            step = max(1, _CHUNK_ELEMENTS // (len(state) * self.action.out_features))
-            products = torch.cat([actions[part] @ factors.mT for part in candidates.split(step, dim=1)], dim=1)
-        return self._in_reward_units(products + self.out(features)[:, None])
+        return lambda actions: actions @ factors.mT + own
 
     def _through_layers(self, features: Tensor) -> Tensor:
         features = self.dropout(self.norm(features))

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from ..base.files import replace_when_whole, write_json
+from ..base.made import made_here
 from ..base.ranks import Ranks
 from ..measure.schedule import Measurement, gain
 from ..measure.summary import reward_cell, with_error
@@ -34,9 +31,7 @@ def write_report(
 ) -> dict[str, Any]:
     """Write both files and show the table, on rank 0; return what `iterations.json` holds."""
     results = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {name: version(name) for name in ("torch", "transformers", "mavis-logits")},
+        **made_here(),
         "config": asdict(config),
         "prompts": len(reference.rewards),
         "reference": reference.summary,

@@ -10,6 +10,8 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from ..base.made import made_in_words
+
 _TEMPLATE = Path(__file__).with_name("report_template.html")
 _COLOURS = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933", "#882255", "#44aa99",
@@ -58,11 +60,10 @@ def markdown(results: Mapping[str, Any]) -> str:
         row = [name, *gains, _number(cell["kl"], ".1f"), f"{cell['tokens']:.0f}", f"{cell['distinct_2']:.2f}"]
         lines.append("| " + " | ".join([*row, _number(cell["tokens_per_second"], ".0f")]) + " |")
     config = results["config"]
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     note = (
         f"{results['prompts']} held-out prompts, seeds {config['seeds']}, {config['max_new_tokens']} tokens at most, "
         f"temperature {config['temperature']:g}, top-p {config['top_p']:g}, base model in {config['dtype']}; "
-        f"{results['machine']}; {versions}; {results['date']}."
+        f"{made_in_words(results)}"
     )
     return "\n".join([*lines, "", note, ""])
 

@@ -35,8 +35,7 @@ class Sample:
             raise ValueError(f"trees must be at least 2, got {trees}")
         if answers is not None and answers < 1:
             raise ValueError(f"answers must be at least 1, got {answers}")
-        every = sorted(set(prompt_ids), key=stable_hash)
-        return cls(None if trees is None else frozenset(every[:trees]), answers)
+        return cls(None if trees is None else frozenset(sorted(set(prompt_ids), key=stable_hash)[:trees]), answers)
 
     def has(self, tree: Tree) -> bool:
         """Whether a tree is read."""

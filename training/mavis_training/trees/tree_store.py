@@ -180,21 +180,25 @@ class Shard:
             ValueError: the shard has not been labelled for it.
             OSError: the reward file is truncated or corrupt.
         """
+        if self.sample == _ALL:
+            return self._whole_rewards(objective)
+        return [own[:, 0] for _, own in self.labelled([objective])]
+
+    def _whole_rewards(self, objective: str) -> list[NDArray[np.float64]]:
         path = self.reward_path(objective)
         if not path.exists():
             raise ValueError(f"{self.path.name} has no rewards for {objective!r}: run `mavis label` for it first.")
         columns = read_columns(path)
-        rewards = [columns["rewards"][a:b] for a, b in itertools.pairwise(columns["offsets"])]
-        if self.sample == _ALL:
-            return rewards
-        own = zip(self._whole(), rewards, strict=True)
-        return [of_tree[self.sample.leaves(tree)] for tree, of_tree in own if self.sample.has(tree)]
+        return [columns["rewards"][a:b] for a, b in itertools.pairwise(columns["offsets"])]
 
     def labelled(self, objectives: Sequence[str]) -> Iterator[tuple[Tree, NDArray[np.float64]]]:
         """Iterate over trees with their leaf rewards `[leaves, M]` for M objectives. Raises as `rewards`."""
-        columns = [self.rewards(objective) for objective in objectives]
-        for i, tree in enumerate(self.trees()):
-            yield tree, np.array([column[i] for column in columns]).reshape(len(columns), len(tree.leaves())).T
+        columns = [self._whole_rewards(objective) for objective in objectives]
+        for i, tree in enumerate(self._whole()):
+            if self.sample.has(tree):
+                leaves = self.sample.leaves(tree)
+                own = np.array([column[i][leaves] for column in columns]).reshape(len(columns), len(leaves))
+                yield self.sample.thin(tree), own.T
 
 
 class TreeStore:
@@ -217,7 +221,8 @@ class TreeStore:
         """
         if trees is None and answers is None:
             return self
-        return TreeStore(self.folder, self.metadata, Sample.of(self.prompt_ids(), trees, answers))
+        prompts = () if trees is None else self.prompt_ids()  # which reads all trees
+        return TreeStore(self.folder, self.metadata, Sample.of(prompts, trees, answers))
 
     @classmethod
     def create(cls, folder: str | Path, metadata: StoreMetadata) -> TreeStore:
