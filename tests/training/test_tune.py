@@ -21,8 +21,8 @@ from mavis_training.measure.completions import Protocol, complete_all
 from mavis_training.rivals.directions import load_direction
 from mavis_training.trees.data import load_trees
 from mavis_training.tuning.config import TuneConfig
-from mavis_training.tuning.examples import best_answers, chosen_trees, preference_pairs
-from mavis_training.tuning.paths import PathTrainer, answer_ratios, path_loss
+from mavis_training.tuning.examples import best_answers, chosen_trees, paired_trees, preference_pairs
+from mavis_training.tuning.paths import TreeTrainer, answer_ratios, pair_loss, path_loss
 from mavis_training.tuning.run import tune
 
 REWARDS = """
@@ -73,6 +73,7 @@ def ones(setting: dict) -> float:
     ("method", "changes"),
     [
         ("dpo", {"learning_rate": 2e-2, "epochs": 8, "pairs": 4}),
+        ("pairs", {"learning_rate": 2e-2, "epochs": 8, "pairs": 4, "batch_size": 4}),
         ("paths", {"learning_rate": 2e-2, "epochs": 8, "batch_size": 4}),
         ("sft", {"learning_rate": 2e-2, "epochs": 20}),
         ("rloo", {"learning_rate": 3e-2, "steps": 25, "batch_size": 64, "beta": 0.01}),
@@ -120,7 +121,7 @@ def test_an_interrupted_tuning_goes_on_to_the_same_adapter(place, tmp_path, monk
         return config(place, "paths", tmp_path / name, learning_rate=1e-2, batch_size=1, trees=40, epochs=1)
 
     tune(given("whole"))
-    calls, loss = [], PathTrainer.compute_loss
+    calls, loss = [], TreeTrainer.compute_loss
 
     def interrupted(self, *rest, **named):
         calls.append(1)
@@ -129,7 +130,7 @@ def test_an_interrupted_tuning_goes_on_to_the_same_adapter(place, tmp_path, monk
         return loss(self, *rest, **named)
 
     with monkeypatch.context() as patched:
-        patched.setattr(PathTrainer, "compute_loss", interrupted)
+        patched.setattr(TreeTrainer, "compute_loss", interrupted)
         with pytest.raises(KeyboardInterrupt):
             tune(given("cut"))
     with pytest.raises(ValueError, match="another training"):
@@ -239,6 +240,14 @@ def test_pairs_and_best_answers_are_those_of_the_rewards(place) -> None:
     for pair in pairs:
         item = by_prompt[tuple(pair["prompt_ids"])]
         assert reward(item, pair["chosen_ids"]) > reward(item, pair["rejected_ids"])
+    answers = {(*pair["prompt_ids"], -1, *pair[side]) for pair in pairs for side in ("chosen_ids", "rejected_ids")}
+    thinned = paired_trees(trees, {"ones": 1.0}, deviations, 2)
+    kept = [
+        (one.tree.prompt_tokens.tolist(), one.tree.completion(int(i)).tolist())
+        for one in thinned
+        for i in one.tree.leaves()
+    ]
+    assert {(*prompt, -1, *own) for prompt, own in kept} == answers
     for row in best_answers(trees, {"ones": 1.0}, deviations):
         prompt = row["completion_mask"].count(0)
         item = by_prompt[tuple(row["input_ids"][:prompt])]
@@ -272,26 +281,52 @@ def test_settings_that_are_none_are_refused(place, tmp_path, method, changes, me
 
 
 def test_rewards_that_never_differ_are_refused(place, tmp_path) -> None:
-    for method in ("dpo", "direction"):
+    for method in ("dpo", "pairs", "direction"):
         with pytest.raises(ValueError, match="answers of different rewards"):
             tune(config(place, method, tmp_path / method, weights={"same": 1.0}, layer=1))
 
 
+def said(policy, prompt: list[int], own: list[int]) -> float:
+    """log pi of an answer, read alone."""
+    logits = policy(torch.tensor([prompt + own])).logits[0, len(prompt) - 1 : -1]
+    return float(torch.log_softmax(logits, -1).gather(1, torch.tensor(own)[:, None]).sum())
+
+
 @torch.no_grad()
-def test_ratios_of_answers_are_those_of_reading_each_alone(place) -> None:
-    model, _ = chat_model()
+def changed_model():
+    """The chat model with other weights."""
     other = chat_model()[0]
     for parameter in other.parameters():
         parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    return other
+
+
+@torch.no_grad()
+def test_pairs_lose_what_dpo_loses_on_each_answer_read_alone(place) -> None:
+    (model, _), other = chat_model(), changed_model()
+    trees, _, deviations, _, _ = chosen_trees(str(place / "trees"), {"ones": 1.0}, 8, 0)
+    expected = {}
+    for pair in preference_pairs(trees, {"ones": 1.0}, deviations, 2):
+        prompt = pair["prompt_ids"]
+        better, worse = (
+            said(other, prompt, own) - said(model, prompt, own) for own in (pair["chosen_ids"], pair["rejected_ids"])
+        )
+        expected.setdefault(tuple(prompt), []).append(float(np.logaddexp(0.0, -0.3 * (better - worse))))
+    thinned = paired_trees(trees, {"ones": 1.0}, deviations, 2)
+    assert len(thinned) == len(expected)
+    for item in thinned:
+        rewards = torch.from_numpy(item.rewards[:, 0])
+        loss = float(pair_loss(answer_ratios(other, item.tree), rewards, item.tree, 0.3))
+        assert loss == pytest.approx(np.mean(expected[tuple(item.tree.prompt_tokens.tolist())]), abs=1e-3)
+
+
+@torch.no_grad()
+def test_ratios_of_answers_are_those_of_reading_each_alone(place) -> None:
+    (model, _), other = chat_model(), changed_model()
     for item in load_trees(str(place / "trees"), ["ones"], 0.0)[1][:5]:
         prompt = item.tree.prompt_tokens.tolist()
-
-        def said(policy, own, prompt=prompt) -> float:
-            logits = policy(torch.tensor([prompt + own])).logits[0, len(prompt) - 1 : -1]
-            return float(torch.log_softmax(logits, -1).gather(1, torch.tensor(own)[:, None]).sum())
-
         answers = [item.tree.completion(int(leaf)).tolist() for leaf in item.tree.leaves()]
-        expected = [said(other, own) - said(model, own) for own in answers]
+        expected = [said(other, prompt, own) - said(model, prompt, own) for own in answers]
         torch.testing.assert_close(answer_ratios(other, item.tree), torch.tensor(expected), atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(answer_ratios(model, item.tree), torch.zeros(len(answers)), atol=1e-3, rtol=0)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,14 +61,23 @@ class Sample:
 
     def thin(self, tree: Tree) -> Tree:
         """The tree of these leaves alone."""
-        leaves = tree.leaves()
-        chosen = leaves[self.leaves(tree)]
-        if len(chosen) == len(leaves):
-            return tree
-        nodes = sorted({node for leaf in chosen for node in tree.path(int(leaf))})
-        place = {node: i for i, node in enumerate(nodes)} | {-1: -1}
-        arrays = {name: getattr(tree, name)[nodes] for name in NODE_DTYPES}
-        arrays["parent"] = np.array([place[int(parent)] for parent in arrays["parent"]])
-        arrays["start"] = np.cumsum(arrays["length"]) - arrays["length"]
-        tokens = np.concatenate([tree.own_tokens(node) for node in nodes])
-        return Tree(tree.prompt_id, tree.prompt, tree.prompt_tokens, tokens, **arrays, columns=tree.columns)
+        return with_leaves(tree, self.leaves(tree))
+
+
+def with_leaves(tree: Tree, numbers: Sequence[int] | NDArray[np.int64]) -> Tree:
+    """The tree of some of its leaves alone.
+
+    Args:
+        tree: with all of them.
+        numbers: of those that stay, in the order of `Tree.leaves()`.
+    """
+    leaves = tree.leaves()
+    if len(numbers) == len(leaves):
+        return tree
+    nodes = sorted({node for leaf in leaves[numbers] for node in tree.path(int(leaf))})
+    place = {node: i for i, node in enumerate(nodes)} | {-1: -1}
+    arrays = {name: getattr(tree, name)[nodes] for name in NODE_DTYPES}
+    arrays["parent"] = np.array([place[int(parent)] for parent in arrays["parent"]])
+    arrays["start"] = np.cumsum(arrays["length"]) - arrays["length"]
+    tokens = np.concatenate([tree.own_tokens(node) for node in nodes])
+    return Tree(tree.prompt_id, tree.prompt, tree.prompt_tokens, tokens, **arrays, columns=tree.columns)

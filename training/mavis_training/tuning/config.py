@@ -13,9 +13,9 @@ from ..base.settings import check_sampling
 from ..fitting.settings import LoraSettings, TrainerSettings
 from ..rewards.load import split_spec
 
-Method = Literal["dpo", "sft", "paths", "rloo", "grpo", "direction"]
+Method = Literal["dpo", "pairs", "sft", "paths", "rloo", "grpo", "direction"]
 ONLINE = ("rloo", "grpo")
-BETA = {"dpo": 0.1, "paths": 1 / 3, "rloo": 0.05, "grpo": 0.05}
+BETA = {"dpo": 0.1, "pairs": 0.1, "paths": 1 / 3, "rloo": 0.05, "grpo": 0.05}
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,9 @@ class TuneConfig(TrainerSettings):
     """What to tune the base model for, how, and on what.
 
     Attributes:
-        method: "dpo": on pairs of answers of the trees, the better against the worse; "paths": path consistency over
-            all answers of a tree (`tuning.paths`); "sft": on the best answer of each tree; "rloo", "grpo": by
+        method: "dpo": on pairs of answers of the trees, the better against the worse, by TRL; "pairs": by the same
+            loss, all pairs of a tree read in one pass (`tuning.paths`), in a fraction of the time; "paths": path
+            consistency over all answers of a tree; "sft": on the best answer of each tree; "rloo", "grpo": by
             reinforcement learning on prompts; "direction": no training, the difference of mean hidden states of better
             and worse answers (`rivals.directions`).
         output: folder for the adapter, or for the direction.
@@ -34,7 +35,7 @@ class TuneConfig(TrainerSettings):
         prompts: JSON-lines file of the prompts of "rloo" and "grpo".
         rewards: by objective, for "rloo" and "grpo", as for `mavis label`.
         trees: at most this many of the store's trees, a sample by prompt; None for all.
-        pairs: of every tree, for "dpo": the best with the worst, the second with the second last, and so on.
+        pairs: of every tree, for "dpo" and "pairs": the best with the worst, the second with the second last, ...
         beta: of the KL penalty, eta of equation 1: in DPO's loss, of the policy that "paths" aims at (rewards being in
             standard deviations), on the rewards of "rloo" and "grpo". None for 0.1, 1/3 and 0.05.
         steps: optimizer steps of "rloo" and "grpo", whatever `epochs` says.

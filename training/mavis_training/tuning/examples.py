@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..trees.data import LabelledTree, load_trees, reward_units, split_by_prompt
+from ..trees.sample import with_leaves
 from ..trees.targets import stable_hash
 from ..trees.tree_store import TreeStore
 
@@ -68,6 +69,17 @@ def combined(item: LabelledTree, weights: Mapping[str, float], deviations: Mappi
     return np.asarray(item.rewards @ np.array([weights[name] / deviations[name] for name in weights]))
 
 
+def ranked_pairs(rewards: NDArray[np.floating[Any]], count: int) -> list[tuple[int, int]]:
+    """Up to `count` pairs of answers, by number, the better first: the best with the worst, the second with the ...
+
+    Args:
+        rewards: of all answers of a tree, [leaves]; equal ones make no pair.
+    """
+    order = np.argsort(rewards, kind="stable")
+    pairs = [(int(order[-1 - i]), int(order[i])) for i in range(min(count, len(order) // 2))]
+    return [(better, worse) for better, worse in pairs if rewards[better] > rewards[worse]]
+
+
 def preference_pairs(
     trees: Sequence[LabelledTree], weights: Mapping[str, float], deviations: Mapping[str, float], count: int
 ) -> list[dict[str, list[int]]]:
@@ -78,19 +90,37 @@ def preference_pairs(
     """
     found = []
     for item in trees:
-        rewards, leaves = combined(item, weights, deviations), item.tree.leaves()
-        order = np.argsort(rewards, kind="stable")
-        for i in range(min(count, len(order) // 2)):
-            worse, better = order[i], order[-1 - i]
-            if rewards[better] > rewards[worse]:
-                ends = {"chosen_ids": int(leaves[better]), "rejected_ids": int(leaves[worse])}
-                own = {name: item.tree.completion(leaf).tolist() for name, leaf in ends.items()}
-                found.append({"prompt_ids": item.tree.prompt_tokens.tolist()} | own)
+        leaves = item.tree.leaves()
+        for better, worse in ranked_pairs(combined(item, weights, deviations), count):
+            ends = {"chosen_ids": int(leaves[better]), "rejected_ids": int(leaves[worse])}
+            own = {name: item.tree.completion(leaf).tolist() for name, leaf in ends.items()}
+            found.append({"prompt_ids": item.tree.prompt_tokens.tolist()} | own)
     if not found:
-        raise ValueError(
-            f"no tree has answers of different rewards for {', '.join(weights)}: there is nothing to prefer"
-        )
+        raise _nothing_to_prefer(weights)
     return found
+
+
+def paired_trees(
+    trees: Sequence[LabelledTree], weights: Mapping[str, float], deviations: Mapping[str, float], count: int
+) -> list[LabelledTree]:
+    """The trees of these pairs' answers alone, with the one weighted reward.
+
+    Raises:
+        ValueError: as `preference_pairs`.
+    """
+    found = []
+    for item in trees:
+        one = combined_item(item, weights, deviations)
+        numbers = sorted({n for pair in ranked_pairs(one.rewards[:, 0], count) for n in pair})
+        if numbers:
+            found.append(LabelledTree(with_leaves(item.tree, numbers), one.rewards[numbers], one.targets))
+    if not found:
+        raise _nothing_to_prefer(weights)
+    return found
+
+
+def _nothing_to_prefer(weights: Mapping[str, float]) -> ValueError:
+    return ValueError(f"no tree has answers of different rewards for {', '.join(weights)}: there is nothing to prefer")
 
 
 def best_answers(

@@ -1,14 +1,17 @@
-"""Path consistency over whole trees: the optimal policy of equation 1 from rollouts of the reference alone.
+"""Tuning on whole trees: the optimal policy of equation 1 from rollouts of the reference alone.
 
-Where pi is optimal, log pi / pi_ref = R / eta - log Z(x) for every answer to a prompt x, so that over the answers of
-one tree eta log pi / pi_ref - R does not vary. Its variance is the loss (VarGrad; of pairs of answers it would be
-REBEL, the squared cousin of DPO). All answers of a tree are learned from at once: they share prefixes in one packed
-sequence, and log pi_ref is in the tree already, so that the reference is not run.
+*Path consistency*: where pi is optimal, log pi / pi_ref = R / eta - log Z(x) for every answer to a prompt x, so that
+over the answers of one tree eta log pi / pi_ref - R does not vary. Its variance is the loss (VarGrad; of pairs of
+answers it would be REBEL, the squared cousin of DPO). *Pairs*: DPO itself (Rafailov et al., 2023), to which rewards
+only say which of two answers is the better.
+
+All answers of a tree are learned from at once: they share prefixes in one packed sequence, and log pi_ref is in the
+tree already, so that the reference is not run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,29 +25,33 @@ from ..fitting.policies import ratio_metrics, tree_logits
 from ..trees.data import LabelledTree
 from ..trees.packing import pack
 from ..trees.tree import Tree
+from .examples import ranked_pairs
+
+Loss = Callable[[Tensor, Tensor, Tree, float], Tensor]  # of log pi / pi_ref, rewards [leaves], their tree, eta
 
 
-class PathTrainer(Trainer):
-    """Path consistency; a batch is a list of trees with the rewards of their answers.
+class TreeTrainer(Trainer):
+    """Tunes on trees; a batch is a list of them with the rewards of their answers.
 
     Args:
+        loss: of one tree, `path_loss` or `pair_loss`.
         eta: of equation 1, the KL penalty.
         rest: of `Trainer`.
     """
 
-    def __init__(self, *, eta: float, **rest: Any) -> None:
+    def __init__(self, *, loss: Loss, eta: float, **rest: Any) -> None:
         super().__init__(**rest)
-        self.eta = eta
+        self.loss, self.eta = loss, eta
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean over the trees of `path_loss`."""
+        """Mean over the trees of their losses."""
         found = []
         for tree, rewards in inputs["trees"]:
             with self.accelerator.autocast():  # the decoder is read past the wrapped `forward`, which has it
                 ratios = answer_ratios(model, tree)  # type: ignore[arg-type]
-            found.append(path_loss(ratios, rewards, tree, self.eta))
+            found.append(self.loss(ratios, rewards, tree, self.eta))
         return torch.stack(found).mean()
 
     def _prepare_inputs(self, inputs: Any) -> Any:
@@ -117,3 +124,17 @@ def path_loss(ratios: Tensor, rewards: Tensor, tree: Tree, eta: float) -> Tensor
     share = torch.from_numpy(leaf_shares(tree)).to(ratios)
     missed = eta * ratios - rewards.to(ratios)
     return (share * (missed - (share * missed).sum()).square()).sum()
+
+
+def pair_loss(ratios: Tensor, rewards: Tensor, tree: Tree, beta: float) -> Tensor:
+    """DPO's loss, -log sigmoid(beta (log pi / pi_ref of the better - of the worse)), over pairs of a tree's answers.
+
+    Args:
+        ratios: log pi / pi_ref [leaves].
+        rewards: [leaves]; the best is paired with the worst, the second with the second last, and so on.
+        tree: that they are of.
+        beta: of the KL penalty.
+    """
+    better, worse = zip(*ranked_pairs(rewards.numpy(force=True), len(rewards)), strict=True)
+    margin = ratios[list(better)] - ratios[list(worse)]
+    return -nn.functional.logsigmoid(beta * margin).mean()

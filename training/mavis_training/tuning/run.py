@@ -34,10 +34,11 @@ from ..rivals.directions import contrast, save_direction
 from ..trees.data import LabelledTree, recipe_of
 from ..trees.tree import Tree
 from .config import ONLINE, TuneConfig
-from .examples import ChosenTrees, best_answers, chosen_trees, combined_item, preference_pairs
-from .paths import PathTrainer, answer_ratios, collate, policy_metrics, tree_rows
+from .examples import ChosenTrees, best_answers, chosen_trees, combined_item, paired_trees, preference_pairs
+from .paths import TreeTrainer, answer_ratios, collate, pair_loss, path_loss, policy_metrics, tree_rows
 
 RESULT = "tuned.json"
+ON_TREES = {"paths": path_loss, "pairs": pair_loss}
 _MEASURED = 128  # held-out trees, on which every policy is measured
 _SHAPELESS = ("output", "device", "fresh", "model", "store", "prompts", "initial")
 
@@ -231,17 +232,20 @@ def _offline(
         rows = best_answers(trees, config.weights, deviations)
         arguments = _arguments(config) | {"max_length": None, "completion_only_loss": True} | config.trl
         return SFTTrainer(args=TrlSftConfig(**arguments), train_dataset=Dataset.from_list(rows), **shared)
-    if config.method == "paths":
-        one = [combined_item(item, config.weights, deviations) for item in trees]
+    if config.method in ON_TREES:
+        if config.method == "pairs":
+            one = paired_trees(trees, config.weights, deviations, config.pairs)
+        else:
+            one = [combined_item(item, config.weights, deviations) for item in trees]
         adapted = _adapted(config, model)
         # A tree is as many sequences as it has answers: one at a time, and steps of `batch_size` trees.
         arguments = _arguments(config) | {
             "per_device_train_batch_size": 1, "gradient_accumulation_steps": config.batch_size,
             "remove_unused_columns": False, "label_names": [],
         } | config.trl  # fmt: skip
-        return PathTrainer(
+        return TreeTrainer(
             model=adapted, args=TrainingArguments(**arguments), train_dataset=tree_rows(one), eta=config.eta,
-            data_collator=collate,
+            loss=ON_TREES[config.method], data_collator=collate,
         )  # fmt: skip
     return None
 
