@@ -22,7 +22,7 @@ from transformers import (
 
 from mavis_logits import MavisLogitsProcessor, MavisSampling, ValueHead
 from mavis_logits.decoding.given import unreadable
-from mavis_logits.scoring.rows import ended_rows, guess_padding
+from mavis_logits.scoring.rows import endings, guess_padding
 from mavis_logits.testing import algorithm_2
 from mavis_logits.values.ensemble import special_tokens
 from tiny import EOS, PAD, VOCABULARY, make_base, make_head, make_value_model
@@ -198,11 +198,10 @@ def test_a_prompt_closes_nothing() -> None:
     call = {"do_sample": False, "max_new_tokens": 3, "eos_token_id": END, "pad_token_id": EOS}
     base.generate(**padded(rows, EOS), **call, logits_processor=[mavis])
     mavis.hold(rows)
-    ids = torch.tensor(rows)
-    assert ended_rows(ids, frozenset({EOS}), EOS).tolist() == [True, False]
-    assert not ended_rows(ids, frozenset({EOS}), EOS, begun=4).any()
-    grown = torch.cat([ids, torch.tensor([[EOS, EOS], [1, 2]])], dim=1)
-    assert ended_rows(grown, frozenset({EOS}), None, begun=4).tolist() == [True, False]
+    last = [row[-2:] for row in rows]
+    assert endings(last, 4, frozenset({EOS}), EOS).closed == [True, False]
+    assert not any(endings(last, 4, frozenset({EOS}), EOS, begun=4).closed)
+    assert endings([[EOS, EOS], [1, 2]], 6, frozenset({EOS}), None, begun=4).closed == [True, False]
 
 
 def test_guessed_padding() -> None:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mavis_logits.scoring.rows import Plan, RowTracker, Tokens, ended_rows, strip_padding
+from mavis_logits.scoring.rows import Plan, RowTracker, Tokens, endings, strip_padding
 
 PAD, EOS = 0, 1
 # Three tokens only, so that prefixes are shared and candidates chosen often.
@@ -137,13 +137,15 @@ def test_a_lone_token_is_a_prompt_even_if_it_is_the_padding_token() -> None:
 
 def test_rows_end_with_padding_after_eos() -> None:
     rows = [[5, 6, EOS, PAD], [5, EOS, PAD, PAD], [5, 6, 7, EOS], [5, 6, 7, PAD], [5, 6, 7, 8], [PAD, PAD, 5, EOS]]
-    batch = torch.tensor(rows)
-    assert ended_rows(batch, frozenset({EOS}), PAD).tolist() == [True, True, False, False, False, False]
-    assert not ended_rows(batch, frozenset({EOS}), None).any()
-    repeated = torch.tensor([[5, EOS, EOS], [5, 6, EOS]])
-    assert ended_rows(repeated, frozenset({EOS}), EOS).tolist() == [True, False]
+    closed, ended, over = endings([row[-2:] for row in rows], 4, frozenset({EOS}), PAD)
+    assert closed == [True, True, False, False, False, False]
+    assert ended == [False, False, True, False, False, True]
+    assert over == [True, True, True, True, False, True]
+    assert not any(endings([row[-2:] for row in rows], 4, frozenset({EOS}), None).closed)
+    assert endings([[EOS, EOS], [6, EOS]], 3, frozenset({EOS}), EOS).closed == [True, False]
+    assert endings([[], []], 0, frozenset({EOS}), PAD) == ([False] * 2,) * 3
 
 
 def test_prompts_that_all_look_closed_are_prompts() -> None:
-    assert not ended_rows(torch.tensor([[5, EOS, PAD], [6, EOS, PAD]]), frozenset({EOS}), PAD).any()
-    assert not ended_rows(torch.tensor([[EOS, PAD], [5, 6]]), frozenset({EOS}), PAD).any()
+    assert not any(endings([[EOS, PAD], [EOS, PAD]], 3, frozenset({EOS}), PAD).closed)
+    assert not any(endings([[EOS, PAD], [5, 6]], 2, frozenset({EOS}), PAD).closed)

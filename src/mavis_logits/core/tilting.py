@@ -62,22 +62,21 @@ def normalize(
     Raises:
         ValueError: an unknown method.
     """
-    values = _wide(values)
-    zero = torch.zeros((), dtype=values.dtype, device=values.device)
+    values, absent = _wide(values), ~mask
     if method in AS_THEY_ARE:
-        return torch.where(mask, values, zero)
+        return values.masked_fill(absent, 0.0)
     if method == "center":
-        kept = torch.where(mask, values, zero)
+        kept = values.masked_fill(absent, 0.0)
         mean = (kept / mask.sum(dim=-1, keepdim=True).clamp(min=1)).sum(dim=-1, keepdim=True)
-        return torch.where(mask, values - mean, zero)
+        return (kept - mean).masked_fill_(absent, 0.0)
     if method not in ("minmax", "gap"):
         raise ValueError(f"normalize must be one of {', '.join(map(repr, get_args(Normalization)))}, got {method!r}")
     # Halved first, so that the difference of two huge values stays finite.
-    low = torch.where(mask, values, torch.inf).amin(dim=-1, keepdim=True) / 2
-    high = torch.where(mask, values, -torch.inf).amax(dim=-1, keepdim=True) / 2
-    span = high - low
+    halves = values / 2
+    low = halves.masked_fill(absent, torch.inf).amin(dim=-1, keepdim=True)
+    span = halves.masked_fill(absent, -torch.inf).amax(dim=-1, keepdim=True) - low
     divisor = span if method == "minmax" else span.clamp(min=floor / 2)
-    return torch.where(mask & (span > 0), (values / 2 - low) / divisor, zero)
+    return ((halves - low) / divisor).masked_fill_(absent | (span <= 0), 0.0)
 
 
 def expectation(values: Tensor, scores: Tensor) -> Tensor:
@@ -126,10 +125,10 @@ def kl_divergence(tilted: Tensor, reference: Tensor, normalized: bool = False) -
     """
     reference = _wide(reference)
     log_policy = _wide(tilted) if normalized else torch.log_softmax(_wide(tilted), dim=-1)
-    policy, nothing = log_policy.exp(), torch.zeros((), device=reference.device)
+    policy = log_policy.exp()
     # A token without probability contributes nothing, also where both logarithms are -inf. A NaN stays one.
-    divergence = torch.where(policy != 0, policy * (log_policy - reference), nothing).sum(dim=-1)
-    return torch.where(torch.isneginf(reference).all(dim=-1), nothing, divergence)  # a row of no tokens
+    divergence = (log_policy - reference).mul_(policy).masked_fill_(policy == 0, 0.0).sum(dim=-1)
+    return divergence.masked_fill_((reference == -torch.inf).all(dim=-1), 0.0)  # a row of no tokens
 
 
 def solve_beta(scores: Tensor, values: Tensor, kl: Tensor | float, max_beta: float = MAX_BETA) -> Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
@@ -19,7 +20,7 @@ from transformers import LogitsProcessor
 from ..backbone import Backbone
 from ..backbone.hidden import SOURCE, HiddenStates
 from ..scoring.reader import States, ValueReader
-from ..scoring.rows import LeftPadding, RowTracker, Tokens, ended_rows, ids_on
+from ..scoring.rows import Endings, LeftPadding, RowTracker, Tokens, endings, ids_on
 from ..steering.signatures import SteeringOptions
 from ..steering.steering import Steering
 from ..steering.step import Choice, Step, check_scores
@@ -45,25 +46,23 @@ class _Call:
 
     Attributes:
         input_ids: [R, T] tokens so far, with padding.
+        scores: [R, V] that the processor was given.
         states: of the base model, by layer.
         prompts: what the base model has read since the last call, if more than a token.
         begins: whether a text may begin here: these are not the rows of the last call with a token more, or the base
             model has read more than that.
-        live: [R] bool, rows that `generate` has not closed.
-        over: [R] bool, rows after which everything may be forbidden.
-        probe: [] bool, whether the scores are no model's.
-        scored: [R, k] bool, candidates whose values count.
+        begun: length of the prompts, 0 if not known.
+        kept: [R, k] bool, candidates whose values count in rows that have not ended.
         seconds: that reading the values has taken.
     """
 
     input_ids: Tensor
+    scores: Tensor
     states: States
     prompts: list[Prompt]
     begins: bool
-    live: Tensor
-    over: Tensor
-    probe: Tensor
-    scored: Tensor = field(default_factory=lambda: torch.empty(0))
+    begun: int
+    kept: Tensor = field(default_factory=lambda: torch.empty(0))
     seconds: float = 0.0
 
 
@@ -175,52 +174,69 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         self._local.passed = 0
         prompts = self._given.take() if self._given is not None else []
         new = self._is_new(input_ids)
-        if new:  # where the prompts end is known of those that the base model has read
+        if new:
+            self.check_devices(scores)
+            # Where the prompts end is known of those that the base model has read.
             self._local.begun = input_ids.shape[1] if prompts else 0
-        eos = ids_on(frozenset(token for token in self.special.eos if token < scores.shape[1]), scores.device)
-        ended = torch.isin(input_ids[:, -1:], eos).any(dim=1)
-        call = _Call(
-            input_ids, states, prompts, begins=new or bool(prompts),
-            live=~ended_rows(input_ids, self.special.eos, self.pad_token_id, self._local.begun),
-            # Once a text has ended, a grammar may well forbid everything.
-            over=ended if self.pad_token_id is None else ended | (input_ids[:, -1:] == self.pad_token_id).any(dim=1),
-            probe=_is_probe(scores),
-        )  # fmt: skip
+        call = _Call(input_ids, scores, states, prompts, new or bool(prompts), self._local.begun)
         steered = self._steered(call)
-        if self.trace is None and steered is not None and not steered.any():
+        if self.trace is None and not any(steered):
             return scores
         step = self.policy.step(self.known(scores), partial(self._read, call))
-        shown = call.live if steered is None else call.live & steered
-        broken, going, (probe, *_) = torch.stack([step.broken & call.live, shown, call.probe.expand_as(shown)]).tolist()
-        if probe:
+        # All that the host must know, in one piece: it waits for the device once.
+        flags = torch.stack([step.broken, _tied(step.reference)], dim=1)
+        *last, broken, tied = zip(*torch.cat([input_ids[:, -2:], flags], dim=1).tolist(), strict=True)
+        if tied[0] and _is_probe(scores):
             self.stats.pass_through()
             return scores
-        if any(broken):
-            check_scores(step.reference, call.live)
-            self.check_values(step.values, call.scored)
-        step = replace(step, kl=torch.where(shown & ~ended, step.kl, 0.0))
-        self.stats.add(len(scores), step.kl, call.seconds)
+        ending = self._endings(call, list(zip(*last, strict=True)))
+        live = [not closed for closed in ending.closed]
+        if any(wrong and goes_on for wrong, goes_on in zip(broken, live, strict=True)):
+            live = self._check_step(call, step, ending)
+        going = [goes_on and wanted for goes_on, wanted in zip(live, steered, strict=True)]
+        uncounted = [ended or not goes_on for ended, goes_on in zip(ending.ended, going, strict=True)]
+        kl = step.kl.masked_fill(_on(uncounted, scores), 0.0) if any(uncounted) else step.kl
+        self.stats.add(len(scores), kl, call.seconds)
         if self.trace is not None:
-            idle = torch.tensor(self.idle, device=scores.device)
-            values = step.values.masked_fill(idle | ~call.scored[..., None], torch.nan)
-            self._record(input_ids, replace(step, values=values), shown)
+            unknown = _on(self.idle, scores) | ~(call.kept & _on(live, scores)[:, None])[..., None]
+            values = step.values.masked_fill(unknown, torch.nan)
+            self._record(input_ids, replace(step, kl=kl, values=values), _on(going, scores))
         if self._leaves_scores_alone(step.candidates.shape[1], scores.shape[1]):
             return scores
         log_probs = step.everything
         if log_probs is None:
             best = scores.gather(1, step.candidates[:, :1])
-            log_probs = _far(scores, best, eos, self.config.reference_temperature)
-            steered = torch.where(step.tilted.isneginf(), log_probs.gather(1, step.candidates), step.tilted)
-            log_probs.scatter_(1, step.candidates, steered)
+            ends = ids_on(frozenset(token for token in self.special.eos if token < scores.shape[1]), scores.device)
+            log_probs = _far(scores, best, ends, self.config.reference_temperature)
+            tilted = torch.where(step.tilted.isneginf(), log_probs.gather(1, step.candidates), step.tilted)
+            log_probs.scatter_(1, step.candidates, tilted)
         log_probs = log_probs.to(scores.dtype)
         if left := [row for row, goes_on in enumerate(going) if not goes_on]:
             log_probs[left] = scores[left]
         return log_probs
 
-    def _steered(self, call: _Call) -> Tensor | None:
-        """[R] whether the next token of each row lies where its answer is steered; None for all of them."""
+    def _endings(self, call: _Call, last: Sequence[Sequence[int]]) -> Endings:
+        """Which rows have ended, as their `last` tokens [R, 2] tell."""
+        length = call.input_ids.shape[1]
+        return endings(last or [()] * len(call.scores), length, self.special.eos, self.pad_token_id, call.begun)
+
+    def _check_step(self, call: _Call, step: Step, ending: Endings) -> list[bool]:
+        """[R] which rows `generate` has not closed, where scores or values of some are not what they should be.
+
+        Raises:
+            ValueError: those of one of these.
+        """
+        nothing = (step.reference == -torch.inf).all(dim=1).tolist()
+        live = _goes_on(ending, nothing)
+        own = _on(live, call.scores)
+        check_scores(step.reference, own)
+        self.check_values(step.values, call.kept & own[:, None])
+        return live
+
+    def _steered(self, call: _Call) -> list[bool]:
+        """[R] whether the next token of each row lies where its answer is steered."""
         if self.regions is None:
-            return None
+            return [True] * len(call.scores)
         prompt, ids = getattr(self._local, "asked", None), call.input_ids
         if call.prompts or prompt is None or not _begins(prompt, ids):
             prompt = self._local.asked = ids.clone()
@@ -233,7 +249,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
             own = every[number // repeats]
             # Without a tokenizer there are no marks to look for, only numbers of tokens.
             found.append(own is None or own.steers(row[:start], row[start:], self.tokenizer))  # type: ignore[arg-type]
-        return torch.tensor(found, device=ids.device)
+        return found
 
     def _states(self, input_ids: Tensor) -> States | None:
         """The base model's states behind these scores, by layer; None if they are another's."""
@@ -280,8 +296,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
 
     def _read(self, call: _Call, choice: Choice, kept: Tensor) -> Tensor:
         """Values [R, k, M] of the candidates; those not `kept`, or in rows that have ended, mean nothing."""
-        call.live = call.live & ~(call.over & (choice.reference == -torch.inf).all(dim=1))
-        call.scored = kept & call.live[:, None]
+        call.kept = kept
         started = time.perf_counter()
         with self.functions.reading(), self._aside():
             values = self._values(call, choice)
@@ -304,26 +319,29 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         if not models:
             self.functions.refresh(call.begins)
             return reader.values(None, [], call.states, candidates, idle=self.idle, whole=whole)
-        broken = call.live & ~torch.isfinite(choice.reference.amax(dim=1))
-        asked = candidates.masked_fill(~call.scored, -1)
+        best = choice.reference.amax(dim=1)
+        flags = torch.stack([best == -torch.inf, ~torch.isfinite(best), _tied(choice.reference)], dim=1)
+        asked = candidates.masked_fill(~call.kept, -1)
         # All that the host must know, in one piece: it waits for the device once.
-        length, flags = call.input_ids.shape[1], torch.stack([call.live, broken, call.probe.expand_as(broken)], dim=1)
-        known = torch.cat([call.input_ids, asked, flags.to(asked.dtype)], dim=1).cpu().numpy()
-        input_ids, tried, (live, unsound, probe) = known[:, :length], known[:, length:-3], known[:, -3:].T.astype(bool)
-        if unsound.any():
-            check_scores(choice.reference, call.live)
-        if probe.any() or not live.any():
+        length, known = call.input_ids.shape[1], torch.cat([call.input_ids, asked, flags], dim=1).cpu().numpy()
+        input_ids, tried = known[:, :length], known[:, length:-3]
+        nothing, unsound, tied = known[:, -3:].T.astype(bool)
+        live = np.array(_goes_on(self._endings(call, input_ids[:, -2:].tolist()), nothing.tolist()))
+        if (live & unsound).any():
+            check_scores(choice.reference, _on(live, call.scores))
+        if not live.any() or (tied[0] and _is_probe(call.scores)):
             return candidates.new_zeros(*candidates.shape, len(self.objectives), dtype=torch.float32)
         going = [row for row, goes_on in zip(self._sequences(input_ids, call.prompts), live, strict=True) if goes_on]
         try:
             plan = tracker.plan(going)
             reader.refresh(thorough=call.begins or not plan.is_next_token)
             reader.follow(plan, candidates.device)
-            rows, kept, states = call.input_ids, call.scored, call.states
+            rows, kept, states = call.input_ids, call.kept, call.states
+            places = _on(np.flatnonzero(live), candidates)
             if not live.all():  # rows that have ended are gone for good
-                rows, kept, candidates = rows[call.live], kept[call.live], candidates[call.live]
-                states = {layer: state[call.live] for layer, state in states.items()}
-            columns = int((tried >= 0).sum(axis=1).max())  # the likeliest come first
+                rows, kept, candidates = rows[places], kept[places], candidates[places]
+                states = {layer: state[places] for layer, state in states.items()}
+            columns = int((tried[live] >= 0).sum(axis=1).max())  # the likeliest come first
             cut = self.config.candidate_min_p is not None
             values = reader.values(
                 rows, [len(row) for row in going], states, candidates, kept if cut else None, self.idle,
@@ -335,7 +353,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         tracker.update(going, tried[live][:, :columns])
         if live.all():
             return values
-        return values.new_zeros(len(live), *values.shape[1:]).index_put((call.live,), values)
+        return values.new_zeros(len(live), *values.shape[1:]).index_copy(0, places, values)
 
     def _reader(self) -> tuple[ValueReader, RowTracker]:
         """This thread's caches of the value models, and which rows they hold. They outlive a call, for chats."""
@@ -420,7 +438,6 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
                 "the prompt is empty: give generate at least one token to go on from. A prompt in inputs_embeds can be "
                 "steered by value heads alone"
             )
-        self.check_devices(scores)
 
 
 def _begins(prefix: Tensor | None, input_ids: Tensor) -> bool:
@@ -430,10 +447,31 @@ def _begins(prefix: Tensor | None, input_ids: Tensor) -> bool:
     return torch.equal(prefix, input_ids[:, : prefix.shape[1]])
 
 
-def _is_probe(scores: Tensor) -> Tensor:
-    """[] bool, whether the scores are all the same: prompt lookup asks in this way what is forbidden. Nothing is."""
+def _goes_on(ending: Endings, nothing: Sequence[bool]) -> list[bool]:
+    """[R] which rows `generate` has not closed.
+
+    Args:
+        ending: what their last tokens tell.
+        nothing: [R] whether everything is forbidden after a row: a grammar may well do that once a text has ended.
+    """
+    each = zip(ending.closed, ending.over, nothing, strict=True)
+    return [not closed and not (over and forbidden) for closed, over, forbidden in each]
+
+
+def _on(numbers: Any, beside: Tensor) -> Tensor:
+    """What the host knows, on the device of `beside`."""
+    return torch.as_tensor(numbers, device=beside.device)
+
+
+def _tied(reference: Tensor) -> Tensor:
+    """[R] bool, whether the first of the candidates [R, k] are equally likely: only then may it be a probe."""
+    return reference[:, 0] == reference[:, :2][:, -1]
+
+
+def _is_probe(scores: Tensor) -> bool:
+    """Whether the scores are all the same: prompt lookup asks in this way what is forbidden. Waits for the device."""
     least, most = scores[0].aminmax()
-    return (least == most) & (least > -torch.inf)
+    return bool((least == most) & (least > -torch.inf))
 
 
 def _far(scores: Tensor, best: Tensor, eos: Tensor, temperature: float) -> Tensor:
@@ -447,5 +485,4 @@ def _far(scores: Tensor, best: Tensor, eos: Tensor, temperature: float) -> Tenso
     """
     spread = _SPREAD / temperature
     far = torch.add(-_FAR - best.float() * spread, scores.float(), alpha=spread)
-    far[:, eos] -= _FARTHER
-    return far
+    return far.index_add_(1, eos, far.new_full((len(far), len(eos)), -_FARTHER))

@@ -7,8 +7,10 @@ prefix.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -184,25 +186,47 @@ def strip_padding(input_ids: Tokens, pad_token_id: int | None) -> list[Tokens]:
     return LeftPadding().strip(input_ids, None, pad_token_id, frozenset())
 
 
-def ended_rows(input_ids: Tensor, eos_token_ids: frozenset[int], pad_token_id: int | None, begun: int = 0) -> Tensor:
-    """[R] bool, whether `generate` has closed the row: its last token is padding that follows EOS or other padding.
+class Endings(NamedTuple):
+    """What the last tokens of R rows tell.
+
+    Attributes:
+        closed: [R] whether `generate` has closed the row: its last token is padding that follows EOS or other padding.
+        ended: [R] whether the last token is an EOS.
+        over: [R] whether it is one or padding.
+    """
+
+    closed: list[bool]
+    ended: list[bool]
+    over: list[bool]
+
+
+def endings(
+    last: Sequence[Sequence[int]],
+    length: int,
+    eos_token_ids: frozenset[int],
+    pad_token_id: int | None,
+    begun: int = 0,
+) -> Endings:
+    """Which of R rows have ended.
 
     A lone EOS is no proof (a prompt, or a chat turn, may end with it), so a row is scored once more after its EOS. If
     all rows look closed, none is: `generate` would have stopped, so these are prompts.
 
     Args:
-        input_ids: [R, T].
+        last: [R, 2] the last tokens of every row; fewer if there are no more.
+        length: tokens of a row, padding included.
         eos_token_ids: what ends a text.
         pad_token_id: the padding token; without one `generate` fills up with EOS.
         begun: length of the prompts, where it is known: they close nothing.
     """
-    fills = eos_token_ids if pad_token_id is None else frozenset([pad_token_id])
-    if not fills or input_ids.shape[1] < max(3, begun + 2):
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    device = input_ids.device
-    filled = torch.isin(input_ids[:, -1], ids_on(fills, device))
-    closed = filled & torch.isin(input_ids[:, -2], ids_on(eos_token_ids | fills, device))
-    return closed & ~closed.all()
+    fills = eos_token_ids if pad_token_id is None else {pad_token_id}
+    marks = eos_token_ids | fills
+    ended = [bool(len(row)) and row[-1] in eos_token_ids for row in last]
+    over = [bool(len(row)) and row[-1] in marks for row in last]
+    if length < max(3, begun + 2):
+        return Endings([False] * len(last), ended, over)
+    closed = [row[-1] in fills and row[-2] in marks for row in last]
+    return Endings([False] * len(last) if all(closed) else closed, ended, over)
 
 
 @lru_cache(maxsize=64)

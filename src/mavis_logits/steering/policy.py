@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..core.config import MavisConfig
 from ..core.tilting import AS_THEY_ARE, combine, expectation, kl_divergence, normalize, solve_beta, tilt
-from .step import Choice, Step
+from .step import Choice, Step, Unscored
 
 
 @dataclass(frozen=True)
@@ -128,21 +128,29 @@ class Policy:
         config, scores = self.config, scores.float()
         if config.reference_temperature != 1.0:
             scores = scores / config.reference_temperature
-        everything = torch.log_softmax(scores, dim=-1)
+        probabilities = torch.softmax(scores, dim=-1)
         if config.top_k is None:
-            best, reference = scores.amax(dim=-1, keepdim=True), everything
             candidates = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
+            own, best = scores, scores.amax(dim=-1, keepdim=True)
+            share = probabilities.amax(dim=-1, keepdim=True)
         else:
             candidates = likeliest(scores, min(config.top_k, scores.shape[1]))
-            best, reference = scores.gather(1, candidates[:, :1]), everything.gather(1, candidates)
+            own = scores.gather(1, candidates)
+            best, share = own[:, :1], probabilities.gather(1, candidates[:, :1])
+        log_best = share.log()
         # Where all tokens are forbidden there is no NaN, which would speak of damage.
-        reference = reference.masked_fill(torch.isneginf(best), -torch.inf)
+        reference = (own - best + log_best).masked_fill_(best == -torch.inf, -torch.inf)
         if config.candidate_min_p is not None:
             least = reference.amax(dim=-1, keepdim=True) + math.log(config.candidate_min_p)
             # A NaN stays, so that it is noticed.
             reference = reference.masked_fill(reference < least, -torch.inf)
         cut = config.top_k is not None or config.candidate_min_p is not None
-        return Choice(candidates, reference, everything if cut and config.keeps_unscored else None)
+        if not cut or not config.keeps_unscored:
+            return Choice(candidates, reference, None)
+        left = probabilities.gather(1, candidates).masked_fill_(reference > -torch.inf, 0.0)
+        # Not 1 less the candidates' share, of which rounding would leave nothing where these are nearly all.
+        rest = probabilities.scatter_(1, candidates, left).sum(dim=1).log()
+        return Choice(candidates, reference, Unscored(scores, best, log_best, rest))
 
     def worth_scoring(self, choice: Choice) -> Tensor:
         """[R, k] bool, the candidates whose values can matter: those that take part, unless the row has but one.
@@ -164,23 +172,25 @@ class Policy:
             values: [R, k, M], finite; those of candidates that take no part mean nothing.
             requests: of the R rows.
         """
-        config, mask = self.config, choice.mask
+        config, mask, absent = self.config, choice.mask, ~choice.mask
         beta = self.beta_of(values, requests)
-        combined = combine(values, self.weights_of(values, requests)).masked_fill(~mask, 0.0)
+        combined = combine(values, self.weights_of(values, requests)).masked_fill_(absent, 0.0)
         policy = normalize(combined, mask, config.normalize, config.gap_floor)
         reference = choice.reference
         if config.unscored == "expected":
-            policy = (policy - expectation(policy, reference)).masked_fill(~mask, 0.0)
-        keeps = choice.unscored is not None
-        if keeps:  # all that take no part are one more candidate, of value 0: they stay in proportion to each other
-            reference = torch.cat([reference, choice.rest[:, None]], dim=1)
+            policy = (policy - expectation(policy, reference)).masked_fill_(absent, 0.0)
+        if (
+            choice.unscored is not None
+        ):  # they are one more candidate, of value 0: they stay in proportion to each other
+            reference = torch.cat([reference, choice.unscored.rest[:, None]], dim=1)
             policy = nn.functional.pad(policy, (0, 1))
         if config.kl_budget is not None:
             beta = solve_beta(reference, policy, config.kl_budget)
         scores = tilt(reference, policy, beta)
         tilted = torch.log_softmax(scores, dim=-1)
         kl = kl_divergence(tilted, reference, normalized=True)
-        others = -scores.logsumexp(dim=-1) if config.keeps_unscored else torch.full_like(kl, -torch.inf)
+        # What the best was divided by, all were: the sum of their probabilities.
+        others = tilted.amax(dim=-1) - scores.amax(dim=-1) if config.keeps_unscored else torch.full_like(kl, -torch.inf)
         return Step(
             choice.candidates, choice.reference, values, combined, tilted[:, : mask.shape[1]], beta, kl, others,
             choice.unscored, whole=config.top_k is None,

@@ -10,31 +10,49 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Unscored:
+    """The tokens that take no part in a step and keep a probability.
+
+    Attributes:
+        scores: [R, V] of all tokens.
+        best: [R, 1] the highest of them.
+        log_best: [R, 1] log pi_ref of that one.
+        rest: [R] log pi_ref of all tokens together that take no part.
+    """
+
+    scores: Tensor
+    best: Tensor
+    log_best: Tensor
+    rest: Tensor
+
+    def log_probs(self, others: Tensor) -> Tensor:
+        """[R, V] log pi of all tokens as if none took part, new.
+
+        Args:
+            others: [R] log(pi / pi_ref) of those that take none.
+        """
+        # The best is taken off first: scores may be large.
+        return (self.scores - self.best).add_(self.log_best + others[:, None])
+
+
+@dataclass(frozen=True)
 class Choice:
     """What a step chooses among, before any value is known (Algorithm 2, line 2).
 
     Attributes:
         candidates: [R, k] token ids, the likeliest first (in order of their ids if they are the whole vocabulary).
         reference: [R, k] log pi_ref, normalised over the whole vocabulary; -inf for those that take no part.
-        unscored: [R, V] log pi_ref of all tokens, where those that take no part keep a probability; else None.
+        unscored: those that take no part, where they keep a probability; else None.
     """
 
     candidates: Tensor
     reference: Tensor
-    unscored: Tensor | None
+    unscored: Unscored | None
 
     @cached_property
     def mask(self) -> Tensor:
         """[R, k] bool, candidates that take part."""
         return self.reference > -torch.inf
-
-    @cached_property
-    def rest(self) -> Tensor:
-        """[R] log pi_ref of all tokens together that take no part and keep a probability."""
-        assert self.unscored is not None, "only of a step in which they do"
-        own = self.unscored.gather(1, self.candidates).masked_fill(self.mask, -torch.inf)
-        # Not 1 less the candidates' share, of which rounding would leave nothing where these are nearly all.
-        return self.unscored.scatter(1, self.candidates, own).exp_().sum(dim=1).log()
 
 
 @dataclass(frozen=True)
@@ -61,7 +79,7 @@ class Step:
     beta: Tensor
     kl: Tensor
     others: Tensor
-    unscored: Tensor | None = None
+    unscored: Unscored | None = None
     whole: bool = False
 
     @property
@@ -76,7 +94,7 @@ class Step:
         """[R, V] log pi of all tokens, in order; None where only candidates have probability."""
         if self.unscored is None:
             return self.tilted if self.whole else None
-        every = self.unscored + self.others[:, None]
+        every = self.unscored.log_probs(self.others)
         own = torch.where(self.reference > -torch.inf, self.tilted, every.gather(1, self.candidates))
         return every.scatter_(1, self.candidates, own)
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _counting = fork_safe_lock()  # one object may be counting in several threads
+_ADDED_AT_ONCE = 256  # steps
 KEPT = 256  # candidates a row that a trace keeps of a step
 
 
@@ -34,21 +35,23 @@ class MavisStats:
     tokens: int = 0
     passed_through: int = 0
     seconds: float = 0.0
-    _kl: Tensor | float = field(default=0.0, repr=False)
+    _kl: list[Tensor] = field(default_factory=list, repr=False)  # on the device until asked for
 
     @property
     def kl(self) -> float:
         """Sum over steps and rows of the step's exact KL divergence from the full-vocabulary reference, in nats."""
-        return float(self._kl)
+        with _counting:
+            return float(torch.cat(self._kl).sum()) if self._kl else 0.0
 
     def add(self, rows: int, kl: Tensor, seconds: float) -> None:
         """Count one step of `rows` rows with divergences `kl` [rows]."""
-        total = kl.sum()  # stays on the device until asked for
         with _counting:
             self.steps += 1
             self.tokens += rows
             self.seconds += seconds
-            self._kl = self._kl + total
+            self._kl.append(kl)
+            if len(self._kl) == _ADDED_AT_ONCE:
+                self._kl[:] = [torch.cat(self._kl).sum(dim=0, keepdim=True)]
 
     def pass_through(self) -> None:
         """Count one call left unsteered."""

@@ -74,13 +74,8 @@ class ValueFunctions:
         self.words = [model for model in self.models if isinstance(model, Words)]
         self.value_models: list[Any] = [model for model in self.models if not isinstance(model, Words)]
         self.of_ids: list[Any] = [model for model in self.value_models if not isinstance(model, Retokenized)]
+        self.layers: set[Layer] = {head.config.layer for head in self.heads} | ({LOGITS} if self.words else set())
         self._vocabulary: int | None = None  # the smallest of the models'
-
-    @property
-    def layers(self) -> set[Layer]:
-        """What is read of the base model: layers, as in `ValueHeadConfig.layer`, and for words the logits."""
-        layers: set[Layer] = {head.config.layer for head in self.heads}
-        return layers | ({LOGITS} if self.words else set())
 
     @property
     def recommended(self) -> dict[str, Any]:
