@@ -1,10 +1,12 @@
 """Two checkouts of this repository side by side: does a change make decoding slower?
 
 Each gets a process of its own; the two decode in turns, the same prompts with the same seed, so that a machine which
-slows down slows both. Printed and written is the ratio of this checkout's time to the other's, round by round.
+slows down slows both. Printed and written is the ratio of this checkout's time to the other's, round by round; of
+"own share" that of the time a step spends in the processor and not in value functions (the paper's settings, k 15).
 
     git worktree add ../before COMMIT
     python benchmarks/checkouts.py ../before                 # writes docs/results/checkouts.json
+    python benchmarks/checkouts.py ../before --cases "own share" --out docs/results/own_share.json
 
 Run it on a machine that does nothing else.
 """
@@ -38,7 +40,7 @@ CASES = [
     for values in ("plain", "head", "two value models")
     for way in (("generate",) if values == "plain" else ("processor", "strategy"))
     for batch in (1, 8)
-]
+] + ["own share by processor, batch 8"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     workers = {"this": start(ROOT, options.new_tokens), "other": start(Path(options.other), options.new_tokens)}
     imports = {side: ask(worker, "ready") for side, worker in workers.items()}
     rows = []
-    for case in CASES:
+    for case in (case for case in CASES if not options.cases or any(part in case for part in options.cases)):
         seconds: dict[str, list[float]] = {side: [] for side in SIDES}
         for number in range(options.rounds + 1):
             for side in SIDES if number % 2 else SIDES[::-1]:
@@ -77,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     """The options."""
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("other", help="folder of the other checkout")
+    found.add_argument("--cases", nargs="+", help="those whose names have one of these in them; by default all")
     found.add_argument("--rounds", type=int, default=7)
     found.add_argument("--new-tokens", type=int, default=32)
     found.add_argument("--out", default=str(ROOT / "docs" / "results" / "checkouts.json"))
@@ -136,7 +139,9 @@ def work(new_tokens: int) -> None:
         key = f"{name} {way}"
         if key not in made:
             made[key] = {}
-            if name != "plain":
+            if name == "own share":
+                made[key] = {"logits_processor": [OwnShare(values["head"], model)]}
+            elif name != "plain":
                 kind = mavis_logits.MavisLogitsProcessor if way == "processor" else mavis_logits.MavisSampling
                 steer = kind.from_pretrained(values[name], beta=5.0, model=model)
                 made[key] = {"logits_processor": [steer]} if way == "processor" else {"custom_generate": steer}
@@ -148,7 +153,33 @@ def work(new_tokens: int) -> None:
             **inputs, **made[key], do_sample=True, temperature=1.0, top_k=0, min_new_tokens=new_tokens,
             max_new_tokens=new_tokens, pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
-        print(time.perf_counter() - started, flush=True)
+        taken = time.perf_counter() - started
+        print(made[key]["logits_processor"][0].median() if name == "own share" else taken, flush=True)
+
+
+class OwnShare:
+    """A processor that is steered by a head at the paper's settings, and what of each step is its own."""
+
+    def __init__(self, head: str, model: Any) -> None:
+        from mavis_logits import MavisLogitsProcessor
+
+        paper: dict[str, Any] = {"top_k": 15, "normalize": "minmax", "beta": 3.0, "model": model}
+        try:
+            self.steer = MavisLogitsProcessor.from_pretrained(head, unscored="drop", **paper)
+        except (TypeError, ValueError):  # from before anything else could become of the other tokens
+            self.steer = MavisLogitsProcessor.from_pretrained(head, **paper)
+        self.seconds: list[float] = []
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        started, before = time.perf_counter(), self.steer.stats.seconds
+        result = self.steer(input_ids, scores)
+        self.seconds.append(time.perf_counter() - started - (self.steer.stats.seconds - before))
+        return result
+
+    def median(self) -> float:
+        """Seconds a step, of those since it was last asked."""
+        found, self.seconds = statistics.median(self.seconds), []
+        return found
 
 
 if __name__ == "__main__":
