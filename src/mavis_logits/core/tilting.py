@@ -110,7 +110,7 @@ def tilt(scores: Tensor, values: Tensor, beta: Tensor | float) -> Tensor:
     return scores.to(dtype) + (beta.reshape(-1, 1) * values.to(dtype)).clamp(-limit, limit)
 
 
-def kl_divergence(tilted: Tensor, reference: Tensor, normalized: bool = False) -> Tensor:
+def kl_divergence(tilted: Tensor, reference: Tensor, normalized: bool = False, empty: Tensor | None = None) -> Tensor:
     """KL divergence of one step's policy from the reference, in nats: sum_i pi(a_i) log(pi(a_i) / pi_ref(a_i)).
 
     Summed along a trajectory its expectation is that of equation 7.
@@ -119,6 +119,7 @@ def kl_divergence(tilted: Tensor, reference: Tensor, normalized: bool = False) -
         tilted: [R, k] scores of the policy, up to a constant a row; it gives no probability to anything else.
         reference: [R, k] log pi_ref of the same tokens, normalised over the whole vocabulary.
         normalized: `tilted` is log pi already.
+        empty: [R] bool, rows of no tokens, whose divergence is 0, if that is known.
 
     Returns:
         [R], at least 0 (up to rounding).
@@ -128,7 +129,7 @@ def kl_divergence(tilted: Tensor, reference: Tensor, normalized: bool = False) -
     policy = log_policy.exp()
     # A token without probability contributes nothing, also where both logarithms are -inf. A NaN stays one.
     divergence = (log_policy - reference).mul_(policy).masked_fill_(policy == 0, 0.0).sum(dim=-1)
-    return divergence.masked_fill_((reference == -torch.inf).all(dim=-1), 0.0)  # a row of no tokens
+    return divergence.masked_fill_((reference == -torch.inf).all(dim=-1) if empty is None else empty, 0.0)
 
 
 def solve_beta(scores: Tensor, values: Tensor, kl: Tensor | float, max_beta: float = MAX_BETA) -> Tensor:

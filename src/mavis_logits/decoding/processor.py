@@ -184,8 +184,8 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
             return scores
         step = self.policy.step(self.known(scores), partial(self._read, call))
         # All that the host must know, in one piece: it waits for the device once.
-        flags = torch.stack([step.broken, _tied(step.reference)], dim=1)
-        *last, broken, tied = zip(*torch.cat([input_ids[:, -2:], flags], dim=1).tolist(), strict=True)
+        told = torch.cat([input_ids[:, -2:], step.broken[:, None], _tied(step.reference)], dim=1).tolist()
+        *last, broken, tied = zip(*told, strict=True)
         if tied[0] and _is_probe(scores):
             self.stats.pass_through()
             return scores
@@ -208,8 +208,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
             best = scores.gather(1, step.candidates[:, :1])
             ends = ids_on(frozenset(token for token in self.special.eos if token < scores.shape[1]), scores.device)
             log_probs = _far(scores, best, ends, self.config.reference_temperature)
-            tilted = torch.where(step.tilted.isneginf(), log_probs.gather(1, step.candidates), step.tilted)
-            log_probs.scatter_(1, step.candidates, tilted)
+            log_probs.scatter_reduce_(1, step.candidates, step.tilted, "amax")  # those that take no part stay far
         log_probs = log_probs.to(scores.dtype)
         if left := [row for row, goes_on in enumerate(going) if not goes_on]:
             log_probs[left] = scores[left]
@@ -226,8 +225,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         Raises:
             ValueError: those of one of these.
         """
-        nothing = (step.reference == -torch.inf).all(dim=1).tolist()
-        live = _goes_on(ending, nothing)
+        live = _goes_on(ending, step.empty.tolist())
         own = _on(live, call.scores)
         check_scores(step.reference, own)
         self.check_values(step.values, call.kept & own[:, None])
@@ -320,7 +318,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
             self.functions.refresh(call.begins)
             return reader.values(None, [], call.states, candidates, idle=self.idle, whole=whole)
         best = choice.reference.amax(dim=1)
-        flags = torch.stack([best == -torch.inf, ~torch.isfinite(best), _tied(choice.reference)], dim=1)
+        flags = torch.stack([choice.empty, ~torch.isfinite(best), _tied(choice.reference)[:, 0]], dim=1)
         asked = candidates.masked_fill(~call.kept, -1)
         # All that the host must know, in one piece: it waits for the device once.
         length, known = call.input_ids.shape[1], torch.cat([call.input_ids, asked, flags], dim=1).cpu().numpy()
@@ -464,8 +462,8 @@ def _on(numbers: Any, beside: Tensor) -> Tensor:
 
 
 def _tied(reference: Tensor) -> Tensor:
-    """[R] bool, whether the first of the candidates [R, k] are equally likely: only then may it be a probe."""
-    return reference[:, 0] == reference[:, :2][:, -1]
+    """[R, 1] bool, whether the first of the candidates [R, k] are equally likely: only then may it be a probe."""
+    return reference[:, :1] == reference[:, :2][:, -1:]
 
 
 def _is_probe(scores: Tensor) -> bool:

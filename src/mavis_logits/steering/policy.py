@@ -128,13 +128,16 @@ class Policy:
         config, scores = self.config, scores.float()
         if config.reference_temperature != 1.0:
             scores = scores / config.reference_temperature
-        probabilities = torch.softmax(scores, dim=-1)
-        if config.top_k is None:
+        whole = config.top_k is None
+        if whole:
             candidates = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
+        else:
+            candidates = likeliest(scores, min(config.top_k, scores.shape[1]))
+        probabilities = torch.softmax(scores, dim=-1)
+        if whole:
             own, best = scores, scores.amax(dim=-1, keepdim=True)
             share = probabilities.amax(dim=-1, keepdim=True)
         else:
-            candidates = likeliest(scores, min(config.top_k, scores.shape[1]))
             own = scores.gather(1, candidates)
             best, share = own[:, :1], probabilities.gather(1, candidates[:, :1])
         log_best = share.log()
@@ -188,12 +191,12 @@ class Policy:
             beta = solve_beta(reference, policy, config.kl_budget)
         scores = tilt(reference, policy, beta)
         tilted = torch.log_softmax(scores, dim=-1)
-        kl = kl_divergence(tilted, reference, normalized=True)
+        kl = kl_divergence(tilted, reference, normalized=True, empty=choice.empty)
         # What the best was divided by, all were: the sum of their probabilities.
         others = tilted.amax(dim=-1) - scores.amax(dim=-1) if config.keeps_unscored else torch.full_like(kl, -torch.inf)
         return Step(
-            choice.candidates, choice.reference, values, combined, tilted[:, : mask.shape[1]], beta, kl, others,
-            choice.unscored, whole=config.top_k is None,
+            choice.candidates, choice.reference, choice.empty, values, combined, tilted[:, : mask.shape[1]], beta, kl,
+            others, choice.unscored, whole=config.top_k is None,
         )  # fmt: skip
 
     @cached_property

@@ -54,13 +54,18 @@ class Choice:
         """[R, k] bool, candidates that take part."""
         return self.reference > -torch.inf
 
+    @cached_property
+    def empty(self) -> Tensor:
+        """[R] bool, rows after which nothing is allowed."""
+        return (self.reference == -torch.inf).all(dim=1)  # a NaN is no such row
+
 
 @dataclass(frozen=True)
 class Step:
     """One step of R rows over k candidates and M objectives.
 
     Attributes:
-        candidates, reference: as in `Choice`.
+        candidates, reference, empty: as in `Choice`.
         values: [R, k, M] in reward units; NaN where they were not asked for.
         combined: [R, k] sum over m of lambda_m V_m, not normalised; 0 for candidates that take no part.
         tilted: [R, k] log pi, the distribution to sample from.
@@ -73,6 +78,7 @@ class Step:
 
     candidates: Tensor
     reference: Tensor
+    empty: Tensor
     values: Tensor
     combined: Tensor
     tilted: Tensor
@@ -87,7 +93,7 @@ class Step:
         """[R] bool, rows in which the base model or a value function gave a NaN or infinity, or nothing is allowed."""
         # Of anything that is not finite this sum is NaN.
         unsound = self.kl + (self.combined - self.combined).sum(dim=1)
-        return (self.reference == -torch.inf).all(dim=1) | torch.isnan(unsound)
+        return self.empty | torch.isnan(unsound)
 
     @cached_property
     def everything(self) -> Tensor | None:
