@@ -3,7 +3,7 @@
 All sides take turns in one run, so that a machine which slows down slows all of them; reported are ratios. Run it in
 the environment of `make test-vllm`; results go to docs/results/serving.json and serving.md:
 
-    .venv-vllm/bin/python benchmarks/serving.py                       # SmolLM2 with the shipped head, on a CPU
+    .venv-vllm/bin/python benchmarks/serving.py                       # SmolLM2 with the taught head, on a CPU
     .venv-vllm/bin/python benchmarks/serving.py --requests 16 --rounds 1 --new-tokens 8 --out runs/serving    # a look
     python benchmarks/serving.py --device cuda --values org/a org/b   # on a GPU, with CUDA graphs; value models too
 """
@@ -159,7 +159,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = result.add_argument
     add("--model", default="smollm2")
-    add("--values", nargs="+", default=[str(ROOT / "model_cards/smollm2-135m-value-head")])
+    add("--values", nargs="+", default=[str(ROOT / "model_cards/smollm2-135m-taught-head")])
     add("--requests", nargs="+", type=int, default=[16, 64])
     add("--new-tokens", type=int, default=32)
     add("--rounds", type=int, default=3)

@@ -28,6 +28,7 @@ from ..steering.trace import MavisTrace
 from ..values.function import ValueFunction
 from .calls import encoder_prompts
 from .given import Given
+from .scores import far_scores, is_probe, tied_first
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
     from .given import Prompt
 
 _SUSPICIOUS = 64  # calls in a row without a state: more than an assistant drafts
-# Scores of tokens that are no candidates: none is left of their probability, but their order. Ends of text come behind
-# the -1e9 of beams that do not exist, lest generate's beam search take one for a sequence.
-_FAR, _FARTHER, _SPREAD = 2.0**23, 1e10, 2.0**10
 
 
 @dataclass
@@ -184,9 +182,9 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
             return scores
         step = self.policy.step(self.known(scores), partial(self._read, call))
         # All that the host must know, in one piece: it waits for the device once.
-        told = torch.cat([input_ids[:, -2:], step.broken[:, None], _tied(step.reference)], dim=1).tolist()
+        told = torch.cat([input_ids[:, -2:], step.broken[:, None], tied_first(step.reference)], dim=1).tolist()
         *last, broken, tied = zip(*told, strict=True)
-        if tied[0] and _is_probe(scores):
+        if tied[0] and is_probe(scores):
             self.stats.pass_through()
             return scores
         ending = self._endings(call, list(zip(*last, strict=True)))
@@ -207,7 +205,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         if log_probs is None:
             best = scores.gather(1, step.candidates[:, :1])
             ends = ids_on(frozenset(token for token in self.special.eos if token < scores.shape[1]), scores.device)
-            log_probs = _far(scores, best, ends, self.config.reference_temperature)
+            log_probs = far_scores(scores, best, ends, self.config.reference_temperature)
             log_probs.scatter_reduce_(1, step.candidates, step.tilted, "amax")  # those that take no part stay far
         log_probs = log_probs.to(scores.dtype)
         if left := [row for row, goes_on in enumerate(going) if not goes_on]:
@@ -225,7 +223,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         Raises:
             ValueError: those of one of these.
         """
-        live = _goes_on(ending, step.empty.tolist())
+        live = ending.goes_on(step.empty.tolist())
         own = _on(live, call.scores)
         check_scores(step.reference, own)
         self.check_values(step.values, call.kept & own[:, None])
@@ -318,16 +316,16 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
             self.functions.refresh(call.begins)
             return reader.values(None, [], call.states, candidates, idle=self.idle, whole=whole)
         best = choice.reference.amax(dim=1)
-        flags = torch.stack([choice.empty, ~torch.isfinite(best), _tied(choice.reference)[:, 0]], dim=1)
+        flags = torch.stack([choice.empty, ~torch.isfinite(best), tied_first(choice.reference)[:, 0]], dim=1)
         asked = candidates.masked_fill(~call.kept, -1)
         # All that the host must know, in one piece: it waits for the device once.
         length, known = call.input_ids.shape[1], torch.cat([call.input_ids, asked, flags], dim=1).cpu().numpy()
         input_ids, tried = known[:, :length], known[:, length:-3]
         nothing, unsound, tied = known[:, -3:].T.astype(bool)
-        live = np.array(_goes_on(self._endings(call, input_ids[:, -2:].tolist()), nothing.tolist()))
+        live = np.array(self._endings(call, input_ids[:, -2:].tolist()).goes_on(nothing.tolist()))
         if (live & unsound).any():
             check_scores(choice.reference, _on(live, call.scores))
-        if not live.any() or (tied[0] and _is_probe(call.scores)):
+        if not live.any() or (tied[0] and is_probe(call.scores)):
             return candidates.new_zeros(*candidates.shape, len(self.objectives), dtype=torch.float32)
         going = [row for row, goes_on in zip(self._sequences(input_ids, call.prompts), live, strict=True) if goes_on]
         try:
@@ -445,42 +443,6 @@ def _begins(prefix: Tensor | None, input_ids: Tensor) -> bool:
     return torch.equal(prefix, input_ids[:, : prefix.shape[1]])
 
 
-def _goes_on(ending: Endings, nothing: Sequence[bool]) -> list[bool]:
-    """[R] which rows `generate` has not closed.
-
-    Args:
-        ending: what their last tokens tell.
-        nothing: [R] whether everything is forbidden after a row: a grammar may well do that once a text has ended.
-    """
-    each = zip(ending.closed, ending.over, nothing, strict=True)
-    return [not closed and not (over and forbidden) for closed, over, forbidden in each]
-
-
 def _on(numbers: Any, beside: Tensor) -> Tensor:
     """What the host knows, on the device of `beside`."""
     return torch.as_tensor(numbers, device=beside.device)
-
-
-def _tied(reference: Tensor) -> Tensor:
-    """[R, 1] bool, whether the first of the candidates [R, k] are equally likely: only then may it be a probe."""
-    return reference[:, :1] == reference[:, :2][:, -1:]
-
-
-def _is_probe(scores: Tensor) -> bool:
-    """Whether the scores are all the same: prompt lookup asks in this way what is forbidden. Waits for the device."""
-    least, most = scores[0].aminmax()
-    return bool((least == most) & (least > -torch.inf))
-
-
-def _far(scores: Tensor, best: Tensor, eos: Tensor, temperature: float) -> Tensor:
-    """[R, V] float32 scores of tokens that are no candidates: no probability, but the order of the reference.
-
-    Args:
-        scores: [R, V] the reference's.
-        best: [R, 1] the highest of them.
-        eos: [n] tokens that come behind all others.
-        temperature: of the reference.
-    """
-    spread = _SPREAD / temperature
-    far = torch.add(-_FAR - best.float() * spread, scores.float(), alpha=spread)
-    return far.index_add_(1, eos, far.new_full((len(far), len(eos)), -_FARTHER))

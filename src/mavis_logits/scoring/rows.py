@@ -199,6 +199,15 @@ class Endings(NamedTuple):
     ended: list[bool]
     over: list[bool]
 
+    def goes_on(self, empty: Sequence[bool]) -> list[bool]:
+        """[R] which rows `generate` has not closed.
+
+        Args:
+            empty: [R] whether nothing is allowed after a row: a grammar may well forbid all once a text has ended.
+        """
+        each = zip(self.closed, self.over, empty, strict=True)
+        return [not closed and not (over and nothing) for closed, over, nothing in each]
+
 
 def endings(
     last: Sequence[Sequence[int]],

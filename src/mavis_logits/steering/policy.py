@@ -128,13 +128,12 @@ class Policy:
         config, scores = self.config, scores.float()
         if config.reference_temperature != 1.0:
             scores = scores / config.reference_temperature
-        whole = config.top_k is None
-        if whole:
+        if config.top_k is None:
             candidates = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
         else:
             candidates = likeliest(scores, min(config.top_k, scores.shape[1]))
         probabilities = torch.softmax(scores, dim=-1)
-        if whole:
+        if config.top_k is None:
             own, best = scores, scores.amax(dim=-1, keepdim=True)
             share = probabilities.amax(dim=-1, keepdim=True)
         else:
