@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
 from .commands.registry import Command, available
+from .core.known import meant
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,9 +61,7 @@ def top_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
 
 def unknown_command(command: str, commands: Mapping[str, Command]) -> str:
     """Return the message for a command that does not exist, with the nearest one that does."""
-    near = difflib.get_close_matches(command, commands, n=1)
-    hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(commands)}."
-    return f"mavis: unknown command {command!r}. {hint}"
+    return f"mavis: unknown command {command!r}; {meant(command, commands)}"
 
 
 def fail(message: str) -> int:

@@ -73,13 +73,13 @@ GOOD: dict[str, Any] = {"format_version": 1, "value_functions": {"a": {"subfolde
     [
         ({"format_version": FORMAT_VERSION + 1}, r"reads formats up to 1: pip install -U mavis-logits"),
         ({"format_version": None}, "format_version must be a whole number"),
-        ({"value_function": {}}, r"unknown key 'value_function' \(did you mean 'value_functions'\?\)"),
+        ({"value_function": {}}, r"unknown key 'value_function'; did you mean 'value_functions'\?"),
         ({"value_functions": {}}, "at least one value function"),
         ({"value_functions": ["org/value"]}, "must be an object by objective, got list"),
         ({"value_functions": {"a": "org/value"}}, "value function 'a' must be an object, got 'org/value'"),
         (
             {"value_functions": {"a": {"rep": "x"}}},
-            r"value function 'a' has the unknown key 'rep' \(did you mean 'repo'",
+            r"value function 'a' has the unknown key 'rep'; did you mean 'repo'",
         ),
         ({"value_functions": {"a": {}}}, "'a' needs a repo .* or a subfolder"),
         ({"value_functions": {"a": {"subfolder": "a", "revision": "v1"}}}, "'a' has a revision but no repo"),

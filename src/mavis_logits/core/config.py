@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
+from .known import meant
 from .tilting import DEFAULT_GAP_FLOOR, Normalization
 
 Unscored = Literal["drop", "keep", "expected"]
@@ -102,9 +102,7 @@ class MavisConfig:
         known = [f.name for f in fields(cls)]
         for key in content:
             if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
-                raise ValueError(f"unknown setting {key!r}{hint}")
+                raise ValueError(f"unknown setting {key!r}; {meant(key, known)}")
         return cls(**content)
 
 

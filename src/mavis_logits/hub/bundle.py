@@ -18,7 +18,6 @@ each of its objectives, and is loaded once.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -29,6 +28,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..core.config import MavisConfig
+from ..core.known import meant
 from .files import Source, check_inside, commit_of, find_file, hub_arguments, read_json
 
 BUNDLE_FILE = "mavis_bundle.json"
@@ -75,8 +75,9 @@ class Bundle:
             _check_entry(objective, entry)
         for objective in self.config.weights or {}:
             if objective not in self.value_functions:
+                hint = meant(objective, self.value_functions, "")
                 raise ValueError(
-                    f"weights name the objective {objective!r}{_near(objective, self.value_functions)}; the bundle has "
+                    f"weights name the objective {objective!r}{hint and f' ({hint})'}; the bundle has "
                     f"value functions for {list(self.value_functions)}"
                 )
 
@@ -201,12 +202,7 @@ def _check_link(folder: Path, source: Source) -> None:
 def _check_keys(content: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
     for key in content:
         if key not in known:
-            raise ValueError(f"{where} has the unknown key {key!r}{_near(key, known)}; known are {', '.join(known)}")
-
-
-def _near(word: str, known: Any) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+            raise ValueError(f"{where} has the unknown key {key!r}; {meant(key, known)}")
 
 
 def _present(content: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -11,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..core.config import MavisConfig
+from ..core.known import meant
 from ..core.tilting import MAX_BETA
 from ..core.weights import parse_weights
 from .serving import Offer
@@ -64,9 +64,7 @@ class Asked:
         for key, value in ours.items():
             name = _OTHER_NAMES.get(key.removeprefix(PREFIX), key.removeprefix(PREFIX))
             if name not in _FIELDS:
-                near = difflib.get_close_matches(key, arguments(), n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(arguments())}"
-                raise ValueError(f"unknown argument {key!r}; {hint}")
+                raise ValueError(f"unknown argument {key!r}; {meant(key, arguments())}")
             if name in settings:
                 raise ValueError(f"{PREFIX}{name} is given twice, under two names")
             settings[name] = value

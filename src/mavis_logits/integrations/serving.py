@@ -6,7 +6,6 @@ that computes loads them.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from ..core.config import MavisConfig
+from ..core.known import meant
 from ..hub.bundle import load_bundle
 from ..hub.files import Source
 from ..values.ensemble import ValueFunctions, load_value_functions
@@ -88,9 +88,7 @@ class Serving:
         settings = {f.name for f in fields(MavisConfig)}
         for key in given:
             if key not in own | settings:
-                near = difflib.get_close_matches(str(key), sorted(own | settings), n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(sorted(own | settings))}"
-                raise ValueError(f"unknown setting {key!r}{hint}")
+                raise ValueError(f"unknown setting {key!r}; {meant(key, sorted(own | settings))}")
         if "values" not in given:
             raise ValueError('say which value functions steer: {"values": "folder or Hub id", ...}')
         return cls(

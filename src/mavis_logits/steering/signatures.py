@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,6 +10,7 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..core.config import MavisConfig, Unscored
+from ..core.known import meant
 from ..core.tilting import Normalization
 from ..scoring.scorer import WantedReading
 from .regions import Regions
@@ -120,10 +120,8 @@ def require_known(owner: type, given: Iterable[str], known: Iterable[str]) -> No
     """Raise `ValueError` if one of the keyword arguments `given` is not `known`; the nearest of `owner`'s is told."""
     for name in given:
         if name not in known:
-            every = list(inspect.signature(owner).parameters)
-            near = difflib.get_close_matches(name, every, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(every)}"
-            raise ValueError(f"unknown setting {name!r} of {owner.__name__}; {hint}")
+            every = inspect.signature(owner).parameters
+            raise ValueError(f"unknown setting {name!r} of {owner.__name__}; {meant(name, every)}")
 
 
 def _unpacked(function: Callable[..., Any], annotation: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import accumulate
@@ -18,6 +17,7 @@ from ..backbone.hidden import LOGITS, Layer
 from ..backbone.needs import Needs
 from ..core.config import recommended
 from ..core.holds import Holds, Undo
+from ..core.known import meant
 from ..hub.files import Source, find_file, hub_arguments, read_json
 from .checkpoints import Options
 from .function import ValueFunction, is_value_function
@@ -145,10 +145,10 @@ class ValueFunctions:
         if isinstance(given, Mapping):
             for name in given:
                 if name not in self.objectives:
-                    near = difflib.get_close_matches(str(name), self.objectives, n=1)
-                    hint = f" (did you mean {near[0]!r}?)" if near else ""
+                    hint = meant(name, self.objectives, "")
                     raise ValueError(
-                        f"weights name the objective {name!r}{hint}; there are values for {self.objectives}"
+                        f"weights name the objective {name!r}{hint and f' ({hint})'}; there are values for "
+                        f"{self.objectives}"
                     )
             given = [given.get(name, 0.0) for name in self.objectives]
         try:

@@ -4,12 +4,13 @@ and what their names stand for."""
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser
+
+from mavis_logits.core.known import meant
 
 if TYPE_CHECKING:
     import torch
@@ -65,9 +66,7 @@ def check_keys(content: Mapping[str, Any], kind: type, where: str) -> None:
     hints = get_type_hints(kind)
     for key, value in content.items():
         if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names_of(kind))}."
-            raise ValueError(f"{where} has the unknown key {key!r}: {hint}")
+            raise ValueError(f"{where} has the unknown key {key!r}: {meant(key, names_of(kind))}")
         inner = _dataclass_in(hints[key])
         if inner is not None:
             for place, part in _mappings(value, f"{where}, {key}"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -11,6 +10,7 @@ from peft import LoraConfig
 from transformers import PreTrainedModel, TrainingArguments
 
 from mavis_logits.backbone import Backbone
+from mavis_logits.core.known import meant
 
 from ..trees.targets import Penalty
 from .settings import LoraSettings, ValueTrainerSettings
@@ -114,8 +114,7 @@ def check_trainer_arguments(given: Mapping[str, Any]) -> None:
     known = {field.name for field in fields(TrainingArguments) if field.init}
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "see the documentation of transformers for its arguments."
+            hint = meant(name, known, "see the documentation of transformers for its arguments")
             raise ValueError(f"trainer has the argument {name!r}, which transformers.TrainingArguments has not: {hint}")
         if name in _OWN_SETTINGS:
             own = _OWN_SETTINGS[name]

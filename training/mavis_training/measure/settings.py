@@ -8,7 +8,6 @@ alone. In words, beta 1 over all candidates is a system prompt, measured like ev
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Mapping
 from dataclasses import fields
@@ -17,6 +16,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mavis_logits import MavisConfig, MavisLogitsProcessor
+from mavis_logits.core.known import meant
 from mavis_logits.decoding import strategies
 from mavis_logits.decoding.strategies import MavisSampling, MavisStrategy
 from mavis_logits.steering.steering import Steering
@@ -62,9 +62,7 @@ def check_setting(setting: Mapping[str, Any]) -> None:
     for key in own:
         if key not in known:
             every = sorted(known | {field.name for field in fields(MavisConfig)} | {_RETURNED, _IN_WORDS})
-            near = difflib.get_close_matches(key, every, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(every)}"
-            raise ValueError(f"the strategy {setting['strategy']!r} has no setting {key!r}: {hint}")
+            raise ValueError(f"the strategy {setting['strategy']!r} has no setting {key!r}: {meant(key, every)}")
 
 
 def parts(setting: Mapping[str, Any]) -> tuple[type[MavisStrategy] | None, dict[str, Any], dict[str, Any], int]:

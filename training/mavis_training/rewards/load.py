@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -22,6 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from transformers.utils import cached_file
 
 from mavis_logits.core.chat import ChatTemplate
+from mavis_logits.core.known import meant
 from mavis_logits.core.rewards import Reward as Reward
 from mavis_logits.core.rewards import compute_rewards as compute_rewards
 from mavis_logits.models import load_chat_model
@@ -171,9 +171,8 @@ def _import_function(spec: str) -> Reward:
         function = getattr(_imported(module, file if file.endswith(".py") else None, folder), name)
     except AttributeError as error:
         known = getattr(sys.modules.get(module), "__dict__", {})
-        near = difflib.get_close_matches(name, known, n=1)
         where = getattr(sys.modules.get(module), "__file__", None) or module
-        hint = f"did you mean {near[0]!r}?" if near else "check the names of both."
+        hint = meant(name, known, "check the names of both")
         raise ValueError(f"reward {spec!r} cannot be imported ({error}); {module} is {where}: {hint}") from error
     except Exception as error:  # a module of a user's: anything may come of running it
         missing = isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]
@@ -284,6 +283,4 @@ def _check_keys(settings: Mapping[str, Any], where: str) -> None:
     known = [f.name for f in fields(ClassifierSettings)]
     for key in settings:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
-            raise ValueError(f"{where} has the unknown key {key!r}: {hint}")
+            raise ValueError(f"{where} has the unknown key {key!r}: {meant(key, known)}")

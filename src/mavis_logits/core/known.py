@@ -1,0 +1,21 @@
+"""Names that people write: which of those that are known they may have meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def meant(given: object, known: Iterable[str], otherwise: str | None = None) -> str:
+    """The end of a message about an unknown name: ``"did you mean 'helpful'?"``.
+
+    Args:
+        given: the name.
+        known: those that there are.
+        otherwise: said where none of them is near; by default which ones there are.
+    """
+    names = list(known)
+    near = difflib.get_close_matches(str(given), names, n=1)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    return f"known are {', '.join(names)}" if otherwise is None else otherwise
