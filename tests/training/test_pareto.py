@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -130,7 +131,8 @@ def place(tmp_path_factory) -> Path:
     """Prompts, rewards and a head of the chat model."""
     folder = tmp_path_factory.mktemp("pareto")
     (folder / "rewards.py").write_text(REWARDS)
-    rows = [{"id": str(i), "prompt": f"w{i} w{i + 1}"} for i in range(24)]
+    kinds = ["harmful", "helpful"]
+    rows = [{"id": str(i), "prompt": f"w{i} w{i + 1}", "kind": kinds[i % 2]} for i in range(24)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     model, tokenizer = chat_model()
     model.save_pretrained(folder / "chat")
@@ -171,6 +173,11 @@ def test_a_whole_run(place, tmp_path) -> None:
     page = (tmp_path / "pareto.html").read_text()
     assert page.count("<circle") == 2 * 12
     assert "<script" not in page
+    shown = re.findall("<summary>(.*?)</summary>", page)
+    assert shown == [f"w{i} w{i + 1}" for i in (1, 3, 5, 7, 9, 11)]  # none of the harmful kind
+    assert {path.name for path in tmp_path.glob("pareto.*")} == {
+        f"pareto.{end}" for end in ("json", "md", "png", "html")
+    }
     assert (tmp_path / "pareto.png").stat().st_size > 1000
     table = (tmp_path / "pareto.md").read_text()
     assert "| head |" in table
@@ -178,8 +185,35 @@ def test_a_whole_run(place, tmp_path) -> None:
     for name, cell in results["cells"].items():
         assert again["cells"][name]["gains"] == cell["gains"]
     assert again["methods"] == results["methods"]
-    with pytest.raises(ValueError, match="completions of other settings"):
-        pareto(config(place, tmp_path, max_new_tokens=5), chat_model())
+
+
+def test_methods_of_another_run_are_compared_as_if_they_were_of_this_one(place, tmp_path) -> None:
+    prompts, best = ({name: config(place, tmp_path).methods[name]} for name in ("prompt", "best of n"))
+
+    def run(name: str, **changes) -> dict:
+        return pareto(config(place, tmp_path / name, **changes), chat_model())
+
+    expected, other = run("whole", methods=best | prompts), tmp_path / "first" / "pareto.json"
+    results = run("first", methods=prompts)
+    found = run("rest", methods=best, beside=[str(other)])
+    assert found["methods"] == expected["methods"]
+    assert found["cells"].keys() == expected["cells"].keys()
+    for changes, message in (
+        ({"seeds": [1]}, r"was measured with seeds \[0\], this run has \[1\]"),
+        ({"methods": prompts}, "both measure prompt"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run("other", beside=[str(other)], **{"methods": best} | changes)
+    assert not (tmp_path / "other").exists()  # told before anything is computed
+    for change, message in (
+        (lambda: results["unsteered"]["ones"].update(reward=-7.0), "the unsteered model has ones -7.0000 in"),
+        (lambda: results["cells"]["prompt - ones 1, twos 0"].pop("by_prompt"), "run it again with this version"),
+        (results.clear, "holds no results of mavis pareto"),
+    ):
+        change()
+        other.write_text(json.dumps(results))
+        with pytest.raises(ValueError, match=message):
+            run("rest", methods=best, beside=[str(other)])
 
 
 def test_the_best_of_n_is_the_best_by_the_weighted_reward(place, tmp_path) -> None:

@@ -46,6 +46,7 @@ class ParetoConfig:
         most_kl: nats beyond which a point does not count, so that no method buys reward by leaving the model; None for
             no such bound.
         worst: standard deviations below the unsteered model at which the hypervolume's corner is, in every objective.
+        beside: results of other runs under the same protocol, whose methods are compared too.
         against: the method that all others are compared with; None for the first.
         resamples: of the bootstrap over prompts.
         level: of the intervals.
@@ -61,6 +62,7 @@ class ParetoConfig:
     steps: int = 5
     most_kl: float | None = None
     worst: float = 1.0
+    beside: list[str] = field(default_factory=list)
     against: str | None = None
     resamples: int = 1000
     level: float = 0.95

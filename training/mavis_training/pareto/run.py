@@ -28,10 +28,13 @@ from .analysis import (
     resampled,
     spacing,
 )
+from .beside import points_of, read_beside, require_same_model
 from .config import UNSTEERED, Cell, ParetoConfig
 from .report import draw, markdown, page
 
 FEWEST = 10  # prompts for an interval
+SHOWN = 6  # prompts whose answers are on the page
+HARMFUL = "harmful"  # the `kind` of prompts whose answers are on no page
 
 
 def pareto(
@@ -54,37 +57,35 @@ def pareto(
         raise ValueError(
             f"{config.prompts} has {len(rows)} prompts, too few to say how sure a difference is: give at least {FEWEST}"
         )
+    others = {path: read_beside(path, config) for path in config.beside}
     output = Path(config.output)
     evaluation = config.evaluation()
-    object.__setattr__(evaluation, "output", str(output.with_suffix(".cells.json")))
+    object.__setattr__(evaluation, "output", str(Path(config.completions, "cells.json")))
     evaluated = evaluate(evaluation, loaded_base)
     cells = {cell.name: cell for cell in config.cells()}
     plain = rewards_of(config, UNSTEERED)
     flat = [name for name in config.traded if plain[name].std() == 0]
     if flat:
         raise ValueError(f"the reward of {', '.join(flat)} does not vary between the model's own answers: no units")
-    measured = {name: _measured(config, cell, plain, len(rows)) for name, cell in cells.items()}
-    methods = {
-        method: Points(
-            np.stack([measured[name][0] for name, cell in cells.items() if cell.method == method]),
-            np.array([list(cell.weights.values()) for cell in cells.values() if cell.method == method]),
-            np.array([measured[name][1]["kl"] for name, cell in cells.items() if cell.method == method]),
-        )
-        for method in config.methods
-    }
     results: dict[str, Any] = {name: evaluated[name] for name in ("date", "machine", "versions", "prompts")}
     results |= {
         "config": {**evaluated["config"], "settings": None, "methods": config.methods, "steps": config.steps,
                    "most_kl": config.most_kl, "worst": config.worst, "objectives": list(config.traded)},
         "cells": {
             name: {"method": cell.method, "weights": cell.weights, "swept": cell.swept, "setting": cell.setting}
-            | measured[name][1]
+            | _measured(config, cell, plain, len(rows))
             for name, cell in cells.items()
         },
         "missing": config.missing(),
         UNSTEERED: evaluated["settings"][UNSTEERED],
-        "methods": compared(methods, config),
     }  # fmt: skip
+    for path, found in others.items():
+        require_same_model(path, found[UNSTEERED], results[UNSTEERED])
+        results["cells"] |= found["cells"]
+    by_method: dict[str, list[Any]] = {}
+    for cell in results["cells"].values():
+        by_method.setdefault(cell["method"], []).append(cell)
+    results["methods"] = compared({name: points_of(own, config) for name, own in by_method.items()}, config)
     write_json(output, results)
     output.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
     draw(results, output.with_suffix(".png"))
@@ -105,29 +106,26 @@ def completions_of(config: ParetoConfig, cell: str) -> Completions:
     return Completions(**{name: value for name, value in content.items() if name != "origin"})
 
 
-def _measured(
-    config: ParetoConfig, cell: Cell, plain: Mapping[str, Array], prompts: int
-) -> tuple[Array, dict[str, Any]]:
-    """Gains [P, M] of a cell's traded objectives, and its numbers."""
+def _measured(config: ParetoConfig, cell: Cell, plain: Mapping[str, Array], prompts: int) -> dict[str, Any]:
+    """The numbers of a cell."""
     done, rewards = completions_of(config, cell.name), rewards_of(config, cell.name)
     standard = {name: (values - plain[name].mean()) / (plain[name].std() or 1.0) for name, values in rewards.items()}
     returned = done.returned
     utility = sum(cell.weights[name] * standard[name] for name in config.traded)
     which = np.arange(len(done.prompt_ids)) * returned + np.reshape(utility, (-1, returned)).argmax(axis=1)
     kept = {name: values[which].reshape(-1, prompts) for name, values in standard.items()}  # [S, P]
-    gains = np.stack([kept[name].mean(axis=0) for name in config.traded], axis=1)
     kl = np.nan
     if done.log_ratios is not None:  # the best of n spends at most log n - (n - 1) / n more
         kl = float(np.mean(done.log_ratios)) + np.log(returned) - (returned - 1) / returned
     texts, lengths = [done.texts[row] for row in which], [done.lengths[row] for row in which]
-    found: dict[str, Any] = {
+    return {
         "gains": {name: float(values.mean()) for name, values in kept.items()},
         "errors": {name: float(values.mean(axis=0).std(ddof=1) / np.sqrt(prompts)) for name, values in kept.items()},
         "kl": kl, "tokens": float(np.mean(lengths)), "distinct_2": distinct(texts, 2),
         "tokens_per_second": None if not done.seconds else round(sum(lengths) / done.seconds, 1),
         "which": [int(row) for row in which[:prompts]],
+        "by_prompt": {name: [round(float(gain), 4) for gain in kept[name].mean(axis=0)] for name in config.traded},
     }  # fmt: skip
-    return gains, found
 
 
 def compared(methods: Mapping[str, Points], config: ParetoConfig) -> dict[str, Any]:
@@ -171,7 +169,7 @@ def compared(methods: Mapping[str, Points], config: ParetoConfig) -> dict[str, A
 def _answers(
     config: ParetoConfig, cells: Mapping[str, Cell], results: Mapping[str, Any], rows: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """For a few prompts the answer of every method at its most even weighting that is on its front, or at any."""
+    """For a few prompts that are fit to show, every method's answer at its most even weighting within `most_kl`."""
     even: dict[str, tuple[Any, str]] = {}
     for name, cell in cells.items():
         uneven = max(cell.weights.values()) - min(cell.weights.values())
@@ -183,8 +181,9 @@ def _answers(
     texts = {method: completions_of(config, name).texts for method, name in chosen.items()}
     plain = completions_of(config, UNSTEERED).texts
     shown = []
-    for i, row in enumerate(rows[:6]):
+    fit_to_show = [i for i, row in enumerate(rows) if row.get("kind") != HARMFUL]
+    for i in fit_to_show[:SHOWN]:
         answers = {UNSTEERED: plain[i]}
         answers |= {chosen[m]: texts[m][results["cells"][chosen[m]]["which"][i]] for m in chosen}
-        shown.append({"prompt": row["prompt"], "answers": answers})
+        shown.append({"prompt": rows[i]["prompt"], "answers": answers})
     return shown
