@@ -12,6 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mavis_logits import ValueHead, ValueModel
 from mavis_logits.backbone.fingerprint import tokenizer_fingerprint
+from mavis_logits.core.config import MavisConfig
+from mavis_logits.hub.bundle import BUNDLE_FILE, Bundle, BundleEntry
 
 OBJECTIVES = ["helpful", "harmless", "humour", "concise", "positive", "formal"]
 TEMPLATE = (
@@ -75,6 +77,9 @@ def lay_out(folder: Path) -> tuple[Any, Any]:
     settings = {"beta": 5.6, "top_k": 200, "normalize": "standard"}
     head = ValueHead.for_model(model, OBJECTIVES, width=16, settings=settings, **of_base)
     head.save_pretrained(folder / "model_cards" / "smollm2-135m-value-head")
+    entries = {name: BundleEntry(subfolder="smollm2-135m-value-head") for name in OBJECTIVES}
+    bundle = Bundle(entries, MavisConfig.from_dict(settings)).to_json()
+    (folder / "model_cards" / BUNDLE_FILE).write_text(bundle, encoding="utf-8")
     for name in ("helpful", "humour"):
         value_model = ValueModel.from_backbone(model, [name], num_layers=1, **of_base)
         with torch.no_grad():

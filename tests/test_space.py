@@ -44,7 +44,8 @@ def test_its_front_matter_names_a_gradio_that_will_do() -> None:
 def test_the_folder_holds_what_the_page_needs_and_is_not_written_over(tmp_path: Path) -> None:
     folder = tmp_path / "space"
     assert build(folder).returncode == 0
-    needed = ["app.py", "README.md", "requirements.txt", "LICENSE", "model_cards/smollm2-135m-value-head/config.json"]
+    needed = ["app.py", "README.md", "requirements.txt", "LICENSE", "model_cards/mavis_bundle.json"]
+    needed += [f"model_cards/smollm2-135m-{head}-head/config.json" for head in ("value", "taught")]
     needed += [f"mavis_logits/{name}" for name in ("commands/ui/page.css", "steering/trace_parts.html")]
     for name in needed:
         assert (folder / name).is_file(), name

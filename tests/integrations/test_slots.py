@@ -33,6 +33,7 @@ def make_functions() -> ValueFunctions:
 
 
 FUNCTIONS = make_functions()
+BUSY = [False] * len(FUNCTIONS.objectives)  # none is idle
 CONFIGS = [
     MavisConfig(top_k=10),
     MavisConfig(top_k=5, normalize="standard"),
@@ -69,7 +70,8 @@ def alone(asked: Asked | None, logits: torch.Tensor, state: torch.Tensor) -> tor
         return logits
     policy = Policy(asked.config, asked.weights, torch.tensor(asked.beta), Settings.scale)
     step = policy.step(
-        logits[None], lambda choice, _: head_values(FUNCTIONS, {1: state[None]}, Wanted(None, choice, asked.config, []))
+        logits[None],
+        lambda choice, _: head_values(FUNCTIONS, {1: state[None]}, Wanted(None, choice, asked.config, BUSY)),
     )
     return step.log_probs(V)[0]
 

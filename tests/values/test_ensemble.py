@@ -11,10 +11,10 @@ from peft import LoraConfig, TaskType, get_peft_model
 from tokenizers import Tokenizer, models
 from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from mavis_logits import ValueHead, ValueModel
+from mavis_logits import MavisLogitsProcessor, ValueHead, ValueModel
 from mavis_logits.backbone.fingerprint import tokenizer_fingerprint
 from mavis_logits.values.ensemble import ValueFunctions, load_value_functions
-from tiny import PAD, VOCABULARY, make_base, make_head, make_value_model
+from tiny import PAD, VOCABULARY, functions, make_base, make_head, make_value_model
 
 
 def tokenizer(*tokens: str) -> PreTrainedTokenizerFast:
@@ -210,3 +210,21 @@ def test_a_head_without_its_model_is_refused(tmp_path: Path) -> None:
 def test_what_is_not_there_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="nowhere"):
         load_value_functions(str(tmp_path / "nowhere"), None, None, {})
+
+
+def test_a_head_whose_objectives_have_no_weight_is_not_read() -> None:
+    base = make_base()
+    heads = functions("heads", base)
+    mavis = MavisLogitsProcessor(heads, {"a": 1.0}, 4.0, model=base, top_k=6, pad_token_id=PAD, trace=True)
+    rested = heads["b"]
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("a head was read that nobody asked")
+
+    with rested.register_forward_pre_hook(fail):
+        base.generate(torch.tensor([[5, 6, 7]]), logits_processor=[mavis], max_new_tokens=3, pad_token_id=PAD)
+        assert torch.isnan(mavis.trace.steps[0].values[..., 1]).all()
+        assert torch.isfinite(mavis.trace.steps[0].values[..., 0]).all()
+        mavis.weights = {"a": 0.5, "b": 0.5}
+        with pytest.raises(AssertionError, match="nobody asked"):
+            base.generate(torch.tensor([[5, 6, 7]]), logits_processor=[mavis], max_new_tokens=3, pad_token_id=PAD)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from .. import MavisLogitsProcessor
 
-DEFAULT_VALUES = "model_cards/smollm2-135m-value-head"
+DEFAULT_VALUES = "model_cards"  # a bundle
 DEFAULT_TEMPERATURE = 0.7
 EXAMPLES = """examples:
   mavis generate --prompt "How do I make good tea?" --weights helpful=1 --unsteered
@@ -228,7 +228,7 @@ def model_arguments(result: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="[NAME=]FOLDER_OR_ID",
         help="a bundle, or value functions under their own objectives' names or those given; each a folder or Hub id "
-        f"(default: the value head for SmolLM2 in {DEFAULT_VALUES}; with --words none)",
+        f"(default: the value heads for SmolLM2, the bundle in {DEFAULT_VALUES}; with --words none)",
     )
     add(
         "--model",

@@ -122,7 +122,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--values", nargs="+", metavar="[NAME=]FOLDER_OR_ID",
         help="a bundle, or value functions under their own objectives' names or those given "
-        f"(default: the value head for SmolLM2 in {DEFAULT_VALUES})",
+        f"(default: the value heads for SmolLM2, the bundle in {DEFAULT_VALUES})",
     )  # fmt: skip
     add("--weights", metavar="NAME=NUMBER,...", help="of requests that name none (default: as recommended, else equal)")
     add("--beta", type=float, help="strength for requests that do not say (default: as recommended, else 5)")

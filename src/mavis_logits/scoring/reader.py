@@ -167,7 +167,7 @@ class ValueReader:
         """
         functions = self._functions
         parts: dict[ValueFunction, Tensor] = {
-            head: head(states[head.config.layer], None if whole else candidates) for head in functions.heads
+            head: head(states[head.config.layer], None if whole else candidates) for head in functions.busy_heads(idle)
         }
         models = functions.busy_models(idle)
         if models:

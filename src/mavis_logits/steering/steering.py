@@ -66,7 +66,7 @@ class Steering(Copied):
         functions: the value functions (`values.ensemble.ValueFunctions`).
         policy: settings and weights, and the arithmetic of a step (`Policy`).
         config: the settings as a `MavisConfig`.
-        idle: [M] whether no value of the objective is asked for: it is a value model's, all whose weights are 0.
+        idle: [M] whether no value of the objective is asked for: it is a value function's, all whose weights are 0.
         special: what pads, begins and ends texts (`values.ensemble.SpecialTokens`).
         stats: totals (`MavisStats`).
         trace: steps of the latest `generate` call (`MavisTrace`), or None.

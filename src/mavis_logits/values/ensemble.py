@@ -118,20 +118,27 @@ class ValueFunctions:
         return torch.stack([f.units[:, output] for _, f, output in self.outputs], dim=1)
 
     def idle(self, weights: Tensor) -> list[bool]:
-        """[M] whether the objective is a value model's all of whose objectives have weight 0: it need not be run.
+        """[M] whether the objective is a value function's all of whose objectives have weight 0: it need not be asked.
 
         With all weights 0 no objective is idle.
         """
         weighted = weights.reshape(-1, len(self.objectives)).any(dim=0).tolist()
         busy = {function for (_, function, _), weight in zip(self.outputs, weighted, strict=True) if weight}
-        return [bool(busy) and f not in busy and f.reads == "tokens" for _, f, _ in self.outputs]
+        return [bool(busy) and f not in busy for _, f, _ in self.outputs]
 
     def busy_models(self, idle: Sequence[bool] | None = None) -> list[Any]:
         """The value models to be run; all of them where it is not said which objectives are `idle`."""
+        return self._busy(self.models, idle)
+
+    def busy_heads(self, idle: Sequence[bool] | None = None) -> list[Any]:
+        """The value heads to be read; all of them where it is not said which objectives are `idle`."""
+        return self._busy(self.heads, idle)
+
+    def _busy(self, functions: list[Any], idle: Sequence[bool] | None) -> list[Any]:
         if idle is None:
-            return self.models
+            return functions
         resting = {function for (_, function, _), rests in zip(self.outputs, idle, strict=True) if rests}
-        return [model for model in self.models if model not in resting]
+        return [function for function in functions if function not in resting]
 
     def weights(self, given: Mapping[str, float] | Sequence[float] | Tensor | None) -> Tensor:
         """lambda as float32 [M] or [R, M].

@@ -21,7 +21,7 @@ from ...demo.checkout import checkout_path
 from ...models import full_name, load_chat_model
 from ...steering.trace_html import Written
 from ..doctor import cached_value_functions
-from ..generate import DEFAULT_VALUES, recommended_temperature, steering
+from ..generate import recommended_temperature, steering
 from .settings import Choice, Settings, check_prompt
 
 if TYPE_CHECKING:
@@ -264,8 +264,7 @@ def known_choices(own: Choice) -> Sequence[Choice]:
         folders = []
     for folder in folders:
         base = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("base_model")
-        name = f"model_cards/{folder.name}"
-        if base == full_name(own.model) and not (name == DEFAULT_VALUES and own == Choice(own.model)):
-            found.append(Choice(own.model, (name,)))
+        if base == full_name(own.model):
+            found.append(Choice(own.model, (f"model_cards/{folder.name}",)))
     found += [Choice(own.model, (name,)) for name in cached_value_functions()]
     return list(dict.fromkeys(found))

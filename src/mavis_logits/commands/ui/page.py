@@ -138,7 +138,7 @@ class Page:
     def pick(self, model: str, values: str, choice: Choice) -> Iterator[tuple[Any, ...]]:
         """Load another choice; yields status, the choice, and how the sliders and presets are then."""
         rest = 3 + MOST_OBJECTIVES + 3
-        yield (status("busy", f"Loading {model} with {values or 'the value head that is shipped'} …"), choice,
+        yield (status("busy", f"Loading {model} with {values or 'the value heads that are shipped'} …"), choice,
                *[gr.skip()] * rest)  # fmt: skip
         try:
             wanted = self._allowed(model, shlex.split(values or ""))
@@ -326,7 +326,7 @@ class Page:
             return own
         if not self.open_choice:
             offered = "; ".join(map(_named, self.choices))
-            raise ValueError(f"this page offers {offered}; not {model} with {' '.join(values) or 'the shipped head'}")
+            raise ValueError(f"this page offers {offered}; not {model} with {' '.join(values) or 'the shipped heads'}")
         return Choice(str(model), tuple(map(str, values)))
 
     def _check_count(self, engine: Engine) -> None:
@@ -373,7 +373,7 @@ def _named(choice: Choice) -> str:
 
 def _of_values(choice: Choice) -> str:
     parts = [*choice.values, *choice.words]
-    return ", ".join(parts) or "the value head that is shipped"
+    return ", ".join(parts) or "the value heads that are shipped"
 
 
 def _said(error: Exception) -> str:

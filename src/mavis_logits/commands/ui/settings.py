@@ -82,7 +82,7 @@ class Choice:
 
     Attributes:
         model: as after `--model`.
-        values: as after `--values`; empty for the value head that is shipped, unless there are words.
+        values: as after `--values`; empty for the value heads that are shipped, unless there are words.
         words: as after `--words`.
         top_k: as after `--top-k`.
     """
