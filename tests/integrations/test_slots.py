@@ -13,6 +13,7 @@ from mavis_logits.core.config import MavisConfig
 from mavis_logits.integrations.asked import Asked
 from mavis_logits.integrations.slots import Rows, Slots, Wanted, head_values
 from mavis_logits.steering.policy import Policy
+from mavis_logits.steering.step import Choice
 from mavis_logits.values.ensemble import ValueFunctions
 from mavis_logits.values.value_head import ValueHead, ValueHeadConfig
 
@@ -69,10 +70,11 @@ def alone(asked: Asked | None, logits: torch.Tensor, state: torch.Tensor) -> tor
     if asked is None:
         return logits
     policy = Policy(asked.config, asked.weights, torch.tensor(asked.beta), Settings.scale)
-    step = policy.step(
-        logits[None],
-        lambda choice, _: head_values(FUNCTIONS, {1: state[None]}, Wanted(None, choice, asked.config, BUSY)),
-    )
+
+    def read(choice: Choice, _: torch.Tensor) -> torch.Tensor:
+        return head_values(FUNCTIONS, {1: state[None]}, Wanted(None, choice, asked.config, BUSY))
+
+    step = policy.step(logits[None], read)
     return step.log_probs(V)[0]
 
 

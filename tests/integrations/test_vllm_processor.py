@@ -205,10 +205,8 @@ def expected(runner: Runner, head: ValueHead, batch: Batch, logits: Tensor, aske
             rows.append(logits[row])
             continue
         policy = Policy(own.config, own.weights, torch.tensor(own.beta), offer.scale)
-        states, busy = (
-            {head.config.layer: runner.hidden[head.config.layer][token][None]},
-            [False] * len(offer.objectives),
-        )
+        states = {head.config.layer: runner.hidden[head.config.layer][token][None]}
+        busy = [False] * len(offer.objectives)
         step = policy.step(
             logits[row][None],
             lambda choice, _, s=states, c=own.config, b=busy: head_values(functions, s, Wanted(None, choice, c, b)),
