@@ -2,7 +2,7 @@
 
 Each gets a process of its own; the two decode in turns, the same prompts with the same seed, so that a machine which
 slows down slows both. Printed and written is the ratio of this checkout's time to the other's, round by round; of
-"own share" that of the time a step spends in the processor and not in value functions (the paper's settings, k 15).
+"own share" that of the time a step spends in the processor and not in value functions.
 
     git worktree add ../before COMMIT
     python benchmarks/checkouts.py ../before                 # writes docs/results/checkouts.json
@@ -40,7 +40,11 @@ CASES = [
     for values in ("plain", "head", "two value models")
     for way in (("generate",) if values == "plain" else ("processor", "strategy"))
     for batch in (1, 8)
-] + ["own share by processor, batch 8"]
+] + ["own share, k 15 by processor, batch 8", "own share, k 200 and the rest kept by processor, batch 8"]
+OWN_SHARE: dict[str, dict[str, Any]] = {
+    "own share, k 15": {"top_k": 15, "normalize": "minmax", "beta": 3.0, "unscored": "drop"},  # the paper's
+    "own share, k 200 and the rest kept": {"top_k": 200, "normalize": "none", "beta": 3.0, "unscored": "keep"},
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -139,8 +143,8 @@ def work(new_tokens: int) -> None:
         key = f"{name} {way}"
         if key not in made:
             made[key] = {}
-            if name == "own share":
-                made[key] = {"logits_processor": [OwnShare(values["head"], model)]}
+            if name in OWN_SHARE:
+                made[key] = {"logits_processor": [OwnShare(values["head"], model, OWN_SHARE[name])]}
             elif name != "plain":
                 kind = mavis_logits.MavisLogitsProcessor if way == "processor" else mavis_logits.MavisSampling
                 steer = kind.from_pretrained(values[name], beta=5.0, model=model)
@@ -154,20 +158,16 @@ def work(new_tokens: int) -> None:
             max_new_tokens=new_tokens, pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
         taken = time.perf_counter() - started
-        print(made[key]["logits_processor"][0].median() if name == "own share" else taken, flush=True)
+        print(made[key]["logits_processor"][0].median() if name in OWN_SHARE else taken, flush=True)
 
 
 class OwnShare:
-    """A processor that is steered by a head at the paper's settings, and what of each step is its own."""
+    """A processor that is steered by a head, and what of each step is its own."""
 
-    def __init__(self, head: str, model: Any) -> None:
+    def __init__(self, head: str, model: Any, settings: dict[str, Any]) -> None:
         from mavis_logits import MavisLogitsProcessor
 
-        paper: dict[str, Any] = {"top_k": 15, "normalize": "minmax", "beta": 3.0, "model": model}
-        try:
-            self.steer = MavisLogitsProcessor.from_pretrained(head, unscored="drop", **paper)
-        except (TypeError, ValueError):  # from before anything else could become of the other tokens
-            self.steer = MavisLogitsProcessor.from_pretrained(head, **paper)
+        self.steer = MavisLogitsProcessor.from_pretrained(head, model=model, **settings)
         self.seconds: list[float] = []
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
