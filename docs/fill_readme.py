@@ -125,17 +125,21 @@ def search(results: Path) -> str:
 
 def tradeoff(results: Path) -> str:
     """Return what every way to steer between two objectives reaches, and how much of the plane it covers."""
-    run = read(results / "pareto_helpful_humour.json")
-    if run is None:
+    found = [read(results / f"pareto_helpful_humour{part}.json") for part in ("", "_tuned")]
+    runs = [run for run in found if run is not None]
+    if not runs:
         return ""
+    run = runs[0]
     first, second = run["config"]["objectives"]
     shown = {f"all {first}": 1.0, "half and half": 0.5, f"all {second}": 0.0}
     rows = []
-    for name, method in run["methods"].items():
+    # Two runs of one protocol; what both have measured came out alike.
+    methods = {name: (one, method) for one in reversed(runs) for name, method in one["methods"].items()}
+    for name, (own, method) in sorted(methods.items(), key=lambda item: -item[1][1]["hypervolume"]):
         row = [name]
         for share in shown.values():
-            cells = [x for x in run["cells"].values() if x["method"] == name and x["weights"][first] == share]
-            counted = [x for x in cells if x["kl"] <= run["config"]["most_kl"]]
+            cells = [x for x in own["cells"].values() if x["method"] == name and x["weights"][first] == share]
+            counted = [x for x in cells if x["kl"] <= own["config"]["most_kl"]]
             best = max(counted or cells, key=lambda x: sum(x["weights"][o] * x["gains"][o] for o in (first, second)))
             row.append(f"{best['gains'][first]:+.2f}, {best['gains'][second]:+.2f} ({best['kl']:.1f})")
         low, high = method["interval"]

@@ -181,9 +181,8 @@ class Policy:
         reference = choice.reference
         if config.unscored == "expected":
             policy = (policy - expectation(policy, reference)).masked_fill_(absent, 0.0)
-        if (
-            choice.unscored is not None
-        ):  # they are one more candidate, of value 0: they stay in proportion to each other
+        if choice.unscored is not None:
+            # All that take no part are one more candidate, of value 0: they stay in proportion to each other.
             reference = torch.cat([reference, choice.unscored.rest[:, None]], dim=1)
             policy = nn.functional.pad(policy, (0, 1))
         if config.kl_budget is not None:
