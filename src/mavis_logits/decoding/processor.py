@@ -172,11 +172,11 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         self._local.passed = 0
         prompts = self._given.take() if self._given is not None else []
         new = self._is_new(input_ids)
-        if new:
-            self.check_devices(scores)
-            # Where the prompts end is known of those that the base model has read.
+        if new:  # where the prompts end is known of those that the base model has read
             self._local.begun = input_ids.shape[1] if prompts else 0
         call = _Call(input_ids, scores, states, prompts, new or bool(prompts), self._local.begun)
+        if call.begins:
+            self.check_devices(scores)
         steered = self._steered(call)
         if self.trace is None and not any(steered):
             return scores
