@@ -116,6 +116,11 @@ def test_a_second_run_takes_all_that_is_there(place, fitted):
         fit(config(place, output, "few", "ones", max_new_tokens=9))
 
 
+def rounded(content):
+    """Numbers to five digits: where a matrix lies in memory shows in the last ones of its products."""
+    return json.loads(json.dumps(content), parse_float=lambda number: float(f"{float(number):.5g}"))
+
+
 def test_a_run_that_was_cut_off_goes_on(place, fitted, tmp_path):
     output, state, _ = fitted
     shutil.copytree(output, tmp_path / "cut")
@@ -128,7 +133,8 @@ def test_a_run_that_was_cut_off_goes_on(place, fitted, tmp_path):
     for folder in ("value", "states", "trials", "completions"):
         shutil.rmtree(tmp_path / "cut/work" / folder)
     again = fit(config(place, tmp_path / "cut", "few", "ones"), say=lambda _: None)
-    assert again["results"]["settings"] == state["results"]["settings"]  # the same trees, the same values
+    found, expected = (rounded(one["results"]["settings"]) for one in (again, state))
+    assert found == expected  # the same trees, the same values
 
 
 def test_a_value_model_of_a_local_base_is_whole(place, tmp_path):
