@@ -143,7 +143,8 @@ def page(content: dict[str, Any]) -> str:
     lines = [
         "# Throughput inside vLLM", "",
         f"`benchmarks/serving.py`, {content['date']}, {content['machine']}; {versions}. SmolLM2-135M, float32, "
-        f"steered by {', '.join(content['settings']['values'])} as it recommends, {content['settings']['new_tokens']} new tokens a request, medians of {content['settings']['rounds']} rounds "
+        f"steered by {', '.join(content['settings']['values'])} as it recommends, "
+        f"{content['settings']['new_tokens']} new tokens a request, medians of {content['settings']['rounds']} rounds "
         f"in which the sides took turns. {content['note']}", "",
         "| requests | side | tokens/s | steered over it |", "|---|---|---|---|",
     ]  # fmt: skip
