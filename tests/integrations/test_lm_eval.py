@@ -14,10 +14,9 @@ pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance
 
-from chat_model import chat_model
+from chat_model import save_chat_and_head
 from mavis_logits.decoding.likelihoods import steered_log_probs
 from mavis_logits.integrations import lm_eval as ours
-from mavis_logits.values.value_head import ValueHead
 
 CHOICES = [("w1 w2 w3", " w4"), ("w1 w2 w3", " w5 w6"), ("w7", " w8")]
 
@@ -26,13 +25,7 @@ CHOICES = [("w1 w2 w3", " w4"), ("w1 w2 w3", " w5 w6"), ("w7", " w8")]
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A chat model and a head of it."""
     folder = tmp_path_factory.mktemp("lm_eval")
-    model, tokenizer = chat_model()
-    model.save_pretrained(folder / "chat")
-    tokenizer.save_pretrained(folder / "chat")
-    torch.manual_seed(0)
-    head = ValueHead.for_model(model, ["ones", "twos"], width=16)
-    torch.nn.init.normal_(head.out.weight)
-    head.save_pretrained(folder / "head")
+    save_chat_and_head(folder)
     return folder
 
 

@@ -10,14 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("moocore")
 
-from chat_model import chat_model
-from mavis_logits.values.value_head import ValueHead
+from chat_model import chat_model, save_chat_and_head
 from mavis_training.pareto.analysis import (
     Points,
     bootstrap,
@@ -134,13 +132,7 @@ def place(tmp_path_factory) -> Path:
     kinds = ["harmful", "helpful"]
     rows = [{"id": str(i), "prompt": f"w{i} w{i + 1}", "kind": kinds[i % 2]} for i in range(24)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    model, tokenizer = chat_model()
-    model.save_pretrained(folder / "chat")
-    tokenizer.save_pretrained(folder / "chat")
-    torch.manual_seed(0)
-    head = ValueHead.for_model(model, ["ones", "twos"], width=16)
-    torch.nn.init.normal_(head.out.weight)
-    head.save_pretrained(folder / "head")
+    save_chat_and_head(folder)
     return folder
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..backbone import Backbone
 from ..backbone.hidden import Layer
-from ..scoring.reader import ValueReader
 from ..steering.policy import Requests
 from ..steering.steering import Steering
 from ..steering.step import Choice
@@ -60,13 +59,13 @@ def steered_log_probs(steering: Steering, input_ids: Tensor, attention_mask: Ten
     steered = torch.log_softmax(logits.float(), dim=-1).flatten(0, 1)
     places = torch.nonzero(read.flatten())[:, 0].to(steered.device)
     request = torch.arange(rows, device=steered.device).repeat_interleave(length)
-    reader, whole = ValueReader(functions), steering.config.top_k is None
+    whole = steering.config.top_k is None
     for part in places.split(_ROWS):
         own = {layer: state.flatten(0, 1)[part.to(state.device)] for layer, state in states.items()}
 
         def values(choice: Choice, kept: Tensor, own: dict[Layer, Tensor] = own) -> Tensor:
             with functions.reading():
-                return reader.values(None, [], own, choice.candidates, idle=steering.idle, whole=whole)
+                return functions.gather(functions.read_heads(own, None if whole else choice.candidates, steering.idle))
 
         scores = steering.known(logits.flatten(0, 1)[part])
         step = steering.policy.step(scores, values, Requests(of=request[part], count=rows))

@@ -257,5 +257,4 @@ class Slots:
 def head_values(functions: ValueFunctions, states: Mapping[Layer, Tensor], wanted: Wanted) -> Tensor:
     """Values [r, k, M] of value heads alone, from states [r, d] by layer."""
     candidates = None if wanted.config.top_k is None else wanted.choice.candidates
-    heads = functions.busy_heads(wanted.idle)
-    return functions.gather({head: head(states[head.config.layer], candidates) for head in heads})
+    return functions.gather(functions.read_heads(states, candidates, wanted.idle))

@@ -166,9 +166,7 @@ class ValueReader:
             MemoryError: no room for a value model's cache.
         """
         functions = self._functions
-        parts: dict[ValueFunction, Tensor] = {
-            head: head(states[head.config.layer], None if whole else candidates) for head in functions.busy_heads(idle)
-        }
+        parts: dict[ValueFunction, Tensor] = functions.read_heads(states, None if whole else candidates, idle)
         models = functions.busy_models(idle)
         if models:
             assert input_ids is not None

@@ -128,15 +128,13 @@ class Policy:
         config, scores = self.config, scores.float()
         if config.reference_temperature != 1.0:
             scores = scores / config.reference_temperature
-        if config.top_k is None:
-            candidates = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
-        else:
-            candidates = likeliest(scores, min(config.top_k, scores.shape[1]))
         probabilities = torch.softmax(scores, dim=-1)
         if config.top_k is None:
+            candidates = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
             own, best = scores, scores.amax(dim=-1, keepdim=True)
             share = probabilities.amax(dim=-1, keepdim=True)
         else:
+            candidates = likeliest(scores, min(config.top_k, scores.shape[1]))
             own = scores.gather(1, candidates)
             best, share = own[:, :1], probabilities.gather(1, candidates[:, :1])
         log_best = share.log()

@@ -134,6 +134,18 @@ class ValueFunctions:
         """The value heads to be read; all of them where it is not said which objectives are `idle`."""
         return self._busy(self.heads, idle)
 
+    def read_heads(
+        self, states: Mapping[Layer, Tensor], candidates: Tensor | None, idle: Sequence[bool] | None = None
+    ) -> dict[Any, Tensor]:
+        """Values of every busy head, for `gather`.
+
+        Args:
+            states: of the base model, [R, d] by layer.
+            candidates: [R, k] token ids; None for the whole vocabulary.
+            idle: [M] the objectives that need no value.
+        """
+        return {head: head(states[head.config.layer], candidates) for head in self.busy_heads(idle)}
+
     def _busy(self, functions: list[Any], idle: Sequence[bool] | None) -> list[Any]:
         if idle is None:
             return functions
