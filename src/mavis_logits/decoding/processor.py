@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .given import Prompt
 
 _SUSPICIOUS = 64  # calls in a row without a state: more than an assistant drafts
+_NOT_ASKED = torch.empty(0)
 
 
 @dataclass
@@ -60,7 +61,7 @@ class _Call:
     prompts: list[Prompt]
     begins: bool
     begun: int
-    kept: Tensor = field(default_factory=lambda: torch.empty(0))
+    kept: Tensor = _NOT_ASKED
     seconds: float = 0.0
 
 

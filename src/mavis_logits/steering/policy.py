@@ -15,6 +15,9 @@ from ..core.tilting import AS_THEY_ARE, combine, expectation, kl_divergence, nor
 from .step import Choice, Step, Unscored
 
 
+_FEW = 2048  # scores that `torch.topk` sorts through at once as fast as any
+
+
 @dataclass(frozen=True)
 class Requests:
     """Which request each of R rows belongs to, for weights and beta that are given per request.
@@ -50,25 +53,28 @@ class Requests:
         return every if self.of is None else every[self.of]
 
 
-def likeliest(scores: Tensor, k: int) -> Tensor:
-    """The k largest of every row of `scores` [R, V], the largest first: indices [R, k].
+def likeliest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of every row of `scores` [R, V], the largest first: as `torch.topk`, values and indices [R, k].
 
-    They lie in the k parts of the row that have the largest maxima, so that one pass over the whole vocabulary will do:
-    several times as fast as `torch.topk`. Of n parts each has every n-th token, which vector units compare at once.
+    They lie in the k parts of the row that have the largest maxima, and of these parts again in k: one pass over the
+    whole vocabulary will do, several times as fast as `torch.topk`. Of n parts each has every n-th token, which vector
+    units compare at once.
     """
     rows, vocabulary = scores.shape
-    # Tokens of a part: of V / size maxima the best are found, and then of k * size scores.
-    size = 2 ** round(math.log2(max(vocabulary / k, 1)) / 2)
+    # Tokens of a part: of V / size maxima the best are found, and then of k * size scores, of which fewer are sorted.
+    size = 2 ** round(math.log2(1.5 * math.sqrt(max(vocabulary / k, 1))))
     count = vocabulary // size
-    if size == 1 or count < k:
-        return scores.topk(k, dim=1).indices
+    if vocabulary <= _FEW or count < k:
+        values, indices = scores.topk(k, dim=1)
+        return values, indices
     end = count * size
-    parts = scores[:, :end].unflatten(1, (size, count)).amax(dim=1).topk(k, dim=1).indices
+    parts = scores[:, :end].unflatten(1, (size, count)).amax(dim=1).topk(k, dim=1, sorted=False).indices
     places = (parts[:, None] + torch.arange(0, end, count, device=scores.device)[:, None]).flatten(1)
     if end < vocabulary:
         rest = torch.arange(end, vocabulary, device=scores.device).expand(rows, -1)
         places = torch.cat([places, rest], dim=1)
-    return places.gather(1, scores.gather(1, places).topk(k, dim=1).indices)
+    values, chosen = likeliest(scores.gather(1, places), k)
+    return values, places.gather(1, chosen)
 
 
 ROWS = Requests()  # the rows are the requests
@@ -117,7 +123,9 @@ class Policy:
         choice = self.choose(scores)  # y <- top-k tokens under pi_ref(. | s)
         kept = choice.mask if all_values else self.worth_scoring(choice)
         values = read(choice, kept)  # V_m(s + a_i)
-        return self.tilt(choice, values.masked_fill(~kept[..., None], 0.0), requests)
+        if kept is not choice.mask:  # a tilt looks at the values of all that take part
+            values = values.masked_fill(~kept[..., None], 0.0)
+        return self.tilt(choice, values, requests)
 
     def choose(self, scores: Tensor) -> Choice:
         """The candidates of a step: the k likeliest tokens, of these only those within `candidate_min_p` of the best.
@@ -128,29 +136,32 @@ class Policy:
         config, scores = self.config, scores.float()
         if config.reference_temperature != 1.0:
             scores = scores / config.reference_temperature
-        probabilities = torch.softmax(scores, dim=-1)
         if config.top_k is None:
             candidates = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
             own, best = scores, scores.amax(dim=-1, keepdim=True)
-            share = probabilities.amax(dim=-1, keepdim=True)
         else:
-            candidates = likeliest(scores, min(config.top_k, scores.shape[1]))
-            own = scores.gather(1, candidates)
-            best, share = own[:, :1], probabilities.gather(1, candidates[:, :1])
-        log_best = share.log()
-        # Where all tokens are forbidden there is no NaN, which would speak of damage.
-        reference = (own - best + log_best).masked_fill_(best == -torch.inf, -torch.inf)
-        if config.candidate_min_p is not None:
-            least = reference.amax(dim=-1, keepdim=True) + math.log(config.candidate_min_p)
-            # A NaN stays, so that it is noticed.
-            reference = reference.masked_fill(reference < least, -torch.inf)
+            own, candidates = likeliest(scores, min(config.top_k, scores.shape[1]))
+            best = own[:, :1]
+        offsets = scores - best  # first of all: scores may be large
         cut = config.top_k is not None or config.candidate_min_p is not None
-        if not cut or not config.keeps_unscored:
-            return Choice(candidates, reference, None)
-        left = probabilities.gather(1, candidates).masked_fill_(reference > -torch.inf, 0.0)
-        # Not 1 less the candidates' share, of which rounding would leave nothing where these are nearly all.
-        rest = probabilities.scatter_(1, candidates, left).sum(dim=1).log()
-        return Choice(candidates, reference, Unscored(scores, best, log_best, rest))
+        keeps = cut and config.keeps_unscored
+        odds = offsets.exp() if keeps else offsets.exp_()  # a softmax takes longer, and so does memory of one's own
+        reference = own - best
+        if config.candidate_min_p is not None:  # a NaN stays, so that it is noticed
+            reference.masked_fill_(reference < math.log(config.candidate_min_p), -torch.inf)
+        if keeps:
+            share = odds.gather(1, candidates)
+            left = share.masked_fill(reference > -torch.inf, 0.0)
+            # Not all less the candidates' share, of which rounding would leave nothing where these are nearly all.
+            others = odds.scatter_(1, candidates, left).sum(dim=1, keepdim=True)
+            log_best = -((share - left).sum(dim=1, keepdim=True) + others).log_()
+            unscored = Unscored(offsets, log_best, (others.log_() + log_best)[:, 0])
+        else:
+            log_best, unscored = -odds.sum(dim=1, keepdim=True).log_(), None
+        # Where all tokens are forbidden there is no NaN, which would speak of damage.
+        nothing = best == -torch.inf
+        reference = reference.add_(log_best).masked_fill_(nothing, -torch.inf)
+        return Choice(candidates, reference, nothing[:, 0], unscored)
 
     def worth_scoring(self, choice: Choice) -> Tensor:
         """[R, k] bool, the candidates whose values can matter: those that take part, unless the row has but one.

@@ -14,14 +14,12 @@ class Unscored:
     """The tokens that take no part in a step and keep a probability.
 
     Attributes:
-        scores: [R, V] of all tokens.
-        best: [R, 1] the highest of them.
+        offsets: [R, V] scores of all tokens less the highest of them.
         log_best: [R, 1] log pi_ref of that one.
         rest: [R] log pi_ref of all tokens together that take no part.
     """
 
-    scores: Tensor
-    best: Tensor
+    offsets: Tensor
     log_best: Tensor
     rest: Tensor
 
@@ -31,8 +29,7 @@ class Unscored:
         Args:
             others: [R] log(pi / pi_ref) of those that take none.
         """
-        # The best is taken off first: scores may be large.
-        return (self.scores - self.best).add_(self.log_best + others[:, None])
+        return self.offsets + (self.log_best + others[:, None])
 
 
 @dataclass(frozen=True)
@@ -42,22 +39,19 @@ class Choice:
     Attributes:
         candidates: [R, k] token ids, the likeliest first (in order of their ids if they are the whole vocabulary).
         reference: [R, k] log pi_ref, normalised over the whole vocabulary; -inf for those that take no part.
+        empty: [R] bool, rows after which nothing is allowed.
         unscored: those that take no part, where they keep a probability; else None.
     """
 
     candidates: Tensor
     reference: Tensor
+    empty: Tensor
     unscored: Unscored | None
 
     @cached_property
     def mask(self) -> Tensor:
         """[R, k] bool, candidates that take part."""
         return self.reference > -torch.inf
-
-    @cached_property
-    def empty(self) -> Tensor:
-        """[R] bool, rows after which nothing is allowed."""
-        return (self.reference == -torch.inf).all(dim=1)  # a NaN is no such row
 
 
 @dataclass(frozen=True)
@@ -66,7 +60,7 @@ class Step:
 
     Attributes:
         candidates, reference, empty: as in `Choice`.
-        values: [R, k, M] in reward units; NaN where they were not asked for.
+        values: [R, k, M] in reward units; of candidates that take no part they mean nothing.
         combined: [R, k] sum over m of lambda_m V_m, not normalised; 0 for candidates that take no part.
         tilted: [R, k] log pi, the distribution to sample from.
         beta: [] or [R].

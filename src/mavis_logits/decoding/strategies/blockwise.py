@@ -192,7 +192,7 @@ class MavisBlockwise(MavisStrategy):
         if self.combination == "weighted":
             every = torch.arange(k, device=values.device).expand(count, k)
             uniform = values.new_full((count, k), -math.log(k))
-            step = self.policy.tilt(Choice(every, uniform, None), values, requests)
+            step = self.policy.tilt(Choice(every, uniform, uniform[:, 0] == -torch.inf, None), values, requests)
             combined, log_probs, scores = step.combined, step.tilted, step.combined
         else:
             mean, scale, _ = self.functions.units().to(values.device)
