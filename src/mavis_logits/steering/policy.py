@@ -14,7 +14,6 @@ from ..core.config import MavisConfig
 from ..core.tilting import AS_THEY_ARE, combine, expectation, kl_divergence, normalize, solve_beta, tilt
 from .step import Choice, Step, Unscored
 
-
 _FEW = 2048  # scores that `torch.topk` sorts through at once as fast as any
 
 
