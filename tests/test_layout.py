@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import mavis_logits
+from house import circular, graph, longest_function
 from mavis_logits.core.moved import MOVED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,30 +28,6 @@ ORDERS = {
         "cards", "iteration", "iterate", "estimates", "demo", "fit", "closing", "cli",
     ],
 }  # fmt: skip
-
-
-def graph(package: Path) -> dict[str, set[str]]:
-    """Module -> the modules of its package that it imports, those for types alone too."""
-    files = {module(package, path): path for path in package.rglob("*.py")}
-    return {name: imports(name, path, files) - {name} for name, path in files.items()}
-
-
-def module(package: Path, path: Path) -> str:
-    parts = path.relative_to(package.parent).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def imports(name: str, path: Path, files: dict[str, Path]) -> set[str]:
-    found = set()
-    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            above = package.rsplit(".", node.level - 1)[0] if node.level else ""
-            base = ".".join(filter(None, (above, node.module)))
-            found |= {f"{base}.{a.name}" if f"{base}.{a.name}" in files else base for a in node.names}
-    return found & files.keys()
 
 
 @pytest.mark.parametrize("place", ORDERS)
@@ -84,6 +60,13 @@ def test_a_circle_would_be_found(tmp_path: Path) -> None:
     (tmp_path / "house" / "b.py").write_text("def f():\n    from house import a\n")
     with pytest.raises(ValueError, match="cycle"):
         TopologicalSorter(graph(tmp_path / "house")).prepare()
+    assert circular(graph(tmp_path / "house")) == [{"house.a", "house.b"}]
+
+
+@pytest.mark.parametrize("place", ORDERS)
+def test_no_function_is_longer_than_a_screen_or_two(place: str) -> None:
+    longest = {path: longest_function(path) for path in (ROOT / place).rglob("*.py")}
+    assert {str(path): lines for path, lines in longest.items() if lines > 80} == {}
 
 
 @pytest.mark.parametrize("old", MOVED)

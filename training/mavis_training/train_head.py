@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -55,6 +55,7 @@ from .trees.packing import pack
 from .trees.targets import kept_nodes
 from .trees.tree_store import TreeStore
 
+T = TypeVar("T")
 _STEERING_TREES = 64  # of the validation trees, on which steering is foreseen
 _ACTIONS = 8  # drawn from the reference at each of their states
 
@@ -84,22 +85,12 @@ def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) ->
     ranks = join(config.device)
     model.to(ranks.device).eval()  # type: ignore[arg-type]
     units = reward_units(training)
-    nats = np.zeros(len(config.objectives)), np.ones(len(config.objectives))  # what policies say is in nats
-    head = starting_head(config, model, nats if config.teachers else units)
+    head = _head_to_train(config, model, stores, units)
     sources = {name: config.teachers[name] for name in config.objectives if config.teachers}
     teachers = {name: ValuePolicy.from_pretrained(source, model) for name, source in sources.items()}
-    of_head = {name: getattr(head.config, name) for name in ("layer", "width", "num_layers", "rank")}
-    recipe = recipe_of(asdict(config) | of_head, stores)
-    head.config.recipe, head.config.iteration = recipe, config.iteration
-    if teachers:
-        head.config.settings = dict(SETTINGS)  # as its teachers recommend; mavis calibrate finds the strength
-    head.config.tokenizer_fingerprint = stores[-1].metadata.tokenizer_fingerprint
-    head.config.base_model, head.config.base_revision = stores[-1].metadata.model, stores[-1].metadata.revision
-
     for store in stores:  # before anything is written
         store.require_base(model)
-    origin = training_origin(config, head, model, stores)
-    record = Record(config.output, origin)
+    record = Record(config.output, training_origin(config, head, model, stores))
     if ranks.agree(lambda: record.is_finished(ranks.is_main, config.fresh, replaces=True)):
         return ValueHead.from_pretrained(config.output).to(model.device).bind(model).float().eval()  # type: ignore[arg-type]
 
@@ -113,27 +104,17 @@ def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) ->
     if not ranks.is_main:  # the rest is minutes of work for one process: the others wait for its head
         ranks.wait()
         return ValueHead.from_pretrained(config.output)
-    by_store = [read_states(store, folder) for store, folder in stored]
-    states = [tensor for own in by_store for tensor in own]
-    sampled = [how for store, own in zip(stores, by_store, strict=True) for how in [_sampled(store)] * len(own)]
-    of_tree = {id(item): tensor for item, tensor in zip(trees, states, strict=True)}  # prompts recur between stores
+    of_tree = _of_trees(trees, stored, read_states)
     if teachers:
-        said = [own for store, folder in stored for own in read_taught(store, folder)]
-        said_of = {id(item): own for item, own in zip(trees, said, strict=True)}
+        said_of = _of_trees(trees, stored, read_taught)
         etas = np.array([policy.config.eta or 1.0 for policy in teachers.values()])
         metrics = teach_head(head, training, validation, of_tree, said_of, etas / units[1], config)
     else:
-        drawn_at = None
-        if config.rule != "positions":
-            actions = [drawn for store, folder in stored for drawn in read_actions(store, folder)]
-            drawn_at = {id(item): tensor for item, tensor in zip(trees, actions, strict=True)}
+        drawn_at = None if config.rule == "positions" else _of_trees(trees, stored, read_actions)
         metrics = fit_head(head, training, validation, of_tree, config, drawn_at)
-    of_reference = {id(item): how for item, how in zip(trees, sampled, strict=True)}
-    for how in dict.fromkeys(sampled):  # of stores at several temperatures, each by itself
-        own = [(item, of_tree[id(item)]) for item in validation if of_reference[id(item)] == how]
-        if how is not None and own:
-            name = "steering" if "steering" not in metrics else f"steering at temperature {how[0]:g}, top-p {how[1]:g}"
-            metrics[name] = steering(head, model, own, config.seed, *how)
+    of_reference = _of_trees(trees, stored, lambda store, folder: [_sampled(store)] * len(store))
+    metrics |= _steering_by_reference(head, model, validation, of_tree, of_reference, config.seed)
+    recipe = head.config.recipe
     recipe["warmup_steps"] = metrics.pop("warmup_steps")
     output = Path(config.output)
     head.save_pretrained(output)
@@ -142,6 +123,53 @@ def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) ->
     record.write(finished=True)
     ranks.wait()
     return head
+
+
+def _head_to_train(
+    config: TrainHeadConfig,
+    model: PreTrainedModel,
+    stores: Sequence[TreeStore],
+    units: tuple[NDArray[np.float64], NDArray[np.float64]],
+) -> ValueHead:
+    """A head that knows where it comes from; `units` as for `starting_head`."""
+    nats = np.zeros(len(config.objectives)), np.ones(len(config.objectives))  # what policies say is in nats
+    head = starting_head(config, model, nats if config.teachers else units)
+    of_head = {name: getattr(head.config, name) for name in ("layer", "width", "num_layers", "rank")}
+    head.config.recipe, head.config.iteration = recipe_of(asdict(config) | of_head, stores), config.iteration
+    if config.teachers:
+        head.config.settings = dict(SETTINGS)  # as its teachers recommend; mavis calibrate finds the strength
+    last = stores[-1].metadata
+    head.config.tokenizer_fingerprint = last.tokenizer_fingerprint
+    head.config.base_model, head.config.base_revision = last.model, last.revision
+    return head
+
+
+def _of_trees(
+    trees: Sequence[LabelledTree],
+    stored: Sequence[tuple[TreeStore, Path]],
+    read: Callable[[TreeStore, Path], Sequence[T]],
+) -> dict[int, T]:
+    """What `read` finds for every tree of all stores, by the tree's `id`: prompts recur between stores."""
+    found = [own for store, folder in stored for own in read(store, folder)]
+    return {id(item): own for item, own in zip(trees, found, strict=True)}
+
+
+def _steering_by_reference(
+    head: ValueHead,
+    model: PreTrainedModel,
+    validation: Sequence[LabelledTree],
+    of_tree: Mapping[int, Tensor],
+    of_reference: Mapping[int, tuple[float, float] | None],
+    seed: int,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """`steering` on held-out trees; of stores at several temperatures, each by itself."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for how in dict.fromkeys(of_reference.values()):
+        own = [(item, of_tree[id(item)]) for item in validation if of_reference[id(item)] == how]
+        if how is not None and own:
+            name = f"steering at temperature {how[0]:g}, top-p {how[1]:g}" if found else "steering"
+            found[name] = steering(head, model, own, seed, *how)
+    return found
 
 
 def fit_head(

@@ -67,70 +67,89 @@ def tune(
     before = None if config.initial is None else _before(config)
     if model is None or tokenizer is None:
         model, tokenizer = load_chat_model(config.model, torch_dtype(config.dtype))
-    chosen = ChosenTrees([], [], dict.fromkeys(config.weights, 1.0), 0, [])
-    if config.store is not None:
-        chosen = chosen_trees(
-            config.store,
-            config.weights,
-            config.trees,
-            config.seed,
-            config.validation_share,
-            before and before["deviations"],
-        )
-    trees, deviations, tokens = chosen.training, chosen.deviations, chosen.tokens
+    chosen = _trees(config, before)
     rows = [] if config.prompts is None else read_prompts(config.prompts)
-    origin = {name: value for name, value in asdict(config).items() if name not in _SHAPELESS} | {
+    record, output = Record(config.output, _origin(config, model, chosen, rows)), Path(config.output)
+    if record.is_finished(True, config.fresh):
+        return cast(dict[str, Any], read_json(output / RESULT))
+    started = time.process_time()
+    shared = {"method": config.method, "weights": dict(config.weights), "deviations": chosen.deviations}
+    if config.method == "direction":
+        one = [combined_item(item, config.weights, chosen.deviations) for item in chosen.training]
+        save_direction(output, contrast(model, one, 0, config.layer), config.layer, model.config.name_or_path)
+        result: dict[str, Any] = {"rollout_tokens": chosen.tokens, "steps": 0}
+    else:
+        result = _train(config, model, tokenizer, chosen, rows)
+    result = shared | {"cpu_seconds": round(time.process_time() - started, 1)} | result
+    write_json(output / RESULT, result)
+    record.write(finished=True)
+    return result
+
+
+def _trees(config: TuneConfig, before: Mapping[str, Any] | None) -> ChosenTrees:
+    """Those to learn from, none for an online method; `before` is what the tuning to go on from has written."""
+    if config.store is None:
+        return ChosenTrees([], [], dict.fromkeys(config.weights, 1.0), 0, [])
+    deviations = before and before["deviations"]
+    return chosen_trees(
+        config.store, config.weights, config.trees, config.seed, config.validation_share, deviations
+    )  # fmt: skip
+
+
+def _origin(
+    config: TuneConfig, model: PreTrainedModel, chosen: ChosenTrees, rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Everything that shapes what is learned."""
+    settings = {name: value for name, value in asdict(config).items() if name not in _SHAPELESS}
+    origin = settings | {
         "starting_weights": parameters_fingerprint(model),
-        "trees": digest([[item.tree.prompt_id, item.rewards.tolist()] for item in trees]),
+        "trees": digest([[item.tree.prompt_id, item.rewards.tolist()] for item in chosen.training]),
         "prompts": digest([row["prompt"] for row in rows]),
         "rewards_are": {name: reward_digest(spec) for name, spec in config.rewards.items()},
     }
     if config.initial is not None:  # which tunings from before do not have
         origin["initial"] = model_origin(config.initial)
-    record, output = Record(config.output, origin), Path(config.output)
-    if record.is_finished(True, config.fresh):
-        return cast(dict[str, Any], read_json(output / RESULT))
-    started = time.process_time()
-    if config.method == "direction":
-        one = [combined_item(item, config.weights, deviations) for item in trees]
-        save_direction(output, contrast(model, one, 0, config.layer), config.layer, model.config.name_or_path)
-        result: dict[str, Any] = {"steps": 0}
-    else:
-        # What makes the adapter a value function; asked of the model before an adapter is on it.
-        objective = "+".join(name for name, weight in config.weights.items() if weight)
-        value_policy = ValuePolicyConfig.of(
-            model, objective, eta=config.eta or None,
-            recipe=as_json(recipe_of(asdict(config), chosen.stores)),
-            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-            iteration=_iteration(config, chosen),
-        )  # fmt: skip
-        with twin(model) as own:
-            sampled = [0]
-            if config.method in ONLINE:
-                trainer = _online(config, own, tokenizer, rows, deviations, sampled)
-            else:
-                trainer = _offline(config, own, tokenizer, trees, deviations)
-            resume(trainer)
-            tuned = trainer.accelerator.unwrap_model(trainer.model).eval()
-            for parameter in tuned.parameters():
-                if parameter.requires_grad:  # PEFT trains adapters in float32
-                    parameter.data = parameter.data.to(torch_dtype(config.dtype))
-            tuned.save_pretrained(output)
-            (output / CARD).unlink(missing_ok=True)  # PEFT's, with nothing in it: `mavis card`, `mavis push` write one
-            value_policy.save_pretrained(output)
-            result = {"steps": trainer.state.global_step, "log": trainer.state.log_history[-3:]}
-            tokens = sampled[0] if config.method in ONLINE else tokens
-            if held_out := [combined_item(item, config.weights, deviations) for item in chosen.held_out[:_MEASURED]]:
-                metrics = policy_metrics(tuned, held_out, objective, config.eta)
-                write_json(output / METRICS, {"training_trees": len(trees)} | metrics)
-            clear_checkpoints(output)
-    result = {
-        "method": config.method, "weights": dict(config.weights), "deviations": deviations,
-        "rollout_tokens": tokens, "cpu_seconds": round(time.process_time() - started, 1),
-    } | result  # fmt: skip
-    write_json(output / RESULT, result)
-    record.write(finished=True)
-    return result
+    return origin
+
+
+def _train(
+    config: TuneConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    chosen: ChosenTrees,
+    rows: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    """Train an adapter and write it as the value function that it also is; what there is to say of it."""
+    # What makes it a value function is asked of the model before an adapter is on it.
+    objective = "+".join(name for name, weight in config.weights.items() if weight)
+    value_policy = ValuePolicyConfig.of(
+        model, objective, eta=config.eta or None,
+        recipe=as_json(recipe_of(asdict(config), chosen.stores)),
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        iteration=_iteration(config, chosen),
+    )  # fmt: skip
+    output, online = Path(config.output), config.method in ONLINE
+    with twin(model) as own:
+        sampled = [0]
+        if online:
+            trainer = _online(config, own, tokenizer, rows, chosen.deviations, sampled)
+        else:
+            trainer = _offline(config, own, tokenizer, chosen.training, chosen.deviations)
+        resume(trainer)
+        tuned = trainer.accelerator.unwrap_model(trainer.model).eval()
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:  # PEFT trains adapters in float32
+                parameter.data = parameter.data.to(torch_dtype(config.dtype))
+        tuned.save_pretrained(output)
+        (output / CARD).unlink(missing_ok=True)  # PEFT's, with nothing in it: `mavis card`, `mavis push` write one
+        value_policy.save_pretrained(output)
+        held_out = [combined_item(item, config.weights, chosen.deviations) for item in chosen.held_out[:_MEASURED]]
+        if held_out:
+            metrics = policy_metrics(tuned, held_out, objective, config.eta)
+            write_json(output / METRICS, {"training_trees": len(chosen.training)} | metrics)
+        clear_checkpoints(output)
+    tokens = sampled[0] if online else chosen.tokens
+    return {"rollout_tokens": tokens, "steps": trainer.state.global_step, "log": trainer.state.log_history[-3:]}
 
 
 def _before(config: TuneConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The page itself, in Gradio: components, and what happens when somebody touches them."""
+"""The page itself, in Gradio: what happens when somebody touches something (`layout` has what)."""
 
 from __future__ import annotations
 
@@ -11,32 +11,17 @@ from typing import Any
 import gradio as gr
 
 from ...steering.trace_html import parts_style
-from . import snippets
+from . import layout, snippets
 from .engine import Answer, Engine, Engines
+from .layout import EXAMPLES, STEERED, UNSTEERED, named, titled
 from .plot import picture
 from .session import Entry, Session, coloured, plain, progress, status
-from .settings import KL, LENGTH, PRESET_KL, PRESETS, TEMPERATURE, WEIGHT, Choice, Settings, check_prompt, presets
+from .settings import PRESET_KL, PRESETS, Choice, Settings, check_prompt, presets
 
 MOST_OBJECTIVES = 12
-UNSTEERED, STEERED = "Unsteered", "Steered"
-EXAMPLES = ["How do I make good tea?", "Tell me about the moon.", "What should I cook tonight?"]
 _HERE = Path(__file__).parent
 _REFRESH = 0.2  # seconds between two looks at an answer
-_ABOUT = """# mavis: steer a language model while it writes
-Ask something, move a slider, ask again. The left answer is the model's own; the right one is tilted, token by token,
-towards what the sliders ask for, as far as the budget goes."""
-_LEGEND = """<div id="legend">Each token: less likely than unsteered<span class="scale"></span>likelier (3 nats).
-Point at one, tap it or reach it with Tab to see what it was chosen from.</div>"""
-_PLOT_NOTE = """What the value functions foresee of each whole answer, in standard deviations of the rewards that they
-were trained on, over how far the answer is from the unsteered model. It is their own forecast, and no judgement by
-others."""
-
-
-def _slider(*given: Any, **named: Any) -> gr.Slider:
-    """A slider whose range `Settings` checks, which tells what is wrong on the page and not by a traceback."""
-    slider = gr.Slider(*given, **named)
-    slider.preprocess = lambda payload: payload  # type: ignore[method-assign]
-    return slider
+_QUICK: Any = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
 
 class Page:
@@ -85,7 +70,7 @@ class Page:
             engine = self.engines.get(choice)
             settings = self._settings(engine, kl, temperature, length, seed, sliders)
             prompt = check_prompt(prompt)
-            yield (status("busy", "Reading the question …"), _titled(UNSTEERED), _titled(STEERED), *unchanged)
+            yield (status("busy", "Reading the question …"), titled(UNSTEERED), titled(STEERED), *unchanged)
             for steered in (False, True):
                 own.append(engine.begin(prompt, settings, steered))
             while "writing" in [answer.look() for answer in own]:
@@ -145,10 +130,10 @@ class Page:
             engine = self.engines.get(wanted)
             self._check_count(engine)
         except (ValueError, OSError, ImportError) as error:
-            told = f"{_said(error)} The page goes on with {_named(choice)}."
+            told = f"{_said(error)} The page goes on with {named(choice)}."
             yield (status("failed", told), choice, *[gr.skip()] * rest)
             return
-        yield (status("ready", f"Ready: {_named(wanted)}."), wanted, gr.skip(), gr.skip(), engine.temperature,
+        yield (status("ready", f"Ready: {named(wanted)}."), wanted, gr.skip(), gr.skip(), engine.temperature,
                *self._sliders(engine), *self._presets(engine))  # fmt: skip
 
     def preset(self, button: str, choice: Choice, kl: float) -> list[Any]:
@@ -203,116 +188,74 @@ class Page:
     def _build(self) -> gr.Blocks:
         first = self.choices[0]
         engine = self.engines.get(first)
+        start = engine.temperature if self.temperature is None else self.temperature
         with gr.Blocks(title="mavis: steer a language model", analytics_enabled=False) as blocks:
-            choice, session = gr.State(first), gr.State(Session())
-            gr.Markdown(_ABOUT, elem_id="about")
-            with gr.Row(equal_height=True):
-                prompt = gr.Textbox(
-                    label="Question", placeholder="Ask something, then press Enter", lines=1, max_lines=6, scale=5,
-                    autofocus=True, elem_id="prompt", min_width=260,
-                )  # fmt: skip
-                send = gr.Button("Answer", variant="primary", scale=1, min_width=100, elem_id="send")
-                stop = gr.Button("Stop", scale=1, min_width=80, elem_id="stop")
-            gr.Examples([[text] for text in EXAMPLES], prompt, label="For example")
-            told = gr.HTML(status("ready", f"Ready: {_named(first)}."), elem_id="status")
-            with gr.Row(elem_id="presets"):
-                buttons = [
-                    gr.Button(size="sm", min_width=50, elem_id=f"preset-{i}", **each)
-                    for i, each in enumerate(self._presets(engine, first=True))
-                ]
-                reset = gr.Button("none", size="sm", min_width=50, elem_id="preset-none")
+            state = gr.State(first), gr.State(Session())
+            gr.Markdown(layout.ABOUT, elem_id="about")
+            question = layout.question()
+            told = gr.HTML(status("ready", f"Ready: {named(first)}."), elem_id="status")
+            buttons = layout.preset_buttons(self._presets(engine, first=True))
             with gr.Row(elem_id="work"):
-                with gr.Column(min_width=0, elem_id="controls"):
-                    sliders = [
-                        _slider(*WEIGHT, step=0.05, elem_id=f"weight-{i}", min_width=120, buttons=[], **each)
-                        for i, each in enumerate(self._sliders(engine, first=True))
-                    ]
-                    gr.Markdown("Right: more of it. Left: less. Middle: no say.", elem_classes="note")
-                    kl = _slider(
-                        *KL, value=PRESET_KL, step=0.5, label="Strength: budget of an answer, in nats", elem_id="kl",
-                        info="How far it may go from the model. 0: not at all.",
-                    )  # fmt: skip
-                    start = engine.temperature if self.temperature is None else self.temperature
-                    temperature = _slider(
-                        *TEMPERATURE, value=start, step=0.05, label="Temperature of the model", elem_id="temperature"
-                    )
-                    length = _slider(
-                        *LENGTH, value=self.length, step=1, label="Length at most, in tokens", elem_id="length"
-                    )
-                    seed = gr.Number(
-                        self.seed, precision=None, step=1, label="Seed: another one, another answer", elem_id="seed"
-                    )
-                with gr.Column(min_width=0, elem_id="answers"):
-                    with gr.Row(elem_id="pair"):
-                        unsteered = gr.HTML(_titled(UNSTEERED), elem_id="unsteered",
-                                            min_width=240)  # fmt: skip
-                        steered = gr.HTML(_titled(STEERED), elem_id="steered",
-                                          min_width=240)  # fmt: skip
-                    gr.HTML(_LEGEND)
-                with gr.Column(min_width=0, elem_id="more"):
-                    with gr.Tab("Trade-off"):
-                        plot = gr.HTML(picture(Session()), elem_id="plot")
-                        gr.Markdown(_PLOT_NOTE, elem_classes="note")
-                    with gr.Tab("History"):
-                        listed = gr.Dataset(
-                            components=["text"] * 4, samples=[], type="index", layout="table", elem_id="history",
-                            headers=["question", "settings", "nats", "steered answer"], label="Pick one",
-                        )  # fmt: skip
-                    with gr.Tab("Code"):
-                        codes, copies = [], []
-                        for name, language in (("Python", "python"), ("command", "shell"), ("curl", "shell")):
-                            key = name.lower()
-                            copies.append(gr.Button(f"Copy {name}", size="sm", elem_id=f"copy-{key}"))
-                            codes.append(gr.Code(language=language, interactive=False, elem_id=f"code-{key}",
-                                                 show_label=False, wrap_lines=True, lines=1, max_lines=40))  # fmt: skip
-                    with gr.Tab("Model"):
-                        model = gr.Dropdown(
-                            list(dict.fromkeys(each.model for each in self.choices)), value=first.model,
-                            label="Language model", allow_custom_value=self.open_choice, elem_id="model",
-                        )  # fmt: skip
-                        values = gr.Dropdown(
-                            [(_of_values(each), shlex.join(each.values)) for each in self.choices],
-                            value=shlex.join(first.values), label="Value functions, or a bundle", elem_id="values",
-                            allow_custom_value=self.open_choice,
-                        )  # fmt: skip
-                        load = gr.Button("Load", size="sm", elem_id="load")
-
-            busy = gr.Checkbox(visible=False)
-            settings = [kl, temperature, length, seed]
-            gr.on(
-                [send.click, prompt.submit], self.answer, [prompt, *settings, choice, session, *sliders],
-                [told, unsteered, steered, plot, listed, session], trigger_mode="once", show_progress="hidden",
-                concurrency_limit=self.visitors, concurrency_id="answers", api_visibility="private",
-                api_name="page",  # not that of `api`
-                js="(...given) => { window.mavisWaiting(); return given; }",
-            )  # fmt: skip
-            quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-            stop.click(self.stop, busy, js="() => [document.querySelector('#status .busy') !== null]", **quick)
-            for button, name in zip(buttons, presets_in_order(), strict=True):
-                button.click(
-                    lambda own, nats, name=name: self.preset(name, own, nats), [choice, kl], [kl, *sliders], **quick
-                )
-            reset.click(lambda: [0.0] * len(sliders), None, sliders, **quick)
-            every = [prompt, *settings, choice, *sliders]
-            gr.on(
-                [blocks.load, *(each.change for each in every)], self.code, every, codes, trigger_mode="always_last",
-                **quick,
-            )  # fmt: skip
-            for copy, code in zip(copies, codes, strict=True):
-                copy.click(
-                    None, code, js=f"(text) => window.mavisCopy(text, '#{copy.elem_id}')", api_visibility="private"
-                )
-            load.click(
-                self.pick, [model, values, choice],
-                [told, choice, unsteered, steered, temperature, *sliders, *buttons], show_progress="hidden",
-                concurrency_limit=1, api_visibility="private",
-            )  # fmt: skip
-            listed.click(
-                self.again, [listed, session],
-                [told, unsteered, steered, choice, prompt, *settings, *sliders, *buttons], **quick,
-            )  # fmt: skip
+                controls = layout.controls(self._sliders(engine, first=True), start, self.length, self.seed)
+                answers = layout.answers()
+                tools = layout.tools(self.choices, self.open_choice)
+            self._on_questions(question, controls, told, answers, tools, *state)
+            self._on_settings(blocks, question, controls, buttons, tools, state[0])
+            self._on_choices(question, controls, buttons, told, answers, tools, *state)
             gr.api(self.api, api_name=snippets.API, concurrency_limit=self.visitors, concurrency_id="answers")
         return blocks
+
+    def _on_questions(
+        self, question: layout.Question, controls: layout.Controls, told: gr.HTML, answers: layout.Answers,
+        tools: layout.Tools, choice: gr.State, session: gr.State,
+    ) -> None:  # fmt: skip
+        """Something is asked, or no longer wanted."""
+        busy = gr.Checkbox(visible=False)
+        gr.on(
+            [question.send.click, question.prompt.submit], self.answer,
+            [question.prompt, *controls.settings, choice, session, *controls.sliders],
+            [told, *answers, tools.plot, tools.listed, session], trigger_mode="once", show_progress="hidden",
+            concurrency_limit=self.visitors, concurrency_id="answers", api_visibility="private",
+            api_name="page",  # not that of `api`
+            js="(...given) => { window.mavisWaiting(); return given; }",
+        )  # fmt: skip
+        waits = "() => [document.querySelector('#status .busy') !== null]"
+        question.stop.click(self.stop, busy, js=waits, **_QUICK)
+
+    def _on_settings(
+        self, blocks: gr.Blocks, question: layout.Question, controls: layout.Controls, presets: layout.Presets,
+        tools: layout.Tools, choice: gr.State,
+    ) -> None:  # fmt: skip
+        """A preset is pressed, or anything changes that the code to copy depends on."""
+        for button, name in zip(presets.buttons, presets_in_order(), strict=True):
+            button.click(
+                lambda own, nats, name=name: self.preset(name, own, nats), [choice, controls.kl],
+                [controls.kl, *controls.sliders], **_QUICK,
+            )  # fmt: skip
+        presets.reset.click(lambda: [0.0] * len(controls.sliders), None, controls.sliders, **_QUICK)
+        every = [question.prompt, *controls.settings, choice, *controls.sliders]
+        changes = [blocks.load, *(each.change for each in every)]
+        gr.on(changes, self.code, every, tools.snippets.codes, trigger_mode="always_last", **_QUICK)
+        for copy, code in zip(tools.snippets.copies, tools.snippets.codes, strict=True):
+            script = f"(text) => window.mavisCopy(text, '#{copy.elem_id}')"
+            copy.click(None, code, js=script, api_visibility="private")
+
+    def _on_choices(
+        self, question: layout.Question, controls: layout.Controls, presets: layout.Presets, told: gr.HTML,
+        answers: layout.Answers, tools: layout.Tools, choice: gr.State, session: gr.State,
+    ) -> None:  # fmt: skip
+        """Another model or bundle is loaded, or an answer of the list is shown again."""
+        models = tools.models
+        models.load.click(
+            self.pick, [models.model, models.values, choice],
+            [told, choice, *answers, controls.temperature, *controls.sliders, *presets.buttons],
+            show_progress="hidden", concurrency_limit=1, api_visibility="private",
+        )  # fmt: skip
+        tools.listed.click(
+            self.again, [tools.listed, session],
+            [told, *answers, choice, question.prompt, *controls.settings, *controls.sliders, *presets.buttons],
+            **_QUICK,
+        )  # fmt: skip
 
     def _settings(
         self, engine: Engine, kl: float, temperature: float, length: float, seed: float, sliders: Sequence[float]
@@ -325,14 +268,14 @@ class Page:
         if own is not None:
             return own
         if not self.open_choice:
-            offered = "; ".join(map(_named, self.choices))
+            offered = "; ".join(map(named, self.choices))
             raise ValueError(f"this page offers {offered}; not {model} with {' '.join(values) or 'the shipped heads'}")
         return Choice(str(model), tuple(map(str, values)))
 
     def _check_count(self, engine: Engine) -> None:
         if len(engine.objectives) > MOST_OBJECTIVES:
             raise ValueError(
-                f"{_named(engine.choice)} has {len(engine.objectives)} objectives, and the page sliders for "
+                f"{named(engine.choice)} has {len(engine.objectives)} objectives, and the page sliders for "
                 f"{MOST_OBJECTIVES}: name fewer, as in --values NAME=FOLDER"
             )
 
@@ -360,20 +303,7 @@ def _listed(session: Session) -> Any:
 
 
 def _texts(unsteered: Answer, steered: Answer) -> tuple[str, str]:
-    return _titled(UNSTEERED, plain(unsteered)), _titled(STEERED, coloured(steered))
-
-
-def _titled(title: str, text: str = "") -> str:
-    return f"<h2>{title}</h2>{text}"
-
-
-def _named(choice: Choice) -> str:
-    return f"{choice.model}, steered by {_of_values(choice)}"
-
-
-def _of_values(choice: Choice) -> str:
-    parts = [*choice.values, *choice.words]
-    return ", ".join(parts) or "the value heads that are shipped"
+    return titled(UNSTEERED, plain(unsteered)), titled(STEERED, coloured(steered))
 
 
 def _said(error: Exception) -> str:

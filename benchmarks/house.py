@@ -1,0 +1,187 @@
+"""How easily two checkouts of this repository are read: circles of imports, sizes, and what names travel through.
+
+    git worktree add ../before COMMIT
+    python benchmarks/house.py ../before                 # writes docs/results/house.json and house.md
+
+The walk of a name is followed while `mavis generate` steers SmolLM2 by two value models: every call of a function of
+the package that has an argument or a variable of that name is a stop. *Files* are those that it stops at, *back* how
+often it returns to one that it had left. `weights` is followed from the command line to the first tilt, the others
+through one later step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import date
+from itertools import groupby
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from checkouts import ROOT, commit
+
+PACKAGES = {"src": "src/mavis_logits", "training": "training/mavis_training"}
+NAMES = ("weights", "candidates", "input_ids")
+COMMAND = [
+    "generate", "--prompt", "How do I make good tea?", "--weights", "helpful=0.7,humour=0.3", "--max-new-tokens", "8",
+    "--values", "helpful=model_cards/smollm2-135m-value-helpful", "humour=model_cards/smollm2-135m-value-humour",
+]  # fmt: skip
+STEP = 5  # the step that is followed, counted from 1: the prompt has been read by then
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compare, print and write."""
+    options = parser().parse_args(argv)
+    if options.walk:
+        print(json.dumps(walks()))
+        return 0
+    found = {"before": look(options.other), "now": look(ROOT)}
+    result = {"date": str(date.today()), "python": platform.python_version(), **found}
+    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    page = table(result)
+    options.out.with_suffix(".md").write_text(page, encoding="utf-8")
+    print(page)
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("other", type=Path, help="folder of the other checkout")
+    made.add_argument("--out", type=Path, default=ROOT / "docs/results/house.json")
+    made.add_argument("--walk", action="store_true", help=argparse.SUPPRESS)
+    return made
+
+
+def look(checkout: Path) -> dict[str, Any]:
+    """Everything about one checkout."""
+    found: dict[str, Any] = {"commit": commit(checkout)}
+    for title, place in PACKAGES.items():
+        package = checkout / place
+        circles = circular(graph(package))
+        lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in package.rglob("*.py")}
+        found[title] = {
+            "circles": len(circles), "files in circles": sum(map(len, circles)), "files": len(lines),
+            "folders": len({path.parent for path in lines}), "lines": sum(lines.values()),
+            "longest file": max(lines.values()), "longest function": max(map(longest_function, lines)),
+        }  # fmt: skip
+    path = os.pathsep.join(str((checkout / folder).resolve()) for folder in ("src", "training"))
+    command = [sys.executable, __file__, str(checkout), "--walk"]
+    environment = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, cwd=checkout, check=True, stdout=subprocess.PIPE, text=True)
+    return found | {"walks": json.loads(done.stdout.splitlines()[-1])}
+
+
+def graph(package: Path) -> dict[str, set[str]]:
+    """Module -> the modules of its package that it imports, those for types alone too."""
+    files = {_module(package, path): path for path in package.rglob("*.py")}
+    return {name: _imports(name, path, files) - {name} for name, path in files.items()}
+
+
+def _module(package: Path, path: Path) -> str:
+    parts = path.relative_to(package.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _imports(name: str, path: Path, files: dict[str, Path]) -> set[str]:
+    found = set()
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            base = ".".join(filter(None, (above, node.module)))
+            found |= {f"{base}.{a.name}" if f"{base}.{a.name}" in files else base for a in node.names}
+    return found & files.keys()
+
+
+def circular(imports: dict[str, set[str]]) -> list[set[str]]:
+    """Modules that import each other, however far around: every set of two or more that all reach each other."""
+    reached = {name: _reached(name, imports) for name in imports}
+    circles = {frozenset(b for b in reached[a] if a in reached[b]) for a in imports if a in reached[a]}
+    return [set(circle) for circle in circles]
+
+
+def _reached(name: str, imports: dict[str, set[str]]) -> set[str]:
+    found: set[str] = set()
+    todo = list(imports[name])
+    while todo:
+        if (at := todo.pop()) not in found:
+            found.add(at)
+            todo += imports[at]
+    return found
+
+
+def longest_function(path: Path) -> int:
+    """Lines of the longest function of a file, its documentation and signature included."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return max((node.end_lineno - node.lineno + 1 for node in functions if node.end_lineno), default=0)
+
+
+def walks() -> dict[str, dict[str, int]]:
+    """Follow `NAMES` through `mavis generate` of the checkout that is imported."""
+    import transformers
+
+    from mavis_logits import MavisLogitsProcessor, cli
+
+    transformers.utils.logging.disable_progress_bar()
+    package = str(Path(cli.__file__).parent)
+    stops: dict[str, list[str]] = {name: [] for name in NAMES}
+    steps = 0
+
+    def follow(frame: FrameType, event: str, _: Any) -> None:
+        file = frame.f_code.co_filename
+        if event == "call" and file.startswith(package):
+            for name in NAMES:
+                followed = steps <= 1 if name == "weights" else steps == STEP
+                if name in frame.f_code.co_varnames and followed:
+                    stops[name].append(file.removeprefix(package))
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*args: Any, **kwargs: Any) -> Any:
+            nonlocal steps
+            steps += 1  # the first ends the walk from the command line
+            return call(*args, **kwargs)
+
+        return step
+
+    before = MavisLogitsProcessor.__call__
+    MavisLogitsProcessor.__call__ = counted(before)  # type: ignore[method-assign]
+    sys.setprofile(follow)
+    try:
+        cli.main(COMMAND)
+    finally:
+        sys.setprofile(None)
+    return {name: _counted(found) for name, found in stops.items()}
+
+
+def _counted(stops: list[str]) -> dict[str, int]:
+    order = [file for file, _ in groupby(stops)]
+    return {"files": len(set(order)), "back": sum(times - 1 for times in Counter(order).values()), "calls": len(stops)}
+
+
+def table(result: dict[str, Any]) -> str:
+    """A page of all that was found."""
+    before, now = result["before"], result["now"]
+    lines = [f"| | before ({before['commit']}) | now ({now['commit']}) |", "|---|---|---|"]
+    for place in PACKAGES:
+        for name, value in now[place].items():
+            lines.append(f"| {place}: {name} | {before[place][name]:,} | {value:,} |")
+    for name in NAMES:
+        each = (f"{side['walks'][name]['files']} files, {side['walks'][name]['back']} back" for side in (before, now))
+        lines.append(f"| the walk of `{name}` | {' | '.join(each)} |")
+    return "\n".join([*lines, "", f"By `benchmarks/house.py`; {result['date']}.", ""])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
