@@ -21,6 +21,7 @@ from ..backbone import Backbone
 from ..backbone.hidden import SOURCE, HiddenStates
 from ..scoring.reader import States, ValueReader
 from ..scoring.rows import Endings, LeftPadding, RowTracker, Tokens, endings, ids_on
+from ..steering.regions import steered_rows
 from ..steering.signatures import SteeringOptions
 from ..steering.steering import Steering
 from ..steering.step import Choice, Step, check_scores
@@ -28,7 +29,7 @@ from ..steering.trace import MavisTrace
 from ..values.function import ValueFunction
 from .calls import encoder_prompts
 from .given import Given
-from .scores import far_scores, is_probe, tied_first
+from .scores import check_given, far_scores, is_probe, tied_first
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -165,7 +166,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         Returns:
             [R, V] in the dtype of `scores`.
         """
-        self._check(input_ids, scores)
+        check_given(input_ids, scores, self._hidden is not None)
         states = self._states(input_ids)
         if states is None:
             self._pass_through()
@@ -237,16 +238,7 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         prompt, ids = getattr(self._local, "asked", None), call.input_ids
         if call.prompts or prompt is None or not _begins(prompt, ids):
             prompt = self._local.asked = ids.clone()
-        start, rows = prompt.shape[1], ids.tolist()
-        every = list(self.regions) if isinstance(self.regions, Sequence) else [self.regions]
-        if len(rows) % len(every):
-            raise ValueError(f"regions are given for {len(every)} requests, but the batch has {len(rows)} rows")
-        repeats, found = len(rows) // len(every), []
-        for number, row in enumerate(rows):
-            own = every[number // repeats]
-            # Without a tokenizer there are no marks to look for, only numbers of tokens.
-            found.append(own is None or own.steers(row[:start], row[start:], self.tokenizer))  # type: ignore[arg-type]
-        return found
+        return steered_rows(self.regions, ids.tolist(), prompt.shape[1], self.tokenizer)
 
     def _states(self, input_ids: Tensor) -> States | None:
         """The base model's states behind these scores, by layer; None if they are another's."""
@@ -413,28 +405,6 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         self._local.traced = input_ids.clone()
         self.trace = self._local.trace
         self.trace.add_step(step, length=input_ids.shape[1], live=live)
-
-    def _check(self, input_ids: Tensor, scores: Tensor) -> None:
-        if (
-            not isinstance(input_ids, Tensor)
-            or input_ids.ndim != 2
-            or scores.ndim != 2
-            or len(input_ids) != len(scores)
-        ):
-            raise ValueError(
-                "MavisLogitsProcessor needs the tokens so far, [rows, length], beside scores [rows, vocabulary]; got "
-                f"{getattr(input_ids, 'shape', None)} and {tuple(scores.shape)}. Continuous batching gives processors "
-                "no history: use generate, or generate_batch without this processor."
-            )
-        if input_ids.is_floating_point() or not scores.is_floating_point():
-            raise ValueError(
-                f"expected whole-number token ids and floating-point scores, got {input_ids.dtype} and {scores.dtype}"
-            )
-        if input_ids.shape[1] == 0 and self._hidden is None:
-            raise ValueError(
-                "the prompt is empty: give generate at least one token to go on from. A prompt in inputs_embeds can be "
-                "steered by value heads alone"
-            )
 
 
 def _begins(prefix: Tensor | None, input_ids: Tensor) -> bool:

@@ -33,3 +33,27 @@ def far_scores(scores: Tensor, best: Tensor, eos: Tensor, temperature: float) ->
     spread = _SPREAD / temperature
     far = torch.add(-_FAR - best.float() * spread, scores.float(), alpha=spread)
     return far.index_add_(1, eos, far.new_full((len(far), len(eos)), -_FARTHER))
+
+
+def check_given(input_ids: Tensor, scores: Tensor, attached: bool) -> None:
+    """Raise `ValueError` if these are not the tokens so far [R, T] beside scores [R, V].
+
+    Args:
+        input_ids, scores: what a processor was given.
+        attached: whether it has the base model's states, and can do without a prompt.
+    """
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or scores.ndim != 2 or len(input_ids) != len(scores):
+        raise ValueError(
+            "MavisLogitsProcessor needs the tokens so far, [rows, length], beside scores [rows, vocabulary]; got "
+            f"{getattr(input_ids, 'shape', None)} and {tuple(scores.shape)}. Continuous batching gives processors "
+            "no history: use generate, or generate_batch without this processor."
+        )
+    if input_ids.is_floating_point() or not scores.is_floating_point():
+        raise ValueError(
+            f"expected whole-number token ids and floating-point scores, got {input_ids.dtype} and {scores.dtype}"
+        )
+    if input_ids.shape[1] == 0 and not attached:
+        raise ValueError(
+            "the prompt is empty: give generate at least one token to go on from. A prompt in inputs_embeds can be "
+            "steered by value heads alone"
+        )

@@ -85,6 +85,33 @@ class Regions:
         return not self.only or any(_open(before, text, span) for span in self.only)
 
 
+def steered_rows(
+    regions: Regions | Sequence[Regions | None],
+    rows: Sequence[Sequence[int]],
+    start: int,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> list[bool]:
+    """[R] whether the next token of each row lies where its answer is steered.
+
+    Args:
+        regions: for all requests alike, or one for each; None among them for everywhere.
+        rows: [R, T] prompts and answers so far; of a request as many, one after the other.
+        start: where the answers begin.
+        tokenizer: needed where there are marks to look for, and not only numbers of tokens.
+
+    Raises:
+        ValueError: the rows are not as many for every request.
+    """
+    every = list(regions) if isinstance(regions, Sequence) else [regions]
+    if len(rows) % len(every):
+        raise ValueError(f"regions are given for {len(every)} requests, but the batch has {len(rows)} rows")
+    repeats, found = len(rows) // len(every), []
+    for number, row in enumerate(rows):
+        own = every[number // repeats]
+        found.append(own is None or own.steers(row[:start], row[start:], tokenizer))  # type: ignore[arg-type]
+    return found
+
+
 def _open(before: str, text: str, span: Span) -> bool:
     """Whether a span is open at the end of a text; the prompt `before` it opens one if it ends with the mark."""
     depth, at = int(before.endswith(span.begin)), 0
