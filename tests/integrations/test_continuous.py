@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import GenerationConfig
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from mavis_logits import MavisLogitsProcessor
 from mavis_logits.integrations.continuous import steered_batching
@@ -50,7 +51,9 @@ def test_requests_are_answered_as_by_generate(layer: int | None) -> None:
     assert expected[1] != plain[1]
     mavis = MavisLogitsProcessor(head, beta=2.0, top_k=10, model=base)
     config = GenerationConfig(do_sample=False, max_new_tokens=NEW, eos_token_id=EOS, pad_token_id=PAD)
-    manager = steered_batching(base, mavis, generation_config=config)
+    # Its cache would take nearly all memory that is free.
+    small = ContinuousBatchingConfig(use_cuda_graph=False, num_blocks=32, max_batch_tokens=64)
+    manager = steered_batching(base, mavis, generation_config=config, continuous_batching_config=small)
     manager.start()
     try:
         names = [
