@@ -1,13 +1,16 @@
-"""The suite and the sweep over model types, on the oldest and the newest releases that are supported.
+"""The suite and the sweep over model types, on the oldest and the newest releases that are supported, and on every
+Python of those that is at hand.
 
 python tests/matrix.py                                     # all of it; writes docs/results/versions.{json,md}
-python tests/matrix.py newest                              # one environment; the other's result stays as it was
+python tests/matrix.py newest python3.13                   # some environments; the others' results stay as they were
 python tests/matrix.py --tests tests/backbone/test_cache.py         # some tests: nothing is written
 python tests/matrix.py trial --with transformers==5.25.0   # a release that is not supported yet: nothing is written
 
 Each environment is a .venv-matrix-NAME of its own, made once and again when what it asks for has changed. "oldest" has
 the lowest release of every package that pyproject.toml allows, "newest" those named below and constraints.txt for the
-rest; torch is constraints.txt's in both. Only the standard library is needed.
+rest; torch is constraints.txt's in both. "python3.12" and its like are "newest" on another Python, which is looked for
+on the path and among pyenv's; there the sweep, which is no matter of Python, is left out. Only the standard library is
+needed.
 """
 
 from __future__ import annotations
@@ -35,6 +38,9 @@ from fill_readme import table  # noqa: E402
 
 NEWEST = {"transformers": "5.24.0", "peft": "0.21.2"}
 
+PYTHONS = ("3.12", "3.13", "3.14")
+BY_PYTHON = tuple(f"python{version}" for version in PYTHONS)
+
 RESULTS = ROOT / "docs" / "results" / "versions.json"
 SWEEP = ROOT / "tests" / "models"
 _OF_THE_TABLE = "tests/test_matrix.py::test_the_committed_table_is_of_the_declared_versions"  # which is being made
@@ -46,11 +52,12 @@ _SHOWN = ("torch", "transformers", "peft", "trl")
 
 @dataclass(frozen=True)
 class Environment:
-    """What is installed: pip's requirements, and constraints for the rest."""
+    """What is installed: pip's requirements, and constraints for the rest; and the Python that it is made with."""
 
     name: str
     requirements: tuple[str, ...]
     constraints: tuple[str, ...]
+    interpreter: str = sys.executable
 
     @property
     def folder(self) -> Path:
@@ -67,7 +74,12 @@ class Environment:
 
     @property
     def digest(self) -> str:
-        asked = [sys.version, *self.requirements, *self.constraints, (ROOT / "pyproject.toml").read_text()]
+        asked = [
+            version_of(self.interpreter),
+            *self.requirements,
+            *self.constraints,
+            (ROOT / "pyproject.toml").read_text(),
+        ]
         return hashlib.sha256("\n".join(asked).encode()).hexdigest()
 
     def install(self) -> None:
@@ -76,7 +88,7 @@ class Environment:
         if stamp.is_file() and stamp.read_text() == self.digest:
             return
         shutil.rmtree(self.folder, ignore_errors=True)
-        subprocess.run([sys.executable, "-m", "venv", str(self.folder)], check=True)
+        subprocess.run([self.interpreter, "-m", "venv", str(self.folder)], check=True)
         pinned = self.folder / "constraints.txt"
         pinned.write_text("\n".join(self.constraints) + "\n")
         pip = [self.python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", str(pinned)]
@@ -89,7 +101,7 @@ class Environment:
         """Of everything that pyproject.toml names for users, as installed."""
         code = "import importlib.metadata as m, json, sys; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
         done = subprocess.run([self.python, "-c", code, *floors()], check=True, capture_output=True, text=True)
-        return {"python": platform.python_version(), **json.loads(done.stdout)}
+        return {"python": version_of(self.python), **json.loads(done.stdout)}
 
     def test(self, name: str, arguments: Sequence[str]) -> dict[str, Any]:
         """Run pytest; its counts, seconds, and the names of what failed."""
@@ -101,6 +113,20 @@ class Environment:
         if not report.is_file():
             raise SystemExit(f"{self.name}: pytest {' '.join(arguments)} ended with {code} and no report: run it again")
         return counted(report.read_text(encoding="utf-8"))
+
+
+def version_of(python: str) -> str:
+    """Of a Python, such as 3.12.1; empty if it does not run."""
+    code = "import platform; print(platform.python_version())"
+    done = subprocess.run([python, "-c", code], check=False, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def python_of(version: str) -> str | None:
+    """A Python of a version, such as 3.12, if there is one on this machine."""
+    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    places = [shutil.which(f"python{version}"), *sorted(root.glob(f"versions/{version}.*/bin/python"))]
+    return next((str(place) for place in places if place and version_of(str(place)).startswith(f"{version}.")), None)
 
 
 def floors() -> dict[str, str]:
@@ -132,10 +158,13 @@ def environments(other: Mapping[str, str] | None = None) -> dict[str, Environmen
     chosen = {"oldest": lowest | tools, "newest": pinned | NEWEST}
     if other:
         chosen["trial"] = pinned | dict(other)
-    return {
-        name: Environment(name, tuple(asked), tuple(f"{package}=={version}" for package, version in exact.items()))
-        for name, exact in chosen.items()
-    }
+    exact = {name: tuple(f"{package}=={version}" for package, version in each.items()) for name, each in chosen.items()}
+    found = {name: Environment(name, tuple(asked), each) for name, each in exact.items()}
+    for version in PYTHONS:
+        if python := python_of(version):
+            name = f"python{version}"
+            found[name] = Environment(name, tuple(asked), exact["newest"], python)
+    return found
 
 
 def counted(report: str) -> dict[str, Any]:
@@ -194,7 +223,9 @@ def spelled(counts: Mapping[str, Any] | None) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is asked for; 1 if a test failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="oldest, newest, trial; both of the former by default")
+    parser.add_argument(
+        "names", nargs="*", help="oldest, newest, python3.12 and its like, trial; all but the last by default"
+    )
     parser.add_argument("--with", nargs="+", dest="other", metavar="NAME==VERSION", help="what trial has")
     parser.add_argument("--tests", nargs=argparse.REMAINDER, help="pytest's arguments, in place of suite and sweep")
     options = parser.parse_args(argv)
@@ -212,7 +243,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             suite, sweep = environment.test("tests", options.tests), None
         else:
             suite = environment.test("suite", ["--deselect", _OF_THE_TABLE])
-            sweep = environment.test("sweep", ["-m", "slow", str(SWEEP)]) if SWEEP.is_dir() else None
+            sweeps = name not in BY_PYTHON and SWEEP.is_dir()
+            sweep = environment.test("sweep", ["-m", "slow", str(SWEEP)]) if sweeps else None
         failed += sum(counts["failed"] for counts in (suite, sweep) if counts)
         versions = environment.versions()
         print(f"{name}: {', '.join(f'{p} {versions[p]}' for p in _SHOWN)}: {spelled(suite)}; sweep {spelled(sweep)}")
@@ -227,10 +259,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def write_table(known: Mapping[str, Environment]) -> None:
     """Both files of the table, from what was found last in each environment."""
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    for name in ("oldest", "newest"):
-        if known[name].result.is_file():
+    every = ("oldest", "newest", *BY_PYTHON)
+    for name in every:
+        if name in known and known[name].result.is_file():
             results[name] = json.loads(known[name].result.read_text())
-    results = {name: results[name] for name in ("oldest", "newest") if name in results}
+    results = {name: results[name] for name in every if name in results}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     RESULTS.with_suffix(".md").write_text(page(results), encoding="utf-8")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from typing import Any
 
 import pytest
@@ -32,6 +33,30 @@ def test_the_newest_environment_has_the_newest_releases_and_the_pins_for_the_res
     assert exact == matrix.pins() | matrix.NEWEST
     for package, newest in matrix.NEWEST.items():
         assert number(matrix.floors()[package]) <= number(matrix.pins()[package]) <= number(newest)
+
+
+def test_other_pythons_have_the_newest_releases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrix, "python_of", lambda version: f"/opt/python{version}" if version != "3.14" else None)
+    monkeypatch.setattr(matrix, "version_of", lambda python: python.removeprefix("/opt/python") + ".1")
+    known = matrix.environments()
+    assert [name for name in known if name.startswith("python")] == ["python3.12", "python3.13"]
+    assert known["python3.12"].constraints == known["newest"].constraints
+    assert len({one.digest for one in known.values()}) == len(known)
+    assert len({one.folder for one in known.values()}) == len(known)
+
+
+def test_a_python_is_one_that_runs_and_has_the_version(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = ".".join(map(str, sys.version_info[:2]))
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert matrix.python_of(own) is None
+    (tmp_path / f"python{own}").write_text("#!/bin/sh\nexit 127\n")  # such as a shim of a version that is not chosen
+    (tmp_path / f"python{own}").chmod(0o755)
+    assert matrix.python_of(own) is None
+    place = tmp_path / "versions" / f"{own}.99" / "bin"
+    place.mkdir(parents=True)
+    (place / "python").symlink_to(sys.executable)
+    assert matrix.python_of(own) == str(place / "python")
 
 
 def test_another_release_is_tried_beside_the_pins() -> None:
@@ -85,7 +110,8 @@ def test_every_result_is_kept_until_it_is_measured_again(tmp_path: Any, monkeypa
         matrix,
         "environments",
         lambda other=None: {
-            name: Recorded(name, one.requirements, one.constraints) for name, one in made(other).items()
+            name: Recorded(name, one.requirements, one.constraints, one.interpreter)
+            for name, one in made(other).items()
         },
     )
     result = property(lambda environment: tmp_path / f"{environment.name}-result.json")
