@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.weights import parse_weights
 from .finding import Finding
 from .generate import DEFAULT_TEMPERATURE, quiet_transformers, steered_model, value_arguments
+from .parser import Parser
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -336,7 +337,7 @@ def lines(prompted: bool) -> Iterable[str]:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of ``mavis chat``."""
     width = max(map(len, COMMANDS))
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="mavis chat",
         description="Talk to a language model, and steer it while you do.",
         epilog="in the chat:\n" + "\n".join(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()),

@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .parser import Parser
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -185,7 +187,7 @@ def _strategies(backbone: Backbone) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """The options of `mavis doctor`."""
-    found = argparse.ArgumentParser(prog="mavis doctor", description="Tell how a language model would be steered.")
+    found = Parser(prog="mavis doctor", description="Tell how a language model would be steered.")
     found.add_argument(
         "model",
         nargs="?",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.weights import parse_weights
+from .parser import Parser
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -171,7 +172,7 @@ def _answer(arguments: argparse.Namespace, weights: dict[str, float] | None) -> 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of ``mavis generate``."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="mavis generate",
         description="Answer a prompt with a language model whose next-token choices are tilted towards objectives.",
         epilog=EXAMPLES,

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from .parser import Parser
+
 PUSH_EXAMPLES = """examples:
   mavis push runs/value-helpful org/value-helpful --private
   mavis push my-bundle org/steering-bundle --custom-generate
@@ -124,7 +126,7 @@ def bundle_parser() -> argparse.ArgumentParser:
 
 def _parser(command: str, description: str, examples: str) -> argparse.ArgumentParser:
     """What both have in common."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"mavis {command}",
         description=description,
         epilog=examples,

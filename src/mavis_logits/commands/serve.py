@@ -16,6 +16,7 @@ from typing import Any
 
 from ..core.weights import parse_weights, weights_text
 from .generate import DEFAULT_VALUES, value_sources
+from .parser import Parser
 
 PROCESSOR = "mavis_logits.integrations.vllm:MavisProcessor"
 EXAMPLES = """examples:
@@ -108,7 +109,7 @@ def _run(command: list[str], environment: dict[str, str]) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of ``mavis serve``."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="mavis serve",
         description="Serve a language model with vLLM, where every request may say how its answer is steered.",
         epilog=EXAMPLES,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.weights import parse_weights
 from .checks import PROMPTS, Check, block
 from .generate import quiet_transformers, steered_model, value_arguments
+from .parser import Parser
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -150,7 +151,7 @@ def main(argv: list[str]) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of ``mavis verify``."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="mavis verify",
         description="See whether steering fires, strength 0 is the model itself, neighbours in a batch are untouched, "
         "and what it costs. Exits with 1 if something is not as it should be.",

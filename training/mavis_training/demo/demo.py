@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mavis_logits.commands.parser import Parser
+
 from .record import Measured, Setting, Stage
 
 if TYPE_CHECKING:
@@ -114,7 +116,7 @@ def read_options(argv: list[str]) -> argparse.Namespace:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of ``mavis demo``."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="mavis demo",
         description="A real language model answers everyday questions at several weightings of two objectives; "
         "the rewards judge the answers.",

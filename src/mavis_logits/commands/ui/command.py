@@ -9,6 +9,7 @@ import sys
 import threading
 
 from ..generate import check_names, model_arguments, quiet_transformers
+from ..parser import Parser
 from .settings import LENGTH, SEED, Choice, Settings
 
 EXAMPLES = """examples:
@@ -85,7 +86,7 @@ def check_port(host: str, port: int) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of ``mavis ui``."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="mavis ui",
         description="A page to try steering on: sliders, two answers side by side, what each token was chosen from.",
         epilog=EXAMPLES,
