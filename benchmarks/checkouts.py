@@ -41,8 +41,9 @@ CASES = [
     for way in (("generate",) if values == "plain" else ("processor", "strategy"))
     for batch in (1, 8)
 ] + ["own share, k 15 by processor, batch 8", "own share, k 200 and the rest kept by processor, batch 8"]
+PAPERS: dict[str, Any] = {"top_k": 15, "normalize": "minmax", "beta": 5.0, "unscored": "drop"}
 OWN_SHARE: dict[str, dict[str, Any]] = {
-    "own share, k 15": {"top_k": 15, "normalize": "minmax", "beta": 3.0, "unscored": "drop"},  # the paper's
+    "own share, k 15": {**PAPERS, "beta": 3.0},
     "own share, k 200 and the rest kept": {"top_k": 200, "normalize": "none", "beta": 3.0, "unscored": "keep"},
 }
 
@@ -147,7 +148,8 @@ def work(new_tokens: int) -> None:
                 made[key] = {"logits_processor": [OwnShare(values["head"], model, OWN_SHARE[name])]}
             elif name != "plain":
                 kind = mavis_logits.MavisLogitsProcessor if way == "processor" else mavis_logits.MavisSampling
-                steer = kind.from_pretrained(values[name], beta=5.0, model=model)
+                # Said here: what value functions recommend for themselves may have changed.
+                steer = kind.from_pretrained(values[name], model=model, **PAPERS)
                 made[key] = {"logits_processor": [steer]} if way == "processor" else {"custom_generate": steer}
         texts = [PROMPTS[i % len(PROMPTS)] for i in range(int(batch))]
         inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
