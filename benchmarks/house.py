@@ -16,10 +16,12 @@ import ast
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
+import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from itertools import groupby
 from pathlib import Path
@@ -34,6 +36,12 @@ COMMAND = [
     "generate", "--prompt", "How do I make good tea?", "--weights", "helpful=0.7,humour=0.3", "--max-new-tokens", "8",
     "--values", "helpful=model_cards/smollm2-135m-value-helpful", "humour=model_cards/smollm2-135m-value-humour",
 ]  # fmt: skip
+STARTS = {
+    "`import mavis_logits`": "import mavis_logits",
+    "its processor": "import mavis_logits; mavis_logits.MavisLogitsProcessor",
+    "`mavis --help`": "import sys; from mavis_logits.cli import main; sys.stdout = open('/dev/null', 'w'); main([])",
+}
+ROUNDS = 5
 STEP = 5  # the step that is followed, counted from 1: the prompt has been read by then
 
 
@@ -43,7 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.walk:
         print(json.dumps(walks()))
         return 0
-    found = {"before": look(options.other), "now": look(ROOT)}
+    sides = {"before": options.other, "now": ROOT}
+    found = {name: look(checkout) for name, checkout in sides.items()}
+    for title, code in STARTS.items():
+        for name, seconds in start_seconds(sides, code).items():
+            found[name].setdefault("starts", {})[title] = seconds
     result = {"date": str(date.today()), "python": platform.python_version(), **found}
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     page = table(result)
@@ -78,6 +90,18 @@ def look(checkout: Path) -> dict[str, Any]:
     environment = os.environ | {"PYTHONPATH": path}
     done = subprocess.run(command, env=environment, cwd=checkout, check=True, stdout=subprocess.PIPE, text=True)
     return found | {"walks": json.loads(done.stdout.splitlines()[-1])}
+
+
+def start_seconds(sides: Mapping[str, Path], code: str) -> dict[str, float]:
+    """Median of the seconds that a Python takes to start and run some code, all sides by turns."""
+    taken: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(ROUNDS):
+        for name, checkout in sides.items():
+            environment = os.environ | {"PYTHONPATH": str((checkout / "src").resolve())}
+            started = time.perf_counter()
+            subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+            taken[name].append(time.perf_counter() - started)
+    return {name: round(statistics.median(seconds), 3) for name, seconds in taken.items()}
 
 
 def graph(package: Path) -> dict[str, set[str]]:
@@ -180,6 +204,8 @@ def table(result: dict[str, Any]) -> str:
     for name in NAMES:
         each = (f"{side['walks'][name]['files']} files, {side['walks'][name]['back']} back" for side in (before, now))
         lines.append(f"| the walk of `{name}` | {' | '.join(each)} |")
+    for title, seconds in now["starts"].items():
+        lines.append(f"| seconds to start: {title} | {before['starts'][title]:.2f} | {seconds:.2f} |")
     return "\n".join([*lines, "", f"By `benchmarks/house.py`; {result['date']}.", ""])
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -68,8 +67,9 @@ MOVED = {
 }
 
 
-class _Moved(MetaPathFinder, Loader):
-    """Finds the modules of a package under old names: the module itself, not a copy.
+class _Moved:
+    """Finds and loads the modules of a package under old names: the module itself, not a copy. Not by the classes of
+    `importlib.abc`, which take longer to import than all else here.
 
     Args:
         package: its name.
@@ -83,7 +83,7 @@ class _Moved(MetaPathFinder, Loader):
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """The module's spec, if it is one that has moved."""
-        return ModuleSpec(fullname, self) if fullname in self.places else None
+        return ModuleSpec(fullname, self) if fullname in self.places else None  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         """The module in its new place."""
