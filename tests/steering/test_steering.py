@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -180,13 +180,15 @@ def test_a_share_out_of_range_is_refused(share: Any) -> None:
         steering(candidate_min_p=share)
 
 
+@example(0, 0.48, 5000, "spread")  # parts of two tokens, all of which are among the best
 @given(
     st.integers(0, 10_000),
-    st.one_of(st.integers(1, 9), st.integers(60, 97)),
+    st.one_of(st.integers(1, 9), st.integers(60, 97), st.floats(0.0, 1.0)),  # of the last a share of the vocabulary
     st.sampled_from([97, 1000, 5000, 5121, 60_000]),  # parts of parts in the last
     st.sampled_from(["spread", "ties", "banned", "nan"]),
 )
-def test_the_likeliest_are_those_of_topk(seed: int, k: int, vocabulary: int, kind: str) -> None:
+def test_the_likeliest_are_those_of_topk(seed: int, k: int | float, vocabulary: int, kind: str) -> None:
+    k = k if isinstance(k, int) else max(1, round(k * vocabulary))
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(3, vocabulary, generator=generator)
     if kind == "ties":

@@ -62,10 +62,10 @@ def likeliest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     rows, vocabulary = scores.shape
     # Tokens of a part: of V / size maxima the best are found, and then of k * size scores, of which fewer are sorted.
     size = 2 ** round(math.log2(1.5 * math.sqrt(max(vocabulary / k, 1))))
-    count = vocabulary // size
-    if vocabulary <= _FEW or count < k:
+    if vocabulary <= _FEW or k * size > vocabulary // 2:  # else every turn leaves about half at most
         values, indices = scores.topk(k, dim=1)
         return values, indices
+    count = vocabulary // size
     end = count * size
     parts = scores[:, :end].unflatten(1, (size, count)).amax(dim=1).topk(k, dim=1, sorted=False).indices
     places = (parts[:, None] + torch.arange(0, end, count, device=scores.device)[:, None]).flatten(1)
