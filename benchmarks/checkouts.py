@@ -94,10 +94,16 @@ def parser() -> argparse.ArgumentParser:
 
 def start(checkout: Path, new_tokens: int) -> subprocess.Popen[str]:
     """A process that decodes with the code of a checkout, on request."""
-    path = os.pathsep.join(str(checkout / folder) for folder in ("src", "training"))
     command = [sys.executable, __file__, str(checkout), "--work", "--new-tokens", str(new_tokens)]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, cwd=ROOT, **pipes)
+    return subprocess.Popen(command, env=environment(checkout), cwd=ROOT, **pipes)
+
+
+def environment(checkout: Path) -> dict[str, str]:
+    """Of a process that imports the code of a checkout."""
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(str((checkout / part).resolve()) for part in ("src", "training"))
+    }
 
 
 def ask(worker: subprocess.Popen[str], case: str) -> float:

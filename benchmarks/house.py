@@ -5,8 +5,8 @@
 
 The walk of a name is followed while `mavis generate` steers SmolLM2 by two value models: every call of a function of
 the package that has an argument or a variable of that name is a stop. *Files* are those that it stops at, *back* how
-often it returns to one that it had left. `weights` is followed from the command line to the first tilt, the others
-through one later step.
+often it returns to one that it had left. `weights` is followed from the command line to the end of the first step, the
+others through one later step.
 """
 
 from __future__ import annotations
@@ -14,21 +14,20 @@ from __future__ import annotations
 import argparse
 import ast
 import json
-import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from itertools import groupby
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from checkouts import ROOT, commit
+from checkouts import ROOT, commit, environment
 
 PACKAGES = {"src": "src/mavis_logits", "training": "training/mavis_training"}
 NAMES = ("weights", "candidates", "input_ids")
@@ -85,10 +84,9 @@ def look(checkout: Path) -> dict[str, Any]:
             "folders": len({path.parent for path in lines}), "lines": sum(lines.values()),
             "longest file": max(lines.values()), "longest function": max(map(longest_function, lines)),
         }  # fmt: skip
-    path = os.pathsep.join(str((checkout / folder).resolve()) for folder in ("src", "training"))
     command = [sys.executable, __file__, str(checkout), "--walk"]
-    environment = os.environ | {"PYTHONPATH": path}
-    done = subprocess.run(command, env=environment, cwd=checkout, check=True, stdout=subprocess.PIPE, text=True)
+    own = environment(checkout)
+    done = subprocess.run(command, env=own, cwd=checkout, check=True, stdout=subprocess.PIPE, text=True)
     return found | {"walks": json.loads(done.stdout.splitlines()[-1])}
 
 
@@ -97,9 +95,9 @@ def start_seconds(sides: Mapping[str, Path], code: str) -> dict[str, float]:
     taken: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(ROUNDS):
         for name, checkout in sides.items():
-            environment = os.environ | {"PYTHONPATH": str((checkout / "src").resolve())}
+            own = environment(checkout)
             started = time.perf_counter()
-            subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+            subprocess.run([sys.executable, "-c", code], env=own, check=True)
             taken[name].append(time.perf_counter() - started)
     return {name: round(statistics.median(seconds), 3) for name, seconds in taken.items()}
 
@@ -156,7 +154,7 @@ def walks() -> dict[str, dict[str, int]]:
     """Follow `NAMES` through `mavis generate` of the checkout that is imported."""
     import transformers
 
-    from mavis_logits import MavisLogitsProcessor, cli
+    from mavis_logits import cli
 
     transformers.utils.logging.disable_progress_bar()
     package = str(Path(cli.__file__).parent)
@@ -164,23 +162,16 @@ def walks() -> dict[str, dict[str, int]]:
     steps = 0
 
     def follow(frame: FrameType, event: str, _: Any) -> None:
-        file = frame.f_code.co_filename
-        if event == "call" and file.startswith(package):
-            for name in NAMES:
-                followed = steps <= 1 if name == "weights" else steps == STEP
-                if name in frame.f_code.co_varnames and followed:
-                    stops[name].append(file.removeprefix(package))
+        nonlocal steps
+        code = frame.f_code
+        if event != "call" or not code.co_filename.startswith(package):
+            return
+        steps += code.co_qualname == "MavisLogitsProcessor.__call__"
+        for name in NAMES:
+            followed = steps <= 1 if name == "weights" else steps == STEP
+            if name in code.co_varnames and followed:
+                stops[name].append(code.co_filename.removeprefix(package))
 
-    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
-        def step(*args: Any, **kwargs: Any) -> Any:
-            nonlocal steps
-            steps += 1  # the first ends the walk from the command line
-            return call(*args, **kwargs)
-
-        return step
-
-    before = MavisLogitsProcessor.__call__
-    MavisLogitsProcessor.__call__ = counted(before)  # type: ignore[method-assign]
     sys.setprofile(follow)
     try:
         cli.main(COMMAND)

@@ -29,6 +29,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +75,8 @@ class Environment:
 
     @property
     def digest(self) -> str:
-        asked = [
-            version_of(self.interpreter),
-            *self.requirements,
-            *self.constraints,
-            (ROOT / "pyproject.toml").read_text(),
-        ]
+        project = (ROOT / "pyproject.toml").read_text()
+        asked = [version_of(self.interpreter), *self.requirements, *self.constraints, project]
         return hashlib.sha256("\n".join(asked).encode()).hexdigest()
 
     def install(self) -> None:
@@ -115,6 +112,7 @@ class Environment:
         return counted(report.read_text(encoding="utf-8"))
 
 
+@cache
 def version_of(python: str) -> str:
     """Of a Python, such as 3.12.1; empty if it does not run."""
     code = "import platform; print(platform.python_version())"

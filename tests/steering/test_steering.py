@@ -184,7 +184,7 @@ def test_a_share_out_of_range_is_refused(share: Any) -> None:
 @given(
     st.integers(0, 10_000),
     st.one_of(st.integers(1, 9), st.integers(60, 97), st.floats(0.0, 1.0)),  # of the last a share of the vocabulary
-    st.sampled_from([97, 1000, 5000, 5121, 60_000]),  # parts of parts in the last
+    st.sampled_from([97, 128, 1000, 5000, 5121, 60_000]),  # parts of parts in the last
     st.sampled_from(["spread", "ties", "banned", "nan"]),
 )
 def test_the_likeliest_are_those_of_topk(seed: int, k: int | float, vocabulary: int, kind: str) -> None:

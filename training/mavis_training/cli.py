@@ -7,7 +7,6 @@ Flags override the recipe; an unknown key is an error that names the nearest kno
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import sys
@@ -17,6 +16,8 @@ from typing import TypeVar, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
+
+from mavis_logits.core.known import nearest
 
 from .base.settings import check_keys, names_of, nested
 
@@ -290,8 +291,8 @@ def check_recipe(path: Path, kind: type) -> None:
 def _nearest(message: str, kind: type) -> str:
     """For an error about unrecognized arguments: the known flag nearest to the first of them."""
     unknown = re.search(r"unrecognized arguments: --([\w.-]+)", message, re.IGNORECASE)
-    near = difflib.get_close_matches(unknown[1].replace("-", "_"), get_type_hints(kind), n=1) if unknown else []
-    return f"; did you mean --{near[0]}?" if near else ""
+    near = nearest(unknown[1].replace("-", "_"), get_type_hints(kind)) if unknown else None
+    return f"; did you mean --{near}?" if near else ""
 
 
 def _recipes(argv: Sequence[str]) -> list[Path]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -104,15 +105,19 @@ def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) ->
     if not ranks.is_main:  # the rest is minutes of work for one process: the others wait for its head
         ranks.wait()
         return ValueHead.from_pretrained(config.output)
-    of_tree = _of_trees(trees, stored, read_states)
+    states = [read_states(store, folder) for store, folder in stored]
+    of_tree = _of_trees(trees, states)
     if teachers:
-        said_of = _of_trees(trees, stored, read_taught)
+        said_of = _of_trees(trees, [read_taught(store, folder) for store, folder in stored])
         etas = np.array([policy.config.eta or 1.0 for policy in teachers.values()])
         metrics = teach_head(head, training, validation, of_tree, said_of, etas / units[1], config)
     else:
-        drawn_at = None if config.rule == "positions" else _of_trees(trees, stored, read_actions)
+        drawn_at = None
+        if config.rule != "positions":
+            drawn_at = _of_trees(trees, [read_actions(store, folder) for store, folder in stored])
         metrics = fit_head(head, training, validation, of_tree, config, drawn_at)
-    of_reference = _of_trees(trees, stored, lambda store, folder: [_sampled(store)] * len(store))
+    references = [[_sampled(store)] * len(own) for store, own in zip(stores, states, strict=True)]
+    of_reference = _of_trees(trees, references)
     metrics |= _steering_by_reference(head, model, validation, of_tree, of_reference, config.seed)
     recipe = head.config.recipe
     recipe["warmup_steps"] = metrics.pop("warmup_steps")
@@ -144,14 +149,9 @@ def _head_to_train(
     return head
 
 
-def _of_trees(
-    trees: Sequence[LabelledTree],
-    stored: Sequence[tuple[TreeStore, Path]],
-    read: Callable[[TreeStore, Path], Sequence[T]],
-) -> dict[int, T]:
-    """What `read` finds for every tree of all stores, by the tree's `id`: prompts recur between stores."""
-    found = [own for store, folder in stored for own in read(store, folder)]
-    return {id(item): own for item, own in zip(trees, found, strict=True)}
+def _of_trees(trees: Sequence[LabelledTree], by_store: Sequence[Sequence[T]]) -> dict[int, T]:
+    """What there is of every tree, store by store, by the tree's `id`: prompts recur between stores."""
+    return dict(zip(map(id, trees), chain.from_iterable(by_store), strict=True))
 
 
 def _steering_by_reference(

@@ -67,9 +67,8 @@ MOVED = {
 }
 
 
-class _Moved:
-    """Finds and loads the modules of a package under old names: the module itself, not a copy. Not by the classes of
-    `importlib.abc`, which take longer to import than all else here.
+class _Moved:  # not by importlib.abc's classes, which take longer to import than all else here
+    """Finds and loads the modules of a package under old names: the module itself, not a copy.
 
     Args:
         package: its name.

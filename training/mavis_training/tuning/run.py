@@ -91,9 +91,7 @@ def _trees(config: TuneConfig, before: Mapping[str, Any] | None) -> ChosenTrees:
     if config.store is None:
         return ChosenTrees([], [], dict.fromkeys(config.weights, 1.0), 0, [])
     deviations = before and before["deviations"]
-    return chosen_trees(
-        config.store, config.weights, config.trees, config.seed, config.validation_share, deviations
-    )  # fmt: skip
+    return chosen_trees(config.store, config.weights, config.trees, config.seed, config.validation_share, deviations)
 
 
 def _origin(
