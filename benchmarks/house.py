@@ -15,6 +15,7 @@ import argparse
 import ast
 import json
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -55,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for title, code in STARTS.items():
         for name, seconds in start_seconds(sides, code).items():
             found[name].setdefault("starts", {})[title] = seconds
-    result = {"date": str(date.today()), "python": platform.python_version(), **found}
+    kinds = {"moves": options.moves, "changes": options.changes}
+    commits = {kind: [size_of(one) for one in given] for kind, given in kinds.items()}
+    result = {"date": str(date.today()), "python": platform.python_version(), **found, "commits": commits}
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     page = table(result)
     options.out.with_suffix(".md").write_text(page, encoding="utf-8")
@@ -68,6 +71,8 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("other", type=Path, help="folder of the other checkout")
     made.add_argument("--out", type=Path, default=ROOT / "docs/results/house.json")
+    made.add_argument("--moves", nargs="*", default=[], metavar="COMMIT", help="those between that only move things")
+    made.add_argument("--changes", nargs="*", default=[], metavar="COMMIT", help="those that change what is done")
     made.add_argument("--walk", action="store_true", help=argparse.SUPPRESS)
     return made
 
@@ -100,6 +105,14 @@ def start_seconds(sides: Mapping[str, Path], code: str) -> dict[str, float]:
             subprocess.run([sys.executable, "-c", code], env=own, check=True)
             taken[name].append(time.perf_counter() - started)
     return {name: round(statistics.median(seconds), 3) for name, seconds in taken.items()}
+
+
+def size_of(commit: str) -> dict[str, Any]:
+    """Subject of a commit, and how much it changed; a file that it renamed counts by the lines that changed in it."""
+    command = ["git", "-C", str(ROOT), "show", "-M", "--shortstat", "--summary", "--format=%h %s", commit]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    counts = {name: int(number) for number, name in re.findall(r"(\d+) (file|insertion|deletion)", text)}
+    return {"commit": text.splitlines()[0], "renamed": len(re.findall(r"^ rename ", text, re.MULTILINE)), **counts}
 
 
 def graph(package: Path) -> dict[str, set[str]]:
@@ -197,6 +210,15 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"| the walk of `{name}` | {' | '.join(each)} |")
     for title, seconds in now["starts"].items():
         lines.append(f"| seconds to start: {title} | {before['starts'][title]:.2f} | {seconds:.2f} |")
+    for kind, commits in result["commits"].items():
+        lines += (
+            ["", f"Commits, {kind}:", "", "| commit | files | renamed | lines |", "|---|---|---|---|"]
+            if commits
+            else []
+        )
+        for one in commits:
+            changed = f"+{one.get('insertion', 0):,} -{one.get('deletion', 0):,}"
+            lines.append(f"| {one['commit']} | {one['file']} | {one['renamed']} | {changed} |")
     return "\n".join([*lines, "", f"By `benchmarks/house.py`; {result['date']}.", ""])
 
 
