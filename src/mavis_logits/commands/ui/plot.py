@@ -14,6 +14,7 @@ PALETTE = (
 )  # fmt: skip
 _WIDTH, _HEIGHT = 460, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 12, 12, 40
+_NOTHING = 1e-9  # what is less is shown as 0, and no axis is stretched to show it
 
 
 def picture(session: Session) -> str:
@@ -56,7 +57,7 @@ class _Axis:
     """From numbers to places, with ticks at round numbers."""
 
     def __init__(self, low: float, high: float, begin: float, end: float) -> None:
-        step = _round_step((high - low or 1.0) / 4)
+        step = _round_step((high - low if high - low > _NOTHING else 1.0) / 4)
         first, last = math.floor(low / step), math.ceil(high / step - 1e-9)
         self.ticks: Sequence[float] = [i * step for i in range(first, max(last, first + 1) + 1)]
         self._low, self._begin = self.ticks[0], begin
@@ -76,4 +77,4 @@ def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:
 
 
 def _number(number: float) -> str:
-    return f"{number:g}".replace("-", "−") if abs(number) > 1e-9 else "0"
+    return f"{number:g}".replace("-", "−") if abs(number) > _NOTHING else "0"
