@@ -96,7 +96,10 @@ def test_every_row_is_steered_as_if_it_were_alone(data: st.DataObject) -> None:
         if asked[slot] is None:
             assert torch.equal(result[row], expected)
         else:
-            assert torch.allclose(result[row], expected, atol=1e-5)
+            # A budget near all that few candidates can spend leaves the last digits of beta to rounding, and these are
+            # multiplied by values: what is all but impossible, at -131, then moves by 0.003, and no probability does.
+            assert torch.allclose(result[row], expected, rtol=1e-4, atol=1e-5)
+            assert torch.allclose(result[row].exp(), expected.exp(), atol=1e-5)
         assert torch.isneginf(result[row][torch.isneginf(logits[row])]).all()  # no forbidden token is lifted
 
 
