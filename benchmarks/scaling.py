@@ -223,7 +223,29 @@ def table(results: dict[str, Any], objectives: list[str]) -> str:
     last = list(results["runs"].values())[-1]
     trees, made = last["held_out_trees"], last["made"]
     note = f"Gain in standard deviations of the reward at half a nat, on {trees} held-out trees. {made}."
-    return "\n".join([*lines, "", note, ""])
+    return "\n".join([*lines, "", note, *doublings(results, objectives), ""])
+
+
+def doublings(results: dict[str, Any], objectives: list[str]) -> list[str]:
+    """What twice the prompts add to the gain, by a line through it over their logarithm, for every rule that was tried
+    at three sizes or more with all branches."""
+    by_rule: dict[str, list[dict[str, Any]]] = {}
+    for each in results["runs"].values():
+        if each["branches"] == 4:
+            by_rule.setdefault(each["rule"], []).append(each)
+    lines = []
+    for rule, found in by_rule.items():
+        sizes = np.log2([each["prompts"] for each in found])
+        if len(set(sizes)) < 3:
+            continue
+        slopes = {}
+        for objective in objectives:
+            slopes[objective] = np.polyfit(sizes, [each["objectives"][objective]["gain"] for each in found], 1)[0]
+        own = ", ".join(f"{objective} {slope:+.3f}" for objective, slope in slopes.items())
+        span = f"{2 ** sizes.min():,.0f} to {2 ** sizes.max():,.0f}"
+        mean = np.mean(list(slopes.values()))
+        lines.append(f"Twice the prompts, {rule}, {span}: {mean:+.3f} on average ({own}), by least squares.")
+    return ["", *lines] if lines else []
 
 
 def parser() -> argparse.ArgumentParser:

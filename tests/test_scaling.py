@@ -27,3 +27,14 @@ def test_a_thinned_tree_is_that_of_its_first_branches(seed: int) -> None:
     assert [small.tree.completion(leaf).tolist() for leaf in found] == [tree.completion(x).tolist() for x in expected]
     assert small.rewards[:, 0].tolist() == [rewards[tree.leaves().tolist().index(leaf), 0] for leaf in expected]
     assert states[id(small)][:, 0].long().tolist() == pack(small.tree).input_ids.tolist()
+
+
+def test_twice_the_prompts_add_what_the_line_says() -> None:
+    def gained(prompts: int, gain: float, branches: int = 4) -> dict[str, object]:
+        return {"rule": "plain", "prompts": prompts, "branches": branches, "objectives": {"kind": {"gain": gain}}}
+
+    runs = {str(n): gained(250 * 2**n, 0.1 + 0.03 * n) for n in range(4)}
+    runs["fewer branches"] = gained(8000, 9.9, branches=1)  # another study
+    (line,) = scaling.doublings({"runs": runs}, ["kind"])[1:]
+    assert line == "Twice the prompts, plain, 250 to 2,000: +0.030 on average (kind +0.030), by least squares."
+    assert scaling.doublings({"runs": {name: runs[name] for name in "01"}}, ["kind"]) == []
