@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import PeftModel
+from peft import IA3Config, PeftModel, get_peft_model
 
 from chat_model import chat_model, save_random_adapter
 from hub_server import HubServer
@@ -90,6 +90,40 @@ def test_beta_1_is_the_tuned_model_itself(place) -> None:
     expected = tuned.generate(**batch, **shared)
     torch.manual_seed(0)
     assert torch.equal(model.generate(**batch, **shared, logits_processor=[mavis]), expected)
+
+
+@pytest.mark.parametrize("how", [{"normalize": "none", "beta": 1.0}, {"normalize": "standard", "beta": 2.5}])
+def test_at_a_strength_it_is_the_model_with_that_much_of_the_adapter(place, tmp_path, how) -> None:
+    model, tokenizer = chat_model()
+    shutil.copytree(place / "a", tmp_path / "more")
+    adapter = json.loads((tmp_path / "more/adapter_config.json").read_text())
+    adapter["lora_alpha"] *= 2.5
+    (tmp_path / "more/adapter_config.json").write_text(json.dumps(adapter))
+    tuned = PeftModel.from_pretrained(chat_model()[0], tmp_path / "more").eval()
+    shutil.copytree(place / "a", tmp_path / "read")
+    ValuePolicyConfig.of(model, "a", strength=2.5).save_pretrained(tmp_path / "read")
+    batch = chat_inputs(tokenizer, ["w3 w4", "w7 w8 w9 w10"])
+    shared = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+    expected = tuned.generate(**batch, **shared)
+    assert not torch.equal(expected, model.generate(**batch, **shared))
+    for policy in (
+        ValuePolicy.from_pretrained(tmp_path / "read", model),
+        ValuePolicy.from_adapter(place / "a", "a", model, strength=2.5),
+    ):
+        mavis = MavisLogitsProcessor(policy, model=model, tokenizer=tokenizer, top_k=None, **how)
+        assert torch.equal(model.generate(**batch, **shared, logits_processor=[mavis]), expected)
+
+
+def test_a_strength_is_for_low_rank_adapters_and_positive(place, tmp_path) -> None:
+    model, _ = chat_model()
+    kind = IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
+    get_peft_model(chat_model()[0], kind).save_pretrained(tmp_path)
+    ValuePolicy.from_adapter(tmp_path, "a", model)
+    with pytest.raises(ValueError, match="has no strength"):
+        ValuePolicy.from_adapter(tmp_path, "a", model, strength=2.0)
+    for wrong in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="strength must be a positive number"):
+            ValuePolicy.from_adapter(place / "a", "a", model, strength=wrong)
 
 
 def test_a_strategy_decodes_the_same(place) -> None:

@@ -10,6 +10,10 @@ Any adapter will do that was tuned with a KL penalty against this base model: by
 all candidates at once, and its layers are the base model's own, so that only the adapter takes memory. With
 `normalize="none"` beta = 1 is the tuned model itself; strengths between and beyond, and mixtures with other value
 functions, are what tuning alone cannot give.
+
+What a cautiously tuned policy says is small, in half precision hardly larger than the difference between two ways of
+rounding the same logits, which a large beta would multiply. So its adapter can be read at a `strength` of its own,
+about that at which it steers, to which beta then adds little.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
@@ -39,6 +44,8 @@ class ValuePolicyConfig(ObjectivesMixin, PreTrainedConfig):
         vocab_size: token ids that it knows.
         backbone_fingerprint, backbone_sketch: of the base model's weights (`backbone.fingerprint.Identity`).
         eta: of equation 1, that it was tuned with; None if unknown.
+        strength: what the adapter's weights are multiplied by (LoRA only). It is also what `normalize="standard"`
+            divides by, if `tilt_scale` is None: one beta tilts about as far at every strength.
         objectives, reward_mean, reward_scale, tilt_scale, tokenizer_fingerprint, base_model, base_revision, recipe,
             iteration, settings: see `ObjectivesMixin`; one objective.
     """
@@ -51,9 +58,12 @@ class ValuePolicyConfig(ObjectivesMixin, PreTrainedConfig):
         backbone_fingerprint: str | None = None,
         backbone_sketch: str | None = None,
         eta: float | None = None,
+        strength: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        self.vocab_size, self.eta = vocab_size, eta
+        if not 0 < strength < float("inf"):
+            raise ValueError(f"strength must be a positive number, got {strength}")
+        self.vocab_size, self.eta, self.strength = vocab_size, eta, strength
         self.backbone_fingerprint, self.backbone_sketch = backbone_fingerprint, backbone_sketch
         kwargs = self._take_objectives(kwargs)
         if len(self.objectives) != 1:
@@ -72,6 +82,11 @@ class ValuePolicyConfig(ObjectivesMixin, PreTrainedConfig):
             base_model=model.config.name_or_path or None,
             **({"settings": dict(SETTINGS)} | fields),
         )
+
+    def units(self) -> Tensor:
+        """As for every value function, but for what a tilt counts as one: the `strength`, if nothing else is said."""
+        mean, scale, tilt = super().units()
+        return torch.stack([mean, scale, torch.full_like(tilt, self.strength) if self.tilt_scale is None else tilt])
 
     def require_base(self, model: PreTrainedModel) -> None:
         """Raise `ValueError` if it was tuned on another model, as far as that is known."""
@@ -108,7 +123,7 @@ class ValuePolicy(Words):
             kwargs: `revision`, `token`, `cache_dir` and so on, as for `from_pretrained` everywhere.
 
         Raises:
-            ValueError: an adapter for another model.
+            ValueError: an adapter for another model, or one with a strength that is no LoRA.
             OSError: nothing there, or an adapter without config.
         """
         hub = hub_arguments(kwargs)
@@ -119,16 +134,27 @@ class ValuePolicy(Words):
         if not isinstance(config, ValuePolicyConfig):
             raise ValueError(f"{name} has a config of type {config.model_type!r}, not of a tuned policy: {bare}")
         config.require_base(model)
-        return cls(config, _tuned(str(name), model, hub))
+        return cls(config, _tuned(str(name), model, hub, config.strength))
 
     @classmethod
-    def from_adapter(cls, name: str | Path, objective: str, model: PreTrainedModel, **kwargs: Any) -> ValuePolicy:
+    def from_adapter(
+        cls, name: str | Path, objective: str, model: PreTrainedModel, strength: float = 1.0, **kwargs: Any
+    ) -> ValuePolicy:
         """The same from a bare PEFT adapter: of TRL, of anybody.
 
+        Args:
+            name: of the adapter.
+            objective: that it was tuned for.
+            model: the base model.
+            strength: what its weights are multiplied by.
+            kwargs: as for `from_pretrained`.
+
         Raises:
+            ValueError: another strength than 1 for what is no LoRA.
             OSError: nothing there.
         """
-        return cls(ValuePolicyConfig.of(model, objective), _tuned(str(name), model, hub_arguments(kwargs)))
+        config = ValuePolicyConfig.of(model, objective, strength=strength)
+        return cls(config, _tuned(str(name), model, hub_arguments(kwargs), strength))
 
     def bind(self, model: PreTrainedModel) -> ValuePolicy:
         """Look whether it can steer `model`; returns self.
@@ -174,13 +200,20 @@ class ValuePolicy(Words):
         return [Place(0, 0, [])]
 
 
-def _tuned(name: str, model: PreTrainedModel, hub: dict[str, Any]) -> PreTrainedModel:
-    """`model` with an adapter on it, as a second model that shares all weights with the first."""
+def _tuned(name: str, model: PreTrainedModel, hub: dict[str, Any], strength: float) -> PreTrainedModel:
+    """`model` with an adapter on it, `strength` times, as a second model that shares all weights with the first."""
     for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if find_file(name, file, hub) is None:
             raise OSError(f"{name} has no {file}: expected an adapter, as mavis tune, TRL or PEFT writes it")
     with twin(model) as own:
         tuned = PeftModel.from_pretrained(own, name, **{k: v for k, v in hub.items() if k != "force_download"})
+    if strength != 1.0:
+        adapted = [layer for layer in tuned.modules() if isinstance(layer, LoraLayer)]
+        if not adapted:
+            kind = tuned.active_peft_config.peft_type
+            raise ValueError(f"{name} is an adapter of the kind {kind}, which has no strength: leave it at 1")
+        for layer in adapted:
+            layer.set_scale(tuned.active_adapter, strength)
     policy: PreTrainedModel = tuned.get_base_model()  # type: ignore[assignment]
     return policy.eval()
 

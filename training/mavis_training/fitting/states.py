@@ -97,7 +97,11 @@ def compute_taught(
         ValueError: the model is not the one they were sampled from, or the folder holds what other policies say, or
             what is said of other trees or another number of tokens.
     """
-    names = {name: parameters_fingerprint(policy.backbone) for name, policy in policies.items()}
+    names = {
+        name: parameters_fingerprint(policy.backbone) + (f" x {strength:g}" if strength != 1 else "")
+        for name, policy in policies.items()
+        for strength in (policy.config.strength,)
+    }
     kept = _Kept("policies", None, {"policies": json.dumps(names), "tokens": str(count)})
     _write_missing(store, model, folder, kept, lambda tree: said_by_policies(tree, model, policies, count))
 

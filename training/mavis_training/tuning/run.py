@@ -19,7 +19,7 @@ from mavis_logits.backbone.fingerprint import parameters_fingerprint, tokenizer_
 from mavis_logits.backbone.weights import twin
 from mavis_logits.hub.cards import CARD, METRICS
 from mavis_logits.models import load_chat_model
-from mavis_logits.values.value_policy import ValuePolicyConfig
+from mavis_logits.values.value_policy import SETTINGS, ValuePolicyConfig
 
 from ..base.files import read_json, write_json
 from ..base.kept import as_json, digest, model_origin
@@ -27,6 +27,7 @@ from ..base.prompts import read_prompts
 from ..base.record import Record, clear_checkpoints
 from ..base.settings import torch_dtype
 from ..fitting.model_config import lora_config
+from ..fitting.paths import path_loss
 from ..fitting.trainer_arguments import common_arguments
 from ..fitting.value_trainer import resume
 from ..rewards.load import Reward, compute_rewards, load_reward, reward_digest
@@ -35,7 +36,7 @@ from ..trees.data import LabelledTree, recipe_of
 from ..trees.tree import Tree
 from .config import ONLINE, TuneConfig
 from .examples import ChosenTrees, best_answers, chosen_trees, combined_item, paired_trees, preference_pairs
-from .paths import TreeTrainer, answer_ratios, collate, pair_loss, path_loss, policy_metrics, tree_rows
+from .paths import TreeTrainer, answer_ratios, collate, pair_loss, policy_metrics, tree_rows
 
 RESULT = "tuned.json"
 ON_TREES = {"paths": path_loss, "pairs": pair_loss}
@@ -122,6 +123,7 @@ def _train(
     objective = "+".join(name for name, weight in config.weights.items() if weight)
     value_policy = ValuePolicyConfig.of(
         model, objective, eta=config.eta or None,
+        strength=SETTINGS["beta"] if config.method == "paths" else 1.0,  # its eta keeps it near the reference
         recipe=as_json(recipe_of(asdict(config), chosen.stores)),
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         iteration=_iteration(config, chosen),
