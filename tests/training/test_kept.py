@@ -42,7 +42,7 @@ MODEL_SETTINGS = {
     "bf16": True, "iteration": 4, "trainer": {"adam_beta1": 0.5},
 }  # fmt: skip
 HEAD_SETTINGS = {
-    "teachers": {"low": "org/other"}, "tokens": 7, "rank": 5, "trees": 9, "answers": 3,
+    "teachers": {"low": "org/other"}, "tokens": 7, "reward_share": 0.5, "rank": 5, "trees": 9, "answers": 3,
     "objectives": ["high"], "layer": "output", "width": 9, "num_layers": 2, "dropout": 0.1, "bootstrap": 0.1,
     "rule": "gain", "anchor": 0.7, "actions": 6,
     "zeta": 0.1, "penalty": "continuation", "drop_leaves": 0.1, "epochs": 9, "patience": 9, "batch_size": 9,
@@ -210,7 +210,7 @@ def test_every_setting_of_a_heads_training_is_in_its_origin(store, tmp_path):
             start = config
             if field.name in ("anchor", "actions"):  # nothing to a head that no rule is applied to
                 start = dataclasses.replace(config, rule="pairs")
-            if field.name == "tokens":  # nothing to one that nobody teaches
+            if field.name in ("tokens", "reward_share"):  # nothing to one that nobody teaches
                 start = dataclasses.replace(config, teachers={"low": "org/policy"})
             changed = dataclasses.replace(start, **{field.name: HEAD_SETTINGS[field.name]})
             assert head_origin(changed, head, base, stores) != head_origin(start, head, base, stores), field.name

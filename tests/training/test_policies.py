@@ -14,18 +14,22 @@ from chat_model import chat_model, save_random_adapter
 from collecting import collect_here
 from mavis_logits import ValueHead, ValuePolicy, ValuePolicyConfig
 from mavis_logits.values.value_policy import SETTINGS
+from mavis_training.fitting.efficiency import leaf_shares
 from mavis_training.fitting.policies import (
+    answers_of,
     gather_taught,
     head_ratios,
     likelihoods,
     mean_taught_loss,
     ratio_metrics,
+    rewarded_loss,
     said_by_policies,
+    taught_loss,
 )
 from mavis_training.fitting.states import read_taught, tree_states
 from mavis_training.label import LabelConfig, label
 from mavis_training.train_head import TrainHeadConfig, train_head
-from mavis_training.trees.data import load_trees
+from mavis_training.trees.data import LabelledTree, load_trees, reward_units, split_by_prompt
 from mavis_training.trees.packing import pack
 
 
@@ -143,6 +147,56 @@ def test_a_head_learns_what_its_teachers_say(place, tmp_path) -> None:
         assert torch.equal(again.state_dict()[name], tensor)
 
 
+def test_metrics_are_in_standard_deviations_of_the_rewards(place, tmp_path) -> None:
+    model, _ = chat_model()
+    head = train_head(given(place, tmp_path, epochs=3), model)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    stores, trees = load_trees(str(place / "trees"), ["a", "b"], 0.0)
+    said = dict(zip(map(id, trees), read_taught(stores[0], tmp_path / "states"), strict=True))
+    training, validation = split_by_prompt(trees, TrainHeadConfig.validation_share)
+    deviations = reward_units(training)[1]
+    ratios = [0.5 * head_ratios(head, i.tree, tree_states(model, pack(i.tree)), said[id(i)]) for i in validation]
+    standard = [LabelledTree(i.tree, i.rewards / deviations, i.targets / deviations) for i in validation]
+    expected = ratio_metrics(standard, ratios, ["a", "b"])
+    for name in "ab":
+        assert metrics[name]["r2"] == pytest.approx(expected[name]["r2"], abs=1e-3)
+
+
+@torch.no_grad()
+def test_the_loss_with_rewards_is_that_of_every_answer_by_itself(place) -> None:
+    model, _ = chat_model()
+    torch.manual_seed(0)
+    head = ValueHead.for_model(model, ["a", "b"], width=16).eval()
+    torch.nn.init.normal_(head.out.weight, std=0.3)
+    policies = {name: ValuePolicy.from_pretrained(place / name, model) for name in "ab"}
+    items = load_trees(str(place / "trees"), ["a", "b"], 0.0)[1][:4]
+    parts = [(i.tree, tree_states(model, pack(i.tree)), said_by_policies(i.tree, model, policies, 9)) for i in items]
+    taught, etas, deviations = gather_taught(parts), [0.5, 0.2], np.array([2.0, 0.7])
+    answers = answers_of(taught, items, deviations)
+    wrong, count, states = [], 0, 0
+    for item, (tree, own, said) in list(zip(items, parts, strict=True))[1:3]:
+        ratios = head_ratios(head, tree, own, said)
+        new, leaves = pack(tree), tree.leaves()
+        sums = np.array([ratios[np.isin(new.node[new.new], tree.path(int(leaf)))].sum(axis=0) for leaf in leaves])
+        missed, share = np.array(etas) * sums - item.rewards / deviations, leaf_shares(tree)
+        wrong.append((share @ missed**2 - (share @ missed) ** 2).mean())
+        count, states = count + len(leaves), states + len(new.before())
+    rows = torch.cat([torch.arange(*own.states) for own in answers[1:3]])
+    expected = states / count * float(taught_loss(head, taught, rows)) + 0.3 * float(np.mean(wrong))
+    assert float(rewarded_loss(head, taught, answers[1:3], etas, 0.3)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_rewards_teach_what_teachers_do_not_know(place, tmp_path) -> None:
+    """The teachers here are random: what the head foresees of rewards it has from these."""
+    model, _ = chat_model()
+    found = {}
+    for share in (0.0, 20.0):
+        train_head(given(place, tmp_path / str(share), reward_share=share, epochs=40, learning_rate=1e-2), model)
+        metrics = json.loads((tmp_path / str(share) / "metrics.json").read_text())
+        found[share] = metrics["a"]["by_fraction"]["1.0"]["within"]
+    assert found[20.0] > found[0.0] + 0.2
+
+
 def test_a_head_of_factors_learns_from_a_few_answers_of_some_trees(place, tmp_path) -> None:
     model, _ = chat_model()
     head = train_head(given(place, tmp_path, rank=16, trees=8, answers=2, epochs=60, learning_rate=1e-2), model)
@@ -179,6 +233,9 @@ def test_what_does_not_go_together_is_refused(place, tmp_path) -> None:
         ({"initial": "x"}, "begins anew"),
         ({"tokens": 1}, "at least 2"),
         ({"rank": 0}, "rank must be at least 1"),
+        ({"reward_share": -1.0}, "at least 0, beside teachers"),
+        ({"reward_share": float("nan")}, "at least 0, beside teachers"),
+        ({"reward_share": 1.0, "teachers": {}}, "at least 0, beside teachers"),
     ):
         with pytest.raises(ValueError, match=message):
             given(place, tmp_path, **changes)

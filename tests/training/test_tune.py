@@ -15,6 +15,7 @@ from chat_model import chat_model
 from collecting import collect_here
 from mavis_training.collect import CollectConfig, PolicyConfig, collect
 from mavis_training.fitting.efficiency import leaf_shares
+from mavis_training.fitting.paths import path_loss
 from mavis_training.fitting.settings import LoraSettings
 from mavis_training.label import LabelConfig, label
 from mavis_training.measure.completions import Protocol, complete_all
@@ -22,7 +23,7 @@ from mavis_training.rivals.directions import load_direction
 from mavis_training.trees.data import load_trees
 from mavis_training.tuning.config import TuneConfig
 from mavis_training.tuning.examples import best_answers, chosen_trees, paired_trees, preference_pairs
-from mavis_training.tuning.paths import TreeTrainer, answer_ratios, pair_loss, path_loss
+from mavis_training.tuning.paths import TreeTrainer, answer_ratios, pair_loss
 from mavis_training.tuning.run import tune
 
 REWARDS = """

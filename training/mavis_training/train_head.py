@@ -30,7 +30,15 @@ from .fitting.head_config import TrainHeadConfig as TrainHeadConfig
 from .fitting.head_fitting import bootstrapped, fit, gather, sample_loss, steps_of
 from .fitting.metrics import Prediction, validation_metrics
 from .fitting.paths import fit_paths, ordered_right, paths_of
-from .fitting.policies import fit_taught, gather_taught, head_ratios, mean_taught_loss, ratio_metrics
+from .fitting.policies import (
+    answers_of,
+    fit_rewarded,
+    fit_taught,
+    gather_taught,
+    head_ratios,
+    mean_taught_loss,
+    ratio_metrics,
+)
 from .fitting.soundness import fitting_warmup, require_finite
 from .fitting.states import (
     compute_actions,
@@ -109,8 +117,8 @@ def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) ->
     of_tree = _of_trees(trees, states)
     if teachers:
         said_of = _of_trees(trees, [read_taught(store, folder) for store, folder in stored])
-        etas = np.array([policy.config.eta or 1.0 for policy in teachers.values()])
-        metrics = teach_head(head, training, validation, of_tree, said_of, etas / units[1], config)
+        etas = np.array([(policy.config.eta or 1.0) / policy.config.strength for policy in teachers.values()])
+        metrics = teach_head(head, training, validation, of_tree, said_of, (etas, units[1]), config)
     else:
         drawn_at = None
         if config.rule != "positions":
@@ -215,30 +223,39 @@ def teach_head(
     validation: Sequence[LabelledTree],
     of_tree: Mapping[int, Tensor],
     said_of: Mapping[int, Mapping[str, Tensor]],
-    etas: NDArray[np.float64],
+    units: tuple[NDArray[np.float64], NDArray[np.float64]],
     config: TrainHeadConfig,
 ) -> dict[str, Any]:
-    """Fit `head` to what policies make likelier in the training trees; its metrics on the others (`ratio_metrics`), the
-    warmup steps that were taken, and the share of the teachers' KL divergence from the reference that it explains.
+    """Fit `head` to what policies make likelier in the training trees, and to the trees' rewards if it is to; its
+    metrics on the others (`ratio_metrics`), the warmup steps that were taken, and the share of the teachers' KL
+    divergence from the reference that it explains.
 
     Args:
         head, training, validation, of_tree, config: as for `fit_head`.
         said_of: `said_by_policies` of each tree, by its `id`.
-        etas: of the policies, for rewards in their own units, `[M]`.
+        units: etas of the policies, for rewards in standard deviations, and these deviations, `[M]` each.
     """
+    etas, deviations = units
+    standard = [LabelledTree(i.tree, i.rewards / deviations, i.targets / deviations) for i in validation]
     to_train, held_out = (
         gather_taught([(item.tree, of_tree[id(item)], said_of[id(item)]) for item in part])
         for part in (training, validation)
     )
-    history = fit_taught(head, to_train, held_out, config)
+    if config.reward_share:
+        answers = answers_of(to_train, training, deviations), answers_of(held_out, validation, deviations)
+        both = list(zip((to_train, held_out), answers, strict=True))
+        history, steps = fit_rewarded(head, both, etas.tolist(), config)
+    else:
+        history, steps = fit_taught(head, to_train, held_out, config), steps_of(config, to_train)
     ratios = [etas * head_ratios(head, item.tree, of_tree[id(item)], said_of[id(item)]) for item in validation]
-    metrics = ratio_metrics(validation, ratios, config.objectives)
+    metrics = ratio_metrics(standard, ratios, config.objectives)
     require_finite(metrics, "validation")
     nothing = mean_taught_loss(None, held_out, config.batch_size)
+    missed = mean_taught_loss(head, held_out, config.batch_size)
     return metrics | {
         "training_trees": len(training), "validation_loss_by_epoch": history,
-        "explained": 1 - min(history) / nothing if nothing > 0 else 0.0,
-        "warmup_steps": fitting_warmup(config.warmup_steps, steps_of(config, to_train)),
+        "explained": 1 - missed / nothing if nothing > 0 else 0.0,
+        "warmup_steps": fitting_warmup(config.warmup_steps, steps),
     }  # fmt: skip
 
 
@@ -278,6 +295,8 @@ def training_origin(
     for name in ("rank", "trees", "answers"):
         if settings[name] is None:
             settings.pop(name)
+    if not config.reward_share:
+        settings.pop("reward_share")
     if not config.teachers:
         settings.pop("tokens")
     else:

@@ -61,6 +61,8 @@ class TrainHeadConfig(FittingSettings):
             state in place of rewards (`fitting.policies`), in nats: a pass of each policy over the trees. What they say
             has no noise: little dropout and weight decay, no `bootstrap`.
         tokens: at each state, that the teachers are asked about: the likeliest.
+        reward_share: how much the rewards of the trees count beside the teachers, by path consistency over the answers
+            of each tree; 0 leaves them out.
     """
 
     store: str | list[str]
@@ -89,6 +91,7 @@ class TrainHeadConfig(FittingSettings):
     actions: int = field(default=4, kw_only=True)
     teachers: dict[str, str] = field(default_factory=dict, kw_only=True)
     tokens: int = field(default=32, kw_only=True)
+    reward_share: float = field(default=0.0, kw_only=True)
     trees: int | None = field(default=None, kw_only=True)
     answers: int | None = field(default=None, kw_only=True)
 
@@ -113,6 +116,11 @@ class TrainHeadConfig(FittingSettings):
             )
         if self.teachers and self.initial is not None:
             raise ValueError("a head that teachers are to teach begins anew: leave initial out.")
+        if not 0 <= self.reward_share < float("inf") or (self.reward_share and not self.teachers):
+            raise ValueError(
+                f"reward_share must be a number of at least 0, beside teachers, got {self.reward_share} with teachers "
+                f"for {sorted(self.teachers)}: without teachers a head learns from the rewards alone."
+            )
         if self.tokens < 2:
             raise ValueError(f"tokens must be at least 2, got {self.tokens}.")
         if not 0 <= self.bootstrap <= 1:

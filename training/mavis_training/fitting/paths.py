@@ -27,6 +27,7 @@ from mavis_logits.values.value_head import ValueHead
 
 from ..trees.data import LabelledTree
 from ..trees.packing import pack
+from ..trees.tree import Tree
 from .efficiency import baselines, leaf_shares
 from .head_fitting import minimise
 
@@ -198,6 +199,20 @@ def fit_paths(
         config.rule,
         "trees",
     )
+
+
+def path_loss(ratios: Tensor, rewards: Tensor, tree: Tree, eta: float) -> Tensor:
+    """Variance of eta log pi / pi_ref - R over the answers of a tree, siblings counting alike.
+
+    Args:
+        ratios: log pi / pi_ref [leaves].
+        rewards: [leaves], in standard deviations.
+        tree: that they are of.
+        eta: of equation 1.
+    """
+    share = torch.from_numpy(leaf_shares(tree)).to(ratios)
+    missed = eta * ratios - rewards.to(ratios)
+    return (share * (missed - (share * missed).sum()).square()).sum()
 
 
 @torch.inference_mode()

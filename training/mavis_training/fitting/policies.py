@@ -3,7 +3,7 @@
 A policy that was tuned with a KL penalty holds optimal soft values, log pi / pi_ref = Q / eta + c (equation 1), but
 asking it takes a forward pass a token. Over a stored tree one pass tells what it says at all states, of as many tokens
 as are wanted, where a reward is one number for a whole answer: a head learns in minutes to say the same from the base
-model's own state, and steers at plain speed.
+model's own state, and steers at plain speed. The rewards of the trees can teach it beside the policies.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from ..trees.tree import Tree
 from .efficiency import leaf_shares
 from .head_fitting import minimise
 from .metrics import Prediction, validation_metrics
+from .paths import path_loss
 
 if TYPE_CHECKING:
     from .head_config import TrainHeadConfig
@@ -54,6 +55,27 @@ class Taught:
 
     def __len__(self) -> int:
         return len(self.at)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers of a tree of N new tokens, over the states of a `Taught`.
+
+    Attributes:
+        states: numbers of the first of the tree's states, and of the one behind its last.
+        at: `[N]`, at which of the tree's states each token was chosen.
+        slot: `[N]`, which of the k tokens of `Taught.tokens` it is; k for all others.
+        on_path: float32 `[leaves, N]`, 1 for the tokens of each answer.
+        rewards: float32 `[leaves, M]`, in standard deviations.
+        tree: it.
+    """
+
+    states: tuple[int, int]
+    at: Tensor
+    slot: Tensor
+    on_path: Tensor
+    rewards: Tensor
+    tree: Tree
 
 
 def tree_logits(model: PreTrainedModel, layout: Layout) -> Tensor:
@@ -138,12 +160,97 @@ def _whole(said: Tensor) -> Tensor:
     return torch.cat([said, rest], dim=1).log_softmax(dim=1)
 
 
+def answers_of(taught: Taught, trees: Sequence[LabelledTree], deviations: NDArray[np.float64]) -> list[Answers]:
+    """The answers of the trees that `taught` has the states of, in their order; rewards over `deviations` `[M]`."""
+    found, first = [], 0
+    for item in trees:
+        tree, layout = item.tree, pack(item.tree)
+        at, slot = _chosen_at(taught, first, layout)
+        on_path = torch.from_numpy(layout.ancestry[tree.leaves()][:, layout.node[layout.new]]).float()
+        rewards = torch.from_numpy(item.rewards / deviations).float()
+        last = first + len(layout.before())
+        found.append(Answers((first, last), at, slot, on_path, rewards, tree))
+        first = last
+    return found
+
+
+def _chosen_at(taught: Taught, first: int, layout: Layout) -> tuple[Tensor, Tensor]:
+    """For every new token of a tree, `[N]` both: the state, of the tree's, that it was chosen at, and which of the k
+    tokens it is; k for all others. The tree's states are `taught`'s from `first` on."""
+    at = torch.from_numpy(np.searchsorted(layout.before(), layout.previous))
+    same = taught.tokens[first + at] == torch.from_numpy(layout.input_ids[layout.new])[:, None]
+    return at, torch.where(same.any(dim=1), same.int().argmax(dim=1), same.shape[1])
+
+
+def rewarded_loss(
+    head: ValueHead, taught: Taught, answers: Sequence[Answers], etas: Sequence[float], share: float
+) -> Tensor:
+    """`taught_loss` summed over an answer, and `share` times path consistency with the rewards themselves.
+
+    A teacher's adapter has seen some rewards and says what it makes of them at every token without noise; the rewards
+    of all trees are noisy, and are the thing itself. The head is a policy like its teachers, of the same eta.
+
+    Args:
+        head: in nats.
+        taught: of some trees.
+        answers: of a few of these trees.
+        etas: of the teachers, `[M]` (equation 1), for rewards in standard deviations.
+        share: of the rewards.
+    """
+    rows = torch.cat([torch.arange(*own.states) for own in answers])
+    tilted = _tilted(head, taught, rows)
+    made_likelier = tilted - _whole(_plain(taught, rows)).to(tilted)
+    path, first = tilted.new_zeros(()), 0
+    for own in answers:
+        count = own.states[1] - own.states[0]
+        said = made_likelier[first : first + count][own.at, own.slot]
+        first += count
+        ratios, rewards = own.on_path.to(said) @ said, own.rewards.to(said)
+        for m, eta in enumerate(etas):
+            path = path + path_loss(ratios[:, m], rewards[:, m], own.tree, eta)
+    tokens = len(rows) / sum(len(own.on_path) for own in answers)
+    return tokens * _divergence(taught, rows, tilted) + share * path / (len(answers) * len(etas))
+
+
 def fit_taught(head: ValueHead, training: Taught, validation: Taught, config: TrainHeadConfig) -> list[float]:
     """Minimise `taught_loss` over minibatches of states; as `minimise`."""
     return minimise(
         head, len(training), config.batch_size, lambda rows: taught_loss(head, training, rows),
         lambda: mean_taught_loss(head, validation, config.batch_size), config, "head", "states",
     )  # fmt: skip
+
+
+def fit_rewarded(
+    head: ValueHead,
+    taught: Sequence[tuple[Taught, Sequence[Answers]]],
+    etas: Sequence[float],
+    config: TrainHeadConfig,
+) -> tuple[list[float], int]:
+    """Minimise `rewarded_loss` over minibatches of trees of about `config.batch_size` states; as `minimise`, and the
+    steps that all epochs take.
+
+    Args:
+        head: what to train.
+        taught: what there is of the training and of the validation trees.
+        etas: of the teachers.
+        config: how.
+    """
+    (training, trees), (validation, held_out) = taught
+    each = max(1, round(config.batch_size * len(trees) / len(training)))  # trees of a step
+
+    def loss(kept: Taught, chosen: Sequence[Answers]) -> Tensor:
+        return rewarded_loss(head, kept, chosen, etas, config.reward_share)
+
+    @torch.inference_mode()
+    def mean() -> float:
+        head.eval()
+        parts = [held_out[i : i + each] for i in range(0, len(held_out), each)]
+        return sum(float(loss(validation, part)) * len(part) for part in parts) / len(held_out)
+
+    history = minimise(
+        head, len(trees), each, lambda rows: loss(training, [trees[i] for i in rows]), mean, config, "head", "trees"
+    )
+    return history, config.epochs * -(-len(trees) // each)
 
 
 @torch.inference_mode()
@@ -166,13 +273,10 @@ def head_ratios(head: ValueHead, tree: Tree, states: Tensor, said: Mapping[str, 
         states: `[P + N, d]`, that the head reads.
         said: of `said_by_policies`.
     """
-    layout, taught = pack(tree), gather_taught([(tree, states, said)])
+    taught = gather_taught([(tree, states, said)])
     every = torch.arange(len(taught))
     ratios = _tilted(head.eval(), taught, every).cpu() - _whole(_plain(taught, every))
-    row = torch.from_numpy(np.searchsorted(layout.before(), layout.previous))
-    same = taught.tokens[row] == torch.from_numpy(layout.input_ids[layout.new])[:, None]
-    slot = torch.where(same.any(dim=1), same.int().argmax(dim=1), taught.tokens.shape[1])  # the last: all others
-    return ratios[row, slot].double().numpy()
+    return ratios[_chosen_at(taught, 0, pack(tree))].double().numpy()
 
 
 def ratio_metrics(

@@ -20,7 +20,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from ..fitting.efficiency import leaf_shares
 from ..fitting.policies import ratio_metrics, tree_logits
 from ..trees.data import LabelledTree
 from ..trees.packing import pack
@@ -110,20 +109,6 @@ def policy_metrics(model: PeftModel, trees: Sequence[LabelledTree], objective: s
                 said = said - token_likelihoods(model, item.tree)  # type: ignore[arg-type]
         ratios.append(eta * said.double().cpu().numpy()[:, None])
     return ratio_metrics(trees, ratios, [objective])
-
-
-def path_loss(ratios: Tensor, rewards: Tensor, tree: Tree, eta: float) -> Tensor:
-    """Variance of eta log pi / pi_ref - R over the answers of a tree, siblings counting alike.
-
-    Args:
-        ratios: log pi / pi_ref [leaves].
-        rewards: [leaves], in standard deviations.
-        tree: that they are of.
-        eta: of equation 1.
-    """
-    share = torch.from_numpy(leaf_shares(tree)).to(ratios)
-    missed = eta * ratios - rewards.to(ratios)
-    return (share * (missed - (share * missed).sum()).square()).sum()
 
 
 def pair_loss(ratios: Tensor, rewards: Tensor, tree: Tree, beta: float) -> Tensor:
