@@ -232,6 +232,7 @@ def test_lambda_goes_where_the_method_has_its_place(place, tmp_path) -> None:
         "genarm": {"token_rewards": {"ones": "x/a", "twos": "x/b"}, "strength": [1, 2]},
         "prompt": {"system": {"ones": "One.", "twos": "Two.", "0.5,0.5": "Both."}},
         "morlhf": {"by_weights": {"0,1": {"adapters": {"x/c": 1.0}}}},
+        "shown": {"by_weights": {"0,1": {"examples": [["q", "two"], ["p", "twos"]]}}},
         "ours": {"beta": 2.0, "system": {"ones": "One.", "twos": "Two."}},
     }
     given_settings = config(place, tmp_path, methods=methods)
@@ -246,7 +247,8 @@ def test_lambda_goes_where_the_method_has_its_place(place, tmp_path) -> None:
         "beta": 2.0, "system": "One. Two.", "weights": {"ones": 0.5, "twos": 0.5}
     }  # fmt: skip
     assert [name for name in cells if name.startswith("morlhf")] == ["morlhf - ones 0, twos 1"]
-    assert given_settings.missing() == ["morlhf - 0.5,0.5", "morlhf - 1,0"]
+    assert cells["shown - ones 0, twos 1"] == {"examples": [["q", "two"], ["p", "twos"]]}  # no values to try
+    assert given_settings.missing() == [f"{name} - {key}" for name in ("morlhf", "shown") for key in ("0.5,0.5", "1,0")]
 
 
 @given(st.integers(1, 6), st.integers(2, 3))

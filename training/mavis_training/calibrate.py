@@ -40,6 +40,8 @@ class CalibrateConfig:
             `settings` beta and temperature.
         prompts: JSON-lines file with the fields `id` and `prompt`, or a .txt file; nothing that it was trained on.
         kl: nats an answer that steering towards one objective alone is to spend.
+        beta: that is to spend it, for value functions that are to stand beside others in a bundle; None for the mean of
+            what was found in standard deviations.
         model: base model, by Hub id or folder.
         limit: at most this many prompts, from the top of the file.
         seeds: each prompt is answered once per seed and strength.
@@ -54,6 +56,7 @@ class CalibrateConfig:
     value_function: str
     prompts: str
     kl: float = 5.0
+    beta: float | None = None
     model: str = DEFAULT_MODEL
     limit: int | None = 50
     seeds: list[int] = field(default_factory=lambda: [0])
@@ -68,6 +71,8 @@ class CalibrateConfig:
     def __post_init__(self) -> None:
         if not 0 < self.kl < float("inf"):
             raise ValueError(f"kl must be a positive number of nats an answer, got {self.kl}")
+        if self.beta is not None and not 0 < self.beta < float("inf"):
+            raise ValueError(f"beta must be a positive number, or null for one that is found, got {self.beta}")
         if not self.seeds or self.batch_size < 1 or self.max_new_tokens < 1:
             raise ValueError(
                 f"seeds must not be empty, batch_size and max_new_tokens at least 1, got {self.seeds}, "
@@ -147,21 +152,22 @@ def calibrate(
                 stacklevel=2,
             )
         strengths[name] = one
-    set_tilt_scale([own], [one.beta for one in strengths.values()])
+    set_tilt_scale([own], [one.beta for one in strengths.values()], config.beta)
     own.settings |= {"normalize": "standard", "temperature": config.temperature}
     own.save_pretrained(config.value_function)
     return strengths
 
 
-def set_tilt_scale(configs: Sequence[Any], betas: Sequence[float]) -> None:
-    """Units under which one beta, their geometric mean, does for every objective what its own does in standard
-    deviations of the reward; it is put into the configs' settings.
+def set_tilt_scale(configs: Sequence[Any], betas: Sequence[float], beta: float | None = None) -> None:
+    """Units under which one beta does for every objective what its own does in standard deviations of the reward; it is
+    put into the configs' settings.
 
     Args:
         configs: of value functions of M objectives in all.
         betas: M strengths, in their order.
+        beta: the one; None for their geometric mean.
     """
-    beta, left = float(f"{np.exp(np.mean(np.log(betas))):.2g}"), list(betas)
+    beta, left = beta or float(f"{np.exp(np.mean(np.log(betas))):.2g}"), list(betas)
     for config in configs:
         own, left = left[: len(config.reward_scale)], left[len(config.reward_scale) :]
         config.tilt_scale = [float(f"{s * beta / b:.4g}") for s, b in zip(config.reward_scale, own, strict=True)]

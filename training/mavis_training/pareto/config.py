@@ -194,12 +194,13 @@ def settings_at(
     Raises:
         ValueError: an objective without a folder, a text or a setting of its own.
     """
-    given = {key: value for key, value in template.items() if key not in ("by_weights", "strength", "examples")}
+    given = {key: value for key, value in template.items() if key not in ("by_weights", "strength")}
     key = _key(weights)
     if "by_weights" in template:
         if key not in template["by_weights"]:
             return  # a gap
         given |= template["by_weights"][key]
+    examples = given.pop("examples", None)  # a list, but none of values to try
     strengths = template.get("strength", [1.0])
     strengths = strengths if isinstance(strengths, list) else [strengths]
     swept = {name: value for name, value in given.items() if isinstance(value, list)}
@@ -209,8 +210,8 @@ def settings_at(
         chosen = dict(zip(swept, values, strict=True))
         strength = cast(float, chosen.get("strength", strengths[0]))
         setting = {**given, **{name: value for name, value in chosen.items() if name != "strength"}}
-        if "examples" in template:
-            setting["examples"] = template["examples"]
+        if examples is not None:
+            setting["examples"] = examples
         for name in BY_OBJECTIVE:
             if name in given and "by_weights" not in template:
                 scale = strength if name in _SCALED else 1.0
