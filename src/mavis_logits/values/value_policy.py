@@ -11,9 +11,9 @@ all candidates at once, and its layers are the base model's own, so that only th
 `normalize="none"` beta = 1 is the tuned model itself; strengths between and beyond, and mixtures with other value
 functions, are what tuning alone cannot give.
 
-What a cautiously tuned policy says is small, in half precision hardly larger than the difference between two ways of
-rounding the same logits, which a large beta would multiply. So its adapter can be read at a `strength` of its own,
-about that at which it steers, to which beta then adds little.
+What a cautiously tuned policy says is small: in bfloat16 a tenth of its variance is rounding of the logits, which a
+large beta multiplies, and a tilt that goes far is not linear in the adapter's weights. So its adapter can be read at a
+`strength` of its own, about that at which it steers, to which beta then adds little.
 """
 
 from __future__ import annotations
