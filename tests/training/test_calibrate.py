@@ -88,9 +88,7 @@ def test_a_head_with_units_is_loaded_and_steers_by_them(place, tmp_path) -> None
     torch.testing.assert_close(loaded.units, torch.tensor([[0.0, 0.0], [3.0, 6.0], [2.0, 5.0]]))
 
 
-@given(
-    st.lists(st.floats(0.05, 50), min_size=1, max_size=4), st.none() | st.floats(0.1, 20), st.integers(0, 10**6)
-)
+@given(st.lists(st.floats(0.05, 50), min_size=1, max_size=4), st.none() | st.floats(0.1, 20), st.integers(0, 10**6))
 def test_one_strength_in_units_is_each_ones_own_in_standard_deviations(
     betas: list[float], wanted: float | None, seed: int
 ) -> None:
@@ -144,7 +142,8 @@ def test_settings_under_which_units_cancel_are_refused(place, tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"kl": 0.0}, "kl must be a positive number"), ({"beta": 0.0}, "beta must be a positive number"), ({"seeds": []}, "seeds must not be empty"),
+    [({"kl": 0.0}, "kl must be a positive number"), ({"beta": 0.0}, "beta must be a positive number"),
+        ({"seeds": []}, "seeds must not be empty"),
      ({"temperature": 0.0}, "temperature")],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(place, tmp_path, change, message) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,24 @@ def test_flags_override_the_recipe(recipe):
     assert config.lora == LoraSettings(rank=4, dropout=0.5)
     assert config.epochs == 3
     assert config.objectives == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    "text", ["Be kind: say no.", "12", "no", "null", "[a]", "{a: b}", "- a", "a # b", "", "2026-11-30"]
+)
+def test_texts_of_a_recipe_are_what_it_says(text, tmp_path):
+    """Also where any type will do, as in settings: the parser would read them again as YAML."""
+    said = json.dumps(text)
+    settings = f'{{"plain": {{}}, "a": {{"system": {said}, "examples": [[{said}, "b"]], "top_p": 0.5}}}}'
+    if not text:
+        settings = settings.replace('"system": "", ', "")  # which is refused
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"prompts: p\noutput: o\ncompletions: c\nrewards: {{r: x.py:f}}\nsettings: {settings}\n")
+    config = read_config(EvaluateConfig, ["--config", str(path)], "evaluate")
+    assert config.settings == json.loads(settings)
+    flag = ["--settings", '{"b": {}, "a": {"top_p": 0.7}}']
+    other = read_config(EvaluateConfig, ["--config", str(path), *flag], "evaluate")
+    assert other.settings == {"b": {}, "a": {"top_p": 0.7}}
 
 
 def test_flags_alone():

@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar, get_origin, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
@@ -261,7 +261,28 @@ def read_config(kind: type[Config], argv: Sequence[str], command: str, dry_run: 
         raise ValueError(f"{error}{_nearest(str(error), kind)} (see mavis {command} --help)") from error
     for name in ("config", "dry_run"):
         values.pop(name, None)
+    free = [name for name, hint in get_type_hints(kind).items() if "Any" in str(hint)]
+    for path in _recipes(argv):
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values |= {name: _as_written(values[name], content[name]) for name in free if name in content}
     return kind(**nested(kind, values))
+
+
+def _as_written(read: Any, written: Any) -> Any:
+    """A recipe's setting with its texts as they are written there, however deep.
+
+    The parser reads a text again as YAML where any type will do, and takes "Be kind: say no." for a mapping.
+    """
+    if isinstance(written, str) and not isinstance(read, str):
+        try:
+            return written if yaml.safe_load(written) == read else read  # else a flag has taken its place
+        except yaml.YAMLError:
+            return read
+    if isinstance(written, dict) and isinstance(read, dict):
+        return {key: _as_written(value, written[key]) if key in written else value for key, value in read.items()}
+    if isinstance(written, list) and isinstance(read, list) and len(written) == len(read):
+        return [_as_written(*both) for both in zip(read, written, strict=True)]
+    return read
 
 
 def _with_lists(argv: Sequence[str], kind: type) -> list[str]:
