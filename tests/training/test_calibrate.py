@@ -143,8 +143,7 @@ def test_settings_under_which_units_cancel_are_refused(place, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"kl": 0.0}, "kl must be a positive number"), ({"beta": 0.0}, "beta must be a positive number"),
-        ({"seeds": []}, "seeds must not be empty"),
-     ({"temperature": 0.0}, "temperature")],
+     ({"seeds": []}, "seeds must not be empty"), ({"temperature": 0.0}, "temperature")],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(place, tmp_path, change, message) -> None:
     with pytest.raises(ValueError, match=message):
