@@ -13,7 +13,10 @@ from transformers import MambaConfig, MambaForCausalLM
 from chat_model import chat_model, save_random_adapter
 from collecting import collect_here
 from mavis_logits import ValueHead, ValuePolicy, ValuePolicyConfig
+from mavis_logits.backbone.fingerprint import parameters_fingerprint
+from mavis_logits.steering.steering import Steering
 from mavis_logits.values.value_policy import SETTINGS
+from mavis_training.collect import describe
 from mavis_training.fitting.efficiency import leaf_shares
 from mavis_training.fitting.policies import (
     answers_of,
@@ -26,10 +29,10 @@ from mavis_training.fitting.policies import (
     said_by_policies,
     taught_loss,
 )
-from mavis_training.fitting.states import read_taught, tree_states
+from mavis_training.fitting.states import compute_taught, read_taught, tree_states
 from mavis_training.label import LabelConfig, label
 from mavis_training.train_head import TrainHeadConfig, train_head
-from mavis_training.trees.data import LabelledTree, load_trees, reward_units, split_by_prompt
+from mavis_training.trees.data import LabelledTree, load_trees, open_stores, reward_units, split_by_prompt
 from mavis_training.trees.packing import pack
 
 
@@ -124,6 +127,19 @@ def test_what_a_head_makes_likelier_is_what_it_does_over_the_whole_vocabulary(pl
                     np.testing.assert_allclose(own, expected, atol=2e-2)
 
 
+def test_another_strength_is_another_policy(place, tmp_path) -> None:
+    """To a store whose trees were sampled by it, steered, and to what is kept of its sayings."""
+    model, tokenizer = chat_model()
+    policies = [ValuePolicy.from_adapter(place / "a", "a", model, strength) for strength in (1.0, 2.0)]
+    told = [describe(Steering(policy, model=model, tokenizer=tokenizer)) for policy in policies]
+    assert told[0]["value_functions"][0]["weights"] == parameters_fingerprint(policies[0].backbone)  # as ever
+    assert told[0] != told[1]
+    store = open_stores(str(place / "trees"))[0]
+    compute_taught(store, model, {"a": policies[0]}, tmp_path, 5)
+    with pytest.raises(ValueError, match="use another folder"):
+        compute_taught(store, model, {"a": policies[1]}, tmp_path, 5)
+
+
 def test_a_head_learns_what_its_teachers_say(place, tmp_path) -> None:
     model, _ = chat_model()
     head = train_head(given(place, tmp_path), model)
@@ -171,14 +187,14 @@ def test_the_loss_with_rewards_is_that_of_every_answer_by_itself(place) -> None:
     policies = {name: ValuePolicy.from_pretrained(place / name, model) for name in "ab"}
     items = load_trees(str(place / "trees"), ["a", "b"], 0.0)[1][:4]
     parts = [(i.tree, tree_states(model, pack(i.tree)), said_by_policies(i.tree, model, policies, 9)) for i in items]
-    taught, etas, deviations = gather_taught(parts), [0.5, 0.2], np.array([2.0, 0.7])
+    taught, etas, deviations = gather_taught(parts), torch.tensor([0.5, 0.2]), np.array([2.0, 0.7])
     answers = answers_of(taught, items, deviations)
     wrong, count, states = [], 0, 0
     for item, (tree, own, said) in list(zip(items, parts, strict=True))[1:3]:
         ratios = head_ratios(head, tree, own, said)
         new, leaves = pack(tree), tree.leaves()
         sums = np.array([ratios[np.isin(new.node[new.new], tree.path(int(leaf)))].sum(axis=0) for leaf in leaves])
-        missed, share = np.array(etas) * sums - item.rewards / deviations, leaf_shares(tree)
+        missed, share = etas.numpy() * sums - item.rewards / deviations, leaf_shares(tree)
         wrong.append((share @ missed**2 - (share @ missed) ** 2).mean())
         count, states = count + len(leaves), states + len(new.before())
     rows = torch.cat([torch.arange(*own.states) for own in answers[1:3]])

@@ -250,8 +250,9 @@ def read_config(kind: type[Config], argv: Sequence[str], command: str, dry_run: 
         )
     parser.add_class_arguments(kind)
     _describe(parser, kind)
-    for path in _recipes(argv):
-        check_recipe(path, kind)
+    recipes = _recipes(argv)
+    contents = [check_recipe(path, kind) for path in recipes]
+    for path in recipes:
         for folder in (str(Path.cwd()), str(path.resolve().parent)):  # a reward may lie beside the recipe that names it
             if folder not in sys.path:
                 sys.path.append(folder)
@@ -262,8 +263,7 @@ def read_config(kind: type[Config], argv: Sequence[str], command: str, dry_run: 
     for name in ("config", "dry_run"):
         values.pop(name, None)
     free = [name for name, hint in get_type_hints(kind).items() if "Any" in str(hint)]
-    for path in _recipes(argv):
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for content in contents:
         values |= {name: _as_written(values[name], content[name]) for name in free if name in content}
     return kind(**nested(kind, values))
 
@@ -298,8 +298,8 @@ def _with_lists(argv: Sequence[str], kind: type) -> list[str]:
     return words
 
 
-def check_recipe(path: Path, kind: type) -> None:
-    """Raise `ValueError` for a key of the recipe that `kind` does not have."""
+def check_recipe(path: Path, kind: type) -> dict[str, Any]:
+    """What the recipe says; raise `ValueError` for a key that `kind` does not have."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -307,6 +307,7 @@ def check_recipe(path: Path, kind: type) -> None:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold settings, one `name: value` a line; got {type(content).__name__}.")
     check_keys(content, kind, str(path))
+    return content
 
 
 def _nearest(message: str, kind: type) -> str:

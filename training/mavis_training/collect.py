@@ -24,6 +24,7 @@ from mavis_logits.integrations.serving import Offer, Serving
 from mavis_logits.models import folder_of, full_name, load_chat_model, load_tokenizer
 from mavis_logits.steering.steering import Steering
 from mavis_logits.values.ensemble import ValueFunctions
+from mavis_logits.values.value_policy import ValuePolicy
 
 from .base.kept import as_json
 from .base.prompts import encode_prompts, read_prompts
@@ -247,9 +248,12 @@ def describe(steering: Steering | None) -> dict[str, Any]:
 def _described(functions: ValueFunctions, config: MavisConfig) -> dict[str, Any]:
     used = []
     for function in functions.all:
-        # A policy or instructions are read by a language model, which is not theirs alone.
-        weights = function if isinstance(function, nn.Module) else function.backbone  # type: ignore[attr-defined]
-        found = {"objectives": function.config.objectives, "weights": parameters_fingerprint(weights)}
+        if isinstance(function, ValuePolicy):
+            weights = function.fingerprint
+        else:  # instructions are read by a language model, which is not theirs alone
+            read_by = function if isinstance(function, nn.Module) else function.backbone  # type: ignore[attr-defined]
+            weights = parameters_fingerprint(read_by)
+        found = {"objectives": function.config.objectives, "weights": weights}
         if instructions := getattr(function.config, "instructions", None):
             found["instructions"] = instructions
         used.append(found)

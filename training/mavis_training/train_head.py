@@ -211,7 +211,7 @@ def fit_head(
         by_rule = fit_by_rule(head, training, validation, of_tree, drawn_at, config)
     metrics = validation_metrics([predict(head, item, of_tree[id(item)]) for item in validation], config.objectives)
     require_finite(metrics, "validation")
-    warmup = fitting_warmup(config.warmup_steps, steps_of(config, to_train))
+    warmup = fitting_warmup(config.warmup_steps, steps_of(config, len(to_train), config.batch_size))
     return metrics | {
         "training_trees": len(training), "validation_loss_by_epoch": history, "warmup_steps": warmup, **by_rule
     }  # fmt: skip
@@ -244,9 +244,10 @@ def teach_head(
     if config.reward_share:
         answers = answers_of(to_train, training, deviations), answers_of(held_out, validation, deviations)
         both = list(zip((to_train, held_out), answers, strict=True))
-        history, steps = fit_rewarded(head, both, etas.tolist(), config)
+        history, steps = fit_rewarded(head, both, torch.from_numpy(etas), config)
     else:
-        history, steps = fit_taught(head, to_train, held_out, config), steps_of(config, to_train)
+        history = fit_taught(head, to_train, held_out, config)
+        steps = steps_of(config, len(to_train), config.batch_size)
     ratios = [etas * head_ratios(head, item.tree, of_tree[id(item)], said_of[id(item)]) for item in validation]
     metrics = ratio_metrics(standard, ratios, config.objectives)
     require_finite(metrics, "validation")

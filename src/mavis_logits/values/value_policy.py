@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..backbone import Backbone
-from ..backbone.fingerprint import Identity
+from ..backbone.fingerprint import Identity, parameters_fingerprint
 from ..backbone.weights import WeakModel, twin
 from ..core.objectives import ObjectivesMixin
 from ..hub.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_file, hub_arguments
@@ -180,6 +180,12 @@ class ValuePolicy(Words):
     def backbone(self) -> PreTrainedModel:
         """The tuned model."""
         return self._policy
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that it says: of the tuned model's weights, and of the strength if that is not 1."""
+        own, strength = parameters_fingerprint(self._policy), self.config.strength
+        return own if strength == 1 else f"{own} x {strength:g}"
 
     @property
     def told(self) -> str:

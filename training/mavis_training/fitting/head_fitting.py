@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -178,7 +178,7 @@ def minimise(
         ValueError: the training diverges.
     """
     optimizer = torch.optim.AdamW(module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    steps = config.epochs * -(-count // batch_size)
+    steps = steps_of(config, count, batch_size)
     warmup = fitting_warmup(config.warmup_steps, steps, name)
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, steps)
     order = torch.Generator().manual_seed(config.seed)
@@ -210,9 +210,9 @@ def minimise(
     return history
 
 
-def steps_of(config: TrainHeadConfig, training: Sized) -> int:
-    """Optimizer steps of all epochs."""
-    return config.epochs * -(-len(training) // config.batch_size)
+def steps_of(config: TrainHeadConfig, count: int, batch_size: int) -> int:
+    """Optimizer steps of all epochs over `count` samples."""
+    return config.epochs * -(-count // batch_size)
 
 
 def sample_loss(head: ValueHead, samples: Samples, rows: Tensor) -> Tensor:

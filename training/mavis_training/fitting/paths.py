@@ -201,18 +201,21 @@ def fit_paths(
     )
 
 
-def path_loss(ratios: Tensor, rewards: Tensor, tree: Tree, eta: float) -> Tensor:
+def path_loss(ratios: Tensor, rewards: Tensor, tree: Tree, eta: Tensor | float) -> Tensor:
     """Variance of eta log pi / pi_ref - R over the answers of a tree, siblings counting alike.
 
     Args:
-        ratios: log pi / pi_ref [leaves].
-        rewards: [leaves], in standard deviations.
+        ratios: log pi / pi_ref [leaves], or of M policies [leaves, M].
+        rewards: likewise, in standard deviations.
         tree: that they are of.
-        eta: of equation 1.
+        eta: of equation 1; one for each of M policies, [M].
+
+    Returns:
+        [], or [M].
     """
     share = torch.from_numpy(leaf_shares(tree)).to(ratios)
     missed = eta * ratios - rewards.to(ratios)
-    return (share * (missed - (share * missed).sum()).square()).sum()
+    return share @ (missed - share @ missed).square()
 
 
 @torch.inference_mode()

@@ -27,7 +27,7 @@ from ..trees.data import LabelledTree
 from ..trees.packing import Layout, pack, packed_inputs
 from ..trees.tree import Tree
 from .efficiency import leaf_shares
-from .head_fitting import minimise
+from .head_fitting import minimise, steps_of
 from .metrics import Prediction, validation_metrics
 from .paths import path_loss
 
@@ -182,9 +182,7 @@ def _chosen_at(taught: Taught, first: int, layout: Layout) -> tuple[Tensor, Tens
     return at, torch.where(same.any(dim=1), same.int().argmax(dim=1), same.shape[1])
 
 
-def rewarded_loss(
-    head: ValueHead, taught: Taught, answers: Sequence[Answers], etas: Sequence[float], share: float
-) -> Tensor:
+def rewarded_loss(head: ValueHead, taught: Taught, answers: Sequence[Answers], etas: Tensor, share: float) -> Tensor:
     """`taught_loss` summed over an answer, and `share` times path consistency with the rewards themselves.
 
     A teacher's adapter has seen some rewards and says what it makes of them at every token without noise; the rewards
@@ -200,16 +198,13 @@ def rewarded_loss(
     rows = torch.cat([torch.arange(*own.states) for own in answers])
     tilted = _tilted(head, taught, rows)
     made_likelier = tilted - _whole(_plain(taught, rows)).to(tilted)
-    path, first = tilted.new_zeros(()), 0
-    for own in answers:
-        count = own.states[1] - own.states[0]
-        said = made_likelier[first : first + count][own.at, own.slot]
-        first += count
-        ratios, rewards = own.on_path.to(said) @ said, own.rewards.to(said)
-        for m, eta in enumerate(etas):
-            path = path + path_loss(ratios[:, m], rewards[:, m], own.tree, eta)
+    of_trees = made_likelier.split([last - first for first, last in (own.states for own in answers)])
+    missed = [
+        path_loss(own.on_path.to(said) @ said[own.at, own.slot], own.rewards, own.tree, etas.to(said))
+        for own, said in zip(answers, of_trees, strict=True)
+    ]
     tokens = len(rows) / sum(len(own.on_path) for own in answers)
-    return tokens * _divergence(taught, rows, tilted) + share * path / (len(answers) * len(etas))
+    return tokens * _divergence(taught, rows, tilted) + share * torch.stack(missed).mean()
 
 
 def fit_taught(head: ValueHead, training: Taught, validation: Taught, config: TrainHeadConfig) -> list[float]:
@@ -223,7 +218,7 @@ def fit_taught(head: ValueHead, training: Taught, validation: Taught, config: Tr
 def fit_rewarded(
     head: ValueHead,
     taught: Sequence[tuple[Taught, Sequence[Answers]]],
-    etas: Sequence[float],
+    etas: Tensor,
     config: TrainHeadConfig,
 ) -> tuple[list[float], int]:
     """Minimise `rewarded_loss` over minibatches of trees of about `config.batch_size` states; as `minimise`, and the
@@ -250,7 +245,7 @@ def fit_rewarded(
     history = minimise(
         head, len(trees), each, lambda rows: loss(training, [trees[i] for i in rows]), mean, config, "head", "trees"
     )
-    return history, config.epochs * -(-len(trees) // each)
+    return history, steps_of(config, len(trees), each)
 
 
 @torch.inference_mode()

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from mavis_logits.backbone import Backbone
-from mavis_logits.backbone.fingerprint import Identity, parameters_fingerprint
+from mavis_logits.backbone.fingerprint import Identity
 from mavis_logits.values.value_policy import ValuePolicy
 
 from ..base.files import open_safetensors, replace_when_whole
@@ -97,11 +97,7 @@ def compute_taught(
         ValueError: the model is not the one they were sampled from, or the folder holds what other policies say, or
             what is said of other trees or another number of tokens.
     """
-    names = {
-        name: parameters_fingerprint(policy.backbone) + (f" x {strength:g}" if strength != 1 else "")
-        for name, policy in policies.items()
-        for strength in (policy.config.strength,)
-    }
+    names = {name: policy.fingerprint for name, policy in policies.items()}
     kept = _Kept("policies", None, {"policies": json.dumps(names), "tokens": str(count)})
     _write_missing(store, model, folder, kept, lambda tree: said_by_policies(tree, model, policies, count))
 
