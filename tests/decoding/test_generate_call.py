@@ -19,7 +19,7 @@ CALL: dict[str, Any] = {"do_sample": False, "max_new_tokens": 4, "pad_token_id":
 
 
 def strategy(kind: type = MavisSampling, **settings: Any) -> Any:
-    return kind(make_value_model("a"), beta=2.0, top_k=6, **settings)
+    return kind(make_value_model("a"), **{"beta": 2.0, "top_k": 6} | settings)
 
 
 @pytest.mark.parametrize("kind", [MavisSampling, MavisBlockwise])
@@ -39,6 +39,28 @@ def test_a_streamer_given_to_generate_gets_the_text_and_its_end(base: PreTrained
     assert len(again.parts) == len(given.parts) == 5
     base.generate(IDS, **CALL, custom_generate=steer)
     assert len(again.parts) == 5
+
+
+@pytest.mark.parametrize("how", ["own", "given"])
+def test_settings_changed_by_a_streamer_count_from_the_next_token(base: PreTrainedModel, how: str) -> None:
+    steer = strategy()
+
+    class Turned(Collector):
+        def put(self, value: torch.Tensor) -> None:
+            super().put(value)
+            if len(self.parts) == 3:  # the prompt and two tokens
+                steer.weights = [-15.0]
+
+    call = {**CALL, "max_new_tokens": 8}
+    whole = base.generate(IDS, **call, custom_generate=strategy())
+    if how == "own":
+        steer.streamer = Turned()
+        found = base.generate(IDS, **call, custom_generate=steer)
+    else:
+        found = base.generate(IDS, **call, streamer=Turned(), custom_generate=steer)
+    expected = base.generate(whole[:, :6], **{**call, "max_new_tokens": 6}, custom_generate=strategy(weights=[-15.0]))
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, whole)
 
 
 def test_whoever_iterates_over_the_streamer_is_not_left_waiting(base: PreTrainedModel) -> None:

@@ -138,15 +138,41 @@ def test_a_value_function_in_training_mode_is_read_without_dropout_by_all_thread
     assert all(module.training for module in value_model.modules())
 
 
-def test_a_trace_is_of_one_thread() -> None:
+@pytest.mark.parametrize("kind", [MavisLogitsProcessor, MavisSampling])
+def test_a_trace_is_of_one_thread(kind: type) -> None:
+    base, value_model = make_base(), make_value_model("a")
+
+    def steered(ids: Tensor, mavis: Any) -> Tensor:
+        return write(base, ids, mavis) if kind is MavisLogitsProcessor else write(base, ids, custom_generate=mavis)
+
+    texts = [steered(ids, kind(value_model, beta=4.0, **SETTINGS)) for ids in PROMPTS]
+    for _ in range(10):
+        mavis = kind(value_model, beta=4.0, trace=True, **SETTINGS)
+        together(lambda i, mavis=mavis: steered(PROMPTS[i], mavis))
+        assert [step.length for step in mavis.trace.steps] == [4, 5, 6, 7, 8]
+        taken = torch.stack([step.taken for step in mavis.trace.steps[:-1]])
+        assert any(torch.equal(taken[:, 0], text[0, 4:-1]) for text in texts)
+
+
+@pytest.mark.parametrize("kind", ["model", "mixed"])
+def test_value_functions_are_refreshed_by_one_thread_while_others_read_them(kind: str) -> None:
     base = make_base()
-    mavis = MavisLogitsProcessor(make_value_model("a"), beta=4.0, trace=True, **SETTINGS)
-    together(lambda i: write(base, PROMPTS[i], mavis))
-    assert len(mavis.trace) == 5
-    assert [step.length for step in mavis.trace.steps] == [4, 5, 6, 7, 8]
-    taken = torch.stack([step.taken for step in mavis.trace.steps[:-1]])
-    texts = [write(base, ids, MavisLogitsProcessor(mavis.functions.all, beta=4.0, **SETTINGS)) for ids in PROMPTS]
-    assert any(torch.equal(taken[:, 0], text[0, 4:-1]) for text in texts)
+    mavis = MavisLogitsProcessor(functions(kind, base), beta=4.0, model=base, **SETTINGS)
+    expected = [write(base, ids, mavis) for ids in PROMPTS]
+    working = [True] * 3
+
+    def work(i: int) -> list[Tensor]:
+        if i == 3:
+            while any(working):
+                mavis.functions.refresh()
+            return []
+        try:
+            return [write(base, PROMPTS[i], mavis) for _ in range(5)]
+        finally:
+            working[i] = False
+
+    for found, wanted in zip(together(work)[:3], expected, strict=False):
+        assert all(torch.equal(one, wanted) for one in found)
 
 
 @pytest.mark.parametrize("kind", ["model", "mixed"])

@@ -403,8 +403,9 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
             self._local.trace = MavisTrace(self.objectives, self.special.eos)
             self._local.prompt = input_ids.clone()
         self._local.traced = input_ids.clone()
-        self.trace = self._local.trace
-        self.trace.add_step(step, length=input_ids.shape[1], live=live)
+        trace: MavisTrace = self._local.trace
+        trace.add_step(step, length=input_ids.shape[1], live=live)
+        self.trace = trace  # the latest call's: other threads have theirs
 
 
 def _begins(prefix: Tensor | None, input_ids: Tensor) -> bool:

@@ -199,9 +199,10 @@ class ValueFunctions:
         Raises:
             ValueError: one of them may be a token. Waits for the device if there is no tokenizer to tell.
         """
-        if self._vocabulary is None:
-            self._vocabulary = min((Backbone.of(m.backbone).vocabulary for m in self.of_ids), default=scores.shape[1])
-        own = self._vocabulary
+        own = self._vocabulary  # another thread may forget it meanwhile
+        if own is None:
+            own = min((Backbone.of(m.backbone).vocabulary for m in self.of_ids), default=scores.shape[1])
+            self._vocabulary = own
         if own >= scores.shape[1] or (tokenizer is None and torch.isneginf(scores[:, own:]).all()):
             return scores
         if tokenizer is None or len(tokenizer) > own:

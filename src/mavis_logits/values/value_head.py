@@ -317,9 +317,10 @@ class ValueHead(PushMixin, PreTrainedModel):
 
         Waits for the device.
         """
-        if thorough and self._table is not None and self.is_bound:
+        kept = self._table  # another thread may forget it meanwhile
+        if thorough and kept is not None and self.is_bound:
             now = [_sample(x) for x in (self.action.weight, self._embedding[0])]
-            if any(a.device != b.device or not torch.equal(a, b) for a, b in zip(now, self._table[2], strict=True)):
+            if any(a.device != b.device or not torch.equal(a, b) for a, b in zip(now, kept[2], strict=True)):
                 self._table = None
 
     def __getstate__(self) -> dict[str, Any]:

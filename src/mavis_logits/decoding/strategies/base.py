@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor
@@ -28,6 +27,8 @@ from .session import Session
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
+
+    from ...steering.trace import MavisTrace
 
 # What `generate` prepares for every decoder-only model; a strategy keeps caches and positions of its own.
 _PREPARED = {
@@ -149,25 +150,23 @@ class MavisStrategy(Steering):
         self.check_devices(input_ids[:, :1])
         if self.stop_strings is not None:
             criteria.append(StopStringCriteria(self.tokenizer, self.stop_strings))
-        if self.trace is not None:
-            self.trace = type(self.trace)(self.objectives, self.special.eos)
-        if self.streamer is not None:
-            self.streamer.put(input_ids.cpu())
-        own = self._streaming_to(given.get("streamer"))  # which generate has given the prompts already
-        output = own._decode(call, criteria)
-        self.trace = own.trace
+        streamer = self._streamer(given.get("streamer"))
+        if streamer is not None and given.get("streamer") is None:  # else generate has given it the prompts already
+            streamer.put(input_ids.cpu())
+        trace = None if self.trace is None else type(self.trace)(self.objectives, self.special.eos)
+        self.trace = trace
+        output = self._decode(call, criteria, streamer, trace)
+        self.trace = trace  # other calls may have come between
         return output
 
-    def _streaming_to(self, streamer: BaseStreamer | None) -> Self:
-        """This strategy with the streamer of one call."""
-        if streamer is None or streamer is self.streamer:
-            return self
-        self._check_streams(streamer)
+    def _streamer(self, given: BaseStreamer | None) -> BaseStreamer | None:
+        """Whom a call tells its tokens: who was given to `generate`, or to this strategy."""
+        if given is None or given is self.streamer:
+            return self.streamer
+        self._check_streams(given)
         if self.streamer is not None:
             raise ValueError(f"generate was given a streamer and {type(self).__name__} another: leave one of them out")
-        own = copy.copy(self)
-        own.streamer = streamer
-        return own
+        return given
 
     def _check_streams(self, streamer: BaseStreamer | None) -> None:
         if streamer is not None and not self.streams:
@@ -175,7 +174,9 @@ class MavisStrategy(Steering):
                 f"{type(self).__name__} knows the text only at its end and cannot stream: leave streamer out"
             )
 
-    def _decode(self, call: Call, criteria: StoppingCriteriaList) -> MavisOutput | Tensor:
+    def _decode(
+        self, call: Call, criteria: StoppingCriteriaList, streamer: BaseStreamer | None, trace: MavisTrace | None
+    ) -> MavisOutput | Tensor:
         model, input_ids, config = call.model, call.input_ids, call.config
         backbone = Backbone.of(model)
         prompts = self.prompts(input_ids, config)
@@ -192,11 +193,12 @@ class MavisStrategy(Steering):
         if backbone.is_encoder_decoder and self.functions.words:
             sources = encoder_prompts(model, len(input_ids))[rows]
         with Session(self, model, prompts, mask, every, inputs, as_generate=special, sources=sources) as session:
+            session.streamer, session.trace = streamer, trace
             output = self.decode(session, criteria, config)
         if output.values is not None and any(self.idle):
             output.values[:, self.idle] = torch.nan
-        if self.streamer is not None:
-            self.streamer.end()
+        if streamer is not None:
+            streamer.end()
         return output if config.return_dict_in_generate else output.sequences
 
     def prompts(self, rows: Tensor, config: GenerationConfig) -> Tensor:

@@ -115,9 +115,9 @@ class MavisBlockwise(MavisStrategy):
             new = torch.full((count, int(blocks.lengths[kept].max())), pad, device=device)
             new[live] = blocks.tokens[kept, : new.shape[1]]
             written = torch.cat([written, new], dim=1)
-            if self.streamer is not None:
+            if session.streamer is not None:
                 for column in new.cpu().unbind(dim=1):
-                    self.streamer.put(column)
+                    session.streamer.put(column)
 
             going = torch.nonzero(blocks.rows[kept] >= 0)[:, 0]
             live = live[going]

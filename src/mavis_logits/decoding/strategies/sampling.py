@@ -44,8 +44,9 @@ class MavisSampling(MavisStrategy):
             step = session.score()
             chosen, tokens = draw(step, bool(config.do_sample))
             everyone = len(live) == count
-            if self.trace is not None:
-                self._trace(step, live, count, written.shape[1])
+            if session.trace is not None:
+                every, mask = _of_all_rows(step, live, count)
+                session.trace.add_step(every, length=written.shape[1], live=mask)
             if keep_scores:
                 scores.append(_spread(step.log_probs(session.reference().shape[1]), live, count, pad))
             if keep_logits:
@@ -54,10 +55,10 @@ class MavisSampling(MavisStrategy):
             last_values[live] = own.masked_fill(chosen[:, None] < 0, torch.nan)
             new = tokens if everyone else torch.full((count,), pad, device=device).index_copy(0, live, tokens)
             written = torch.cat([written, new[:, None]], dim=1)
-            if self.streamer is not None:
-                self.streamer.put(new.cpu())
-            if self.trace is not None:
-                self.trace.took(new)
+            if session.streamer is not None:
+                session.streamer.put(new.cpu())
+            if session.trace is not None:
+                session.trace.took(new)
             done = stopping_criteria(written, tuple(scores) if keep_scores else None).to(device)
             session.append(tokens, None if self.config.keeps_unscored else chosen)
             ended, broken = torch.stack([done[live], step.broken]).tolist()  # the one wait for the device
@@ -75,30 +76,26 @@ class MavisSampling(MavisStrategy):
             values=last_values,
         )
 
-    def _trace(self, step: Step, live: Tensor, count: int, length: int) -> None:
-        """Record a step of the rows `live`, as one of all rows."""
-        assert self.trace is not None
-        rows = torch.zeros(count, dtype=torch.long, device=live.device).index_copy(
-            0, live, torch.arange(len(live), device=live.device)
-        )
-        mask = torch.zeros(count, dtype=torch.bool, device=live.device).index_fill(0, live, True)
-        beta = step.beta if step.beta.ndim == 0 else step.beta[rows]
-        self.trace.add_step(
-            replace(
-                step,
-                candidates=step.candidates[rows],
-                reference=step.reference[rows],
-                values=step.values[rows],
-                combined=step.combined[rows],
-                tilted=step.tilted[rows],
-                others=step.others[rows],
-                beta=beta,
-                kl=torch.where(mask, step.kl[rows], 0.0),
-                unscored=None,
-            ),
-            length=length,
-            live=mask,
-        )
+
+def _of_all_rows(step: Step, live: Tensor, count: int) -> tuple[Step, Tensor]:
+    """A step of the rows `live` as one of all `count`, and bool [count], which of them are live."""
+    rows = torch.zeros(count, dtype=torch.long, device=live.device).index_copy(
+        0, live, torch.arange(len(live), device=live.device)
+    )
+    mask = torch.zeros(count, dtype=torch.bool, device=live.device).index_fill(0, live, True)
+    every = replace(
+        step,
+        candidates=step.candidates[rows],
+        reference=step.reference[rows],
+        values=step.values[rows],
+        combined=step.combined[rows],
+        tilted=step.tilted[rows],
+        others=step.others[rows],
+        beta=step.beta if step.beta.ndim == 0 else step.beta[rows],
+        kl=torch.where(mask, step.kl[rows], 0.0),
+        unscored=None,
+    )
+    return every, mask
 
 
 def draw(step: Step, sample: bool) -> tuple[Tensor, Tensor]:

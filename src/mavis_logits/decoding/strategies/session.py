@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -26,6 +26,11 @@ from ...steering.steering import Steering
 from ...steering.step import Choice, Step
 from .base_reader import BaseReader, GenerateReader, RaggedReader, prepared_inputs
 from .processors import RowProcessors
+
+if TYPE_CHECKING:
+    from transformers.generation.streamers import BaseStreamer
+
+    from ...steering.trace import MavisTrace
 
 
 class Session:
@@ -52,6 +57,9 @@ class Session:
         lengths: tokens of every row without padding.
         requests: [R] which of the rows given at first each one comes from.
         given: how many rows were given at first.
+        streamer: who is told the tokens of this call, and
+        trace: what records its steps; None for nobody and nothing. They are a call's own: one strategy may be in
+            several at once.
 
     Raises:
         ValueError: right padding or an empty row.
@@ -102,6 +110,8 @@ class Session:
             self._values = ValueReader(steering.functions, steering.compile, steering.reading)
             self._values.begin(len(input_ids))
         self._listening = False  # whether a forward pass is the session's own
+        self.streamer: BaseStreamer | None = None
+        self.trace: MavisTrace | None = None
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:  # what fails half way leaves nothing behind

@@ -105,11 +105,11 @@ class MavisTreeSearch(MavisStrategy):
             if 0 < len(going) < len(live):
                 session.select(torch.tensor(going, device=device))
             live = [live[number] for number in going]
-            if self.streamer is not None:
+            if session.streamer is not None:
                 # A column of tokens is put as soon as every row has its token; ended rows have padding.
                 decided = min((len(tree.text) for tree in live), default=max(len(tree.text) for tree in trees))
                 for column in _padded(trees, pad, device)[:, streamed:decided].cpu().unbind(dim=1):
-                    self.streamer.put(column)
+                    session.streamer.put(column)
                 streamed = max(streamed, decided)
         return MavisOutput(
             sequences=_padded(trees, pad, device),
