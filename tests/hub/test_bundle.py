@@ -17,6 +17,8 @@ from mavis_logits import MavisConfig, MavisLogitsProcessor, ValueModel, cli
 from mavis_logits.hub.bundle import BUNDLE_FILE, FORMAT_VERSION, Bundle, BundleEntry, load_bundle
 from mavis_logits.hub.make_bundle import make_bundle
 from mavis_logits.hub.publish import push_folder
+from mavis_logits.values.ensemble import load_value_functions
+from mavis_training.measure.settings import steerings
 from tiny import make_base, make_head, make_value_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -146,6 +148,20 @@ def test_a_bundle_of_folders_steers_as_its_parts_do(folders: Path) -> None:
     parts = MavisLogitsProcessor.from_pretrained(ab, config=config)
     bundled = MavisLogitsProcessor.from_pretrained(make_bundle(folders / "two", ab, config))
     assert torch.equal(values_of(bundled), values_of(parts))
+
+
+def test_a_bundle_is_value_functions_wherever_these_are_loaded(folders: Path) -> None:
+    """As what `mavis evaluate`, `pareto` and `iterate` load does, too, and not only what steers."""
+    base = make_base()
+    given = {"a": str(folders / "value-a"), "c": str(folders / "head"), "d": str(folders / "head")}
+    bundle = str(make_bundle(folders / "bundle", given, MavisConfig()))
+    setting = {"weights": {"a": 1.0, "c": 0.5}, "beta": 2.0, "top_k": 6}
+    (steering,) = steerings({"steered": setting}, bundle, base, None).values()  # type: ignore[arg-type]
+    assert steering is not None
+    assert steering.objectives == ["a", "c", "d"]
+    for mixed in ({"a": bundle}, [bundle, str(folders / "value-b")]):
+        with pytest.raises(ValueError, match=r"bundle of value functions, for a, c, d: give it alone"):
+            load_value_functions(mixed, base, None, {})
 
 
 def test_what_the_caller_gives_comes_before_the_bundles_settings(folders: Path) -> None:

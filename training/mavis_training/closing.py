@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mavis_logits.hub.bundle import BUNDLE_FILE
 from mavis_logits.hub.cards import METRICS
 from mavis_logits.hub.quality import foresight, is_evidence, weaknesses
 from mavis_logits.models import load_tokenizer
@@ -171,8 +172,9 @@ def of_evaluation(config: EvaluateConfig, results: Mapping[str, Any]) -> str:
             else "Not worth using as it is: train on more trees, or steer with a higher beta."
         )
     lines.append(f"Written: {config.output} and {Path(config.output).with_suffix('.md')}")
-    if better and isinstance(config.value_functions, str):
-        lines.append(f"Next: mavis bundle my-bundle --values {config.value_functions}")
+    values = config.value_functions
+    if better and isinstance(values, str) and not (Path(values) / BUNDLE_FILE).exists():
+        lines.append(f"Next: mavis bundle my-bundle --values {values}")
     return "\n".join(lines)
 
 

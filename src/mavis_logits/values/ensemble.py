@@ -18,6 +18,7 @@ from ..backbone.needs import Needs
 from ..core.config import recommended
 from ..core.holds import Holds, Undo
 from ..core.known import meant
+from ..hub.bundle import load_bundle
 from ..hub.files import Source, find_file, hub_arguments, read_json
 from .checkpoints import Options
 from .function import ValueFunction, is_value_function
@@ -331,14 +332,17 @@ def load_value_functions(
     loading: Mapping[str, Any],
     fuse: bool | None = None,
 ) -> Any:
-    """`given` with every Hub id or folder replaced by the loaded value function; each id is loaded once.
+    """`given` with every Hub id or folder replaced by the loaded value function; each id is loaded once. A bundle, if it
+    is all that is given, is replaced by its value functions by objective.
 
     LoRA adapters that can be fused with another are left unmerged, unless `fuse` is False; all others are merged.
 
     Raises:
-        ValueError: a value head without its base model, or something that is no value function.
+        ValueError: a value head without its base model, something that is no value function, or a bundle among others.
         OSError: nothing there.
     """
+    if isinstance(given, str | Path) and (bundle := load_bundle(given, **loading)) is not None:
+        given, _ = bundle
     loaded: dict[Source, ValueModel | ValueHead | ValuePolicy] = {}
 
     def get(item: Any) -> Any:
@@ -374,6 +378,11 @@ def _load(
 ) -> ValueModel | ValueHead | ValuePolicy:
     name, arguments = source.name, source.arguments(loading)
     path = find_file(name, "config.json", hub_arguments(arguments))
+    if path is None and (bundle := load_bundle(name, **arguments)) is not None:
+        raise ValueError(
+            f"{name} is a bundle of value functions, for {', '.join(bundle[0])}: give it alone, not among others, or the "
+            "folder or repository of one of them"
+        )
     config = read_json(path) if path is not None else {}  # ValueModel says what it expects in its place
     kind = config.get("model_type")
     if kind == ValueHeadConfig.model_type:
