@@ -24,7 +24,7 @@ from mavis_logits import MavisLogitsProcessor, MavisSampling, ValueHead
 from mavis_logits.decoding.given import unreadable
 from mavis_logits.scoring.rows import endings, guess_padding
 from mavis_logits.testing import algorithm_2
-from mavis_logits.values.ensemble import special_tokens
+from mavis_logits.values.special_tokens import special_tokens
 from tiny import EOS, PAD, VOCABULARY, make_base, make_head, make_value_model
 
 K, BETA, END = 6, 3.0, 96

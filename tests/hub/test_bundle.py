@@ -17,7 +17,7 @@ from mavis_logits import MavisConfig, MavisLogitsProcessor, ValueModel, cli
 from mavis_logits.hub.bundle import BUNDLE_FILE, FORMAT_VERSION, Bundle, BundleEntry, load_bundle
 from mavis_logits.hub.make_bundle import make_bundle
 from mavis_logits.hub.publish import push_folder
-from mavis_logits.values.ensemble import load_value_functions
+from mavis_logits.values.loading import load_value_functions
 from mavis_training.measure.settings import steerings
 from tiny import make_base, make_head, make_value_model
 

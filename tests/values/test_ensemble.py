@@ -13,7 +13,8 @@ from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from mavis_logits import MavisLogitsProcessor, ValueHead, ValueModel
 from mavis_logits.backbone.fingerprint import tokenizer_fingerprint
-from mavis_logits.values.ensemble import ValueFunctions, load_value_functions
+from mavis_logits.values.ensemble import ValueFunctions
+from mavis_logits.values.loading import load_value_functions
 from tiny import PAD, VOCABULARY, functions, make_base, make_head, make_value_model
 
 

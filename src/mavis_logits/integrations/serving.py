@@ -21,7 +21,8 @@ from ..core.config import MavisConfig
 from ..core.known import meant
 from ..hub.bundle import load_bundle
 from ..hub.files import Source
-from ..values.ensemble import ValueFunctions, load_value_functions
+from ..values.ensemble import ValueFunctions
+from ..values.loading import load_value_functions
 from ..values.value_head import ValueHeadConfig
 from ..values.value_model_config import ValueModelConfig
 from ..values.value_policy import ValuePolicyConfig

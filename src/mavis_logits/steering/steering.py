@@ -18,8 +18,10 @@ from ..core.config import MavisConfig
 from ..hub.bundle import load_bundle
 from ..hub.files import LOADING_ARGUMENTS
 from ..scoring.scorer import WantedReading
-from ..values.ensemble import ValueFunctions, load_value_functions, special_tokens, with_words
+from ..values.ensemble import ValueFunctions, with_words
 from ..values.function import ValueFunction
+from ..values.loading import load_value_functions
+from ..values.special_tokens import special_tokens
 from .copies import Copied
 from .policy import Policy
 from .regions import Regions

@@ -6,8 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import accumulate
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,20 +17,14 @@ from ..backbone.needs import Needs
 from ..core.config import recommended
 from ..core.holds import Holds, Undo
 from ..core.known import meant
-from ..hub.bundle import load_bundle
-from ..hub.files import Source, find_file, hub_arguments, read_json
-from .checkpoints import Options
 from .function import ValueFunction, is_value_function
 from .fused import FusedValueModel, fusable_groups, why_not_fused
 from .retokenized import Retokenized
-from .value_head import ValueHead, ValueHeadConfig
 from .value_model import ValueModel
-from .value_model_config import ValueModelConfig
-from .value_policy import ValuePolicy, ValuePolicyConfig
 from .words import Words
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 Outputs = list[tuple[str, ValueFunction, int]]
@@ -323,116 +316,3 @@ def with_words(
         return {**given, **dict.fromkeys(instructions, words)}
     listed = [] if given is None else list(given) if isinstance(given, Iterable) else [given]
     return [*listed, words]
-
-
-def load_value_functions(
-    given: str | Path | Sequence[Any] | Mapping[str, Any] | None,
-    model: PreTrainedModel | None,
-    device: torch.device | str | None,
-    loading: Mapping[str, Any],
-    fuse: bool | None = None,
-) -> Any:
-    """`given` with every Hub id or folder replaced by the loaded value function; each id is loaded once. A bundle, if it
-    is all that is given, is replaced by its value functions by objective.
-
-    LoRA adapters that can be fused with another are left unmerged, unless `fuse` is False; all others are merged.
-
-    Raises:
-        ValueError: a value head without its base model, something that is no value function, or a bundle among others.
-        OSError: nothing there.
-    """
-    if isinstance(given, str | Path) and (bundle := load_bundle(given, **loading)) is not None:
-        given, _ = bundle
-    loaded: dict[Source, ValueModel | ValueHead | ValuePolicy] = {}
-
-    def get(item: Any) -> Any:
-        if is_value_function(item):
-            return item
-        given = Source(str(item), loading.get("revision"), loading.get("subfolder"))
-        source = item if isinstance(item, Source) else given
-        if source not in loaded:
-            function = _load(source, model, loading, merge=fuse is False)
-            loaded[source] = function.to(device) if device is not None else function  # type: ignore[arg-type]
-        return loaded[source]
-
-    found: Any
-    if given is None:
-        return None
-    if isinstance(given, Mapping):
-        found = {name: get(item) for name, item in given.items()}
-    elif isinstance(given, Sequence) and not isinstance(given, str):
-        found = [get(item) for item in given]
-    else:
-        found = get(given)
-    everything = found.values() if isinstance(found, Mapping) else found if isinstance(found, list) else [found]
-    adapters = list(dict.fromkeys(f for f in everything if isinstance(f, ValueModel) and f.lora is not None))
-    together = {model for group in fusable_groups(adapters) for model in group} if fuse is not False else set()
-    for adapter in adapters:
-        if adapter not in together and any(adapter is f for f in loaded.values()):
-            adapter.merge_lora_if_exact()
-    return found
-
-
-def _load(
-    source: Source, model: PreTrainedModel | None, loading: Mapping[str, Any], merge: bool
-) -> ValueModel | ValueHead | ValuePolicy:
-    name, arguments = source.name, source.arguments(loading)
-    path = find_file(name, "config.json", hub_arguments(arguments))
-    if path is None and (bundle := load_bundle(name, **arguments)) is not None:
-        raise ValueError(
-            f"{name} is a bundle of value functions, for {', '.join(bundle[0])}: give it alone, not among others, or the "
-            "folder or repository of one of them"
-        )
-    config = read_json(path) if path is not None else {}  # ValueModel says what it expects in its place
-    kind = config.get("model_type")
-    if kind == ValueHeadConfig.model_type:
-        if model is None:
-            raise ValueError(f"{name} is a value head, which needs its base model's hidden states: pass model=")
-        of_models = ("dtype", "torch_dtype", "attn_implementation", "quantization_config")
-        return ValueHead.from_pretrained(name, **{k: v for k, v in arguments.items() if k not in of_models})
-    if kind == ValuePolicyConfig.model_type:
-        if model is None:
-            raise ValueError(f"{name} is a policy tuned from its base model, on whose layers it lies: pass model=")
-        return ValuePolicy.from_pretrained(name, model, **arguments)
-    own = kind == ValueModelConfig.model_type
-    return ValueModel.load(name, Options(base=model if own else None, merge=merge or not own), **arguments)
-
-
-class SpecialTokens(NamedTuple):
-    """Attributes:
-    pad: fills up rows; None if there is none.
-    eos: ends texts.
-    borders: begins or ends texts.
-    """
-
-    pad: int | None
-    eos: frozenset[int]
-    borders: frozenset[int]
-
-
-def special_tokens(
-    models: Sequence[Any],
-    base: PreTrainedModel | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    pad_token_id: int | None = None,
-    eos_token_id: int | Iterable[int] | None = None,
-) -> SpecialTokens:
-    """The special tokens: as given, else the tokenizer's, else the base model's, else the value models'.
-
-    Texts also end with what `generate` stops at, whatever the tokenizer says. Padding is never made up of EOS.
-    """
-    configs: list[Any] = [] if base is None else [base.generation_config, base.config]
-    configs += [model.config for model in models] + [model.backbone.config for model in models]
-
-    def first(name: str, given: Any = None, places: Sequence[Any] = configs) -> Any:
-        found = (getattr(place, name, None) for place in places)
-        return given if given is not None else next((value for value in found if value is not None), None)
-
-    def ids(given: Any) -> frozenset[int]:
-        return frozenset([given] if isinstance(given, int) else given or ())
-
-    eos = ids(first("eos_token_id", eos_token_id, [tokenizer, *configs]))
-    if eos_token_id is None and base is not None:
-        eos |= ids(getattr(base.generation_config, "eos_token_id", None))
-    pad = first("pad_token_id", pad_token_id, [tokenizer, *configs])
-    return SpecialTokens(pad, eos, eos | ids(first("bos_token_id", None, [tokenizer, *configs])))

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from mavis_logits.backbone import Backbone
 from mavis_logits.backbone.fingerprint import parameters_fingerprint
-from mavis_logits.values.ensemble import load_value_functions
+from mavis_logits.values.loading import load_value_functions
 from mavis_logits.values.value_head import ValueHead
 from mavis_logits.values.value_model import ValueModel
 

@@ -20,7 +20,7 @@ from mavis_logits.core.known import meant
 from mavis_logits.decoding import strategies
 from mavis_logits.decoding.strategies import MavisSampling, MavisStrategy
 from mavis_logits.steering.steering import Steering
-from mavis_logits.values.ensemble import load_value_functions
+from mavis_logits.values.loading import load_value_functions
 
 from ..rivals.decoding import KEYS, Decoding
 
