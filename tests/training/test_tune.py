@@ -117,6 +117,23 @@ def test_paths_are_measured_on_held_out_trees_and_learned_above_the_first_layer(
     assert metrics["ones"]["ranking"]["accuracy"] > 0.5
 
 
+def test_a_few_answers_of_each_tree_are_learnt_from_and_all_are_measured(place, tmp_path) -> None:
+    given = config(place, "paths", tmp_path, learning_rate=2e-2, epochs=12, batch_size=4, answers=3)
+    result = tune(given)
+    every = chosen_trees(given.store, given.weights, None, 0)
+    few = chosen_trees(given.store, given.weights, None, 0, answers=3)
+    assert result["rollout_tokens"] == few.tokens < every.tokens
+    assert result["deviations"] == every.deviations
+    assert [len(item.tree.leaves()) for item in few.held_out] == [len(item.tree.leaves()) for item in every.held_out]
+    for item, whole in zip(few.training, every.training, strict=True):
+        leaves = whole.tree.leaves()
+        assert len(item.rewards) == len(item.tree.leaves()) == min(3, len(leaves))
+        rewards = {tuple(whole.tree.completion(leaf)): r for leaf, r in zip(leaves, whole.rewards, strict=True)}
+        for leaf, reward in zip(item.tree.leaves(), item.rewards, strict=True):
+            assert reward == rewards[tuple(item.tree.completion(leaf))]
+    assert ones({"adapters": {str(tmp_path): 1.0}}) > ones({"temperature": 1.0}) + 0.3
+
+
 def test_an_interrupted_tuning_goes_on_to_the_same_adapter(place, tmp_path, monkeypatch) -> None:
     def given(name: str) -> TuneConfig:
         return config(place, "paths", tmp_path / name, learning_rate=1e-2, batch_size=1, trees=40, epochs=1)
@@ -272,6 +289,7 @@ def test_what_is_finished_is_not_done_again_and_another_tuning_is_refused(place,
         ("dpo", {"store": None}, "learns from labelled trees"),
         ("rloo", {"rewards": {}}, "give prompts, and rewards for ones"),
         ("sft", {"trees": 1}, "trees must be at least 2"),
+        ("paths", {"answers": 1}, "answers must be at least 2"),
         ("dpo", {"beta": -1.0}, "beta must not be negative"),
         ("grpo", {"batch_size": 6}, "batch_size a multiple of it"),
     ],

@@ -121,7 +121,7 @@ def test_a_strength_is_for_low_rank_adapters_and_positive(place, tmp_path) -> No
     ValuePolicy.from_adapter(tmp_path, "a", model)
     with pytest.raises(ValueError, match="has no strength"):
         ValuePolicy.from_adapter(tmp_path, "a", model, strength=2.0)
-    for wrong in (0.0, -1.0, float("nan"), float("inf")):
+    for wrong in (0.0, -1.0, float("nan"), float("inf"), "4", True, None):
         with pytest.raises(ValueError, match="strength must be a positive number"):
             ValuePolicy.from_adapter(place / "a", "a", model, strength=wrong)
 

@@ -61,8 +61,8 @@ class ValuePolicyConfig(ObjectivesMixin, PreTrainedConfig):
         strength: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        if not 0 < strength < float("inf"):
-            raise ValueError(f"strength must be a positive number, got {strength}")
+        if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength < float("inf"):
+            raise ValueError(f"strength must be a positive number, got {strength!r}")
         self.vocab_size, self.eta, self.strength = vocab_size, eta, strength
         self.backbone_fingerprint, self.backbone_sketch = backbone_fingerprint, backbone_sketch
         kwargs = self._take_objectives(kwargs)

@@ -35,6 +35,8 @@ class TuneConfig(TrainerSettings):
         prompts: JSON-lines file of the prompts of "rloo" and "grpo".
         rewards: by objective, for "rloo" and "grpo", as for `mavis label`.
         trees: at most this many of the store's trees, a sample by prompt; None for all.
+        answers: of each of these that are learnt from, of as many first branches as may be; None for all. Time goes into
+            tokens: a few answers of many prompts teach more than many of a few.
         pairs: of every tree, for "dpo" and "pairs": the best with the worst, the second with the second last, ...
         beta: of the KL penalty, eta of equation 1: in DPO's loss, of the policy that "paths" aims at (rewards being in
             standard deviations), on the rewards of "rloo" and "grpo". None for 0.1, 1/3 and 0.05.
@@ -59,6 +61,7 @@ class TuneConfig(TrainerSettings):
     prompts: str | None = None
     rewards: dict[str, str | dict[str, Any]] = field(default_factory=dict)
     trees: int | None = None
+    answers: int | None = field(default=None, kw_only=True)
     pairs: int = 2
     beta: float | None = None
     steps: int = 100
@@ -90,6 +93,8 @@ class TuneConfig(TrainerSettings):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.trees is not None and self.trees < 2:
             raise ValueError(f"trees must be at least 2, got {self.trees}")
+        if self.answers is not None and self.answers < 2:
+            raise ValueError(f"answers must be at least 2, which are compared with each other, got {self.answers}")
         if self.beta is not None and (self.beta < 0 or (self.method == "paths" and not self.beta)):
             raise ValueError(f"beta must not be negative, nor 0 for paths, got {self.beta}")
         if self.method != "direction" and self.lora.rank < 1:

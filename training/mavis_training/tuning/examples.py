@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..trees.data import LabelledTree, load_trees, reward_units, split_by_prompt
-from ..trees.sample import with_leaves
-from ..trees.targets import stable_hash
+from ..trees.sample import Sample, with_leaves
+from ..trees.targets import node_targets, stable_hash
 from ..trees.tree_store import TreeStore
 
 
@@ -39,8 +39,10 @@ def chosen_trees(
     seed: int,
     held_out: float = 0.1,
     deviations: Mapping[str, float] | None = None,
+    answers: int | None = None,
 ) -> ChosenTrees:
-    """Up to `most` trees of a store to tune on, and those of the `held_out` share of the prompts.
+    """Up to `most` trees of a store to tune on, and those, with all their answers, of the `held_out` share of the
+    prompts.
 
     Args:
         store: one or several.
@@ -49,6 +51,7 @@ def chosen_trees(
         seed: of the choice.
         held_out: share of the prompts.
         deviations: of the rewards; None for those of the trees.
+        answers: of each tree to tune on, at most; None for all.
 
     Raises:
         ValueError: as `load_trees`.
@@ -61,6 +64,8 @@ def chosen_trees(
     )
     kept = training[:most]
     own = dict(zip(weights, map(float, reward_units(kept)[1]), strict=True)) if deviations is None else dict(deviations)
+    if answers is not None:
+        kept = [_with_leaves(item, Sample(answers=answers).leaves(item.tree)) for item in kept]
     return ChosenTrees(kept, rest, own, sum(len(item.tree.tokens) for item in kept), stores)
 
 
@@ -113,10 +118,16 @@ def paired_trees(
         one = combined_item(item, weights, deviations)
         numbers = sorted({n for pair in ranked_pairs(one.rewards[:, 0], count) for n in pair})
         if numbers:
-            found.append(LabelledTree(with_leaves(item.tree, numbers), one.rewards[numbers], one.targets))
+            found.append(_with_leaves(one, numbers))
     if not found:
         raise _nothing_to_prefer(weights)
     return found
+
+
+def _with_leaves(item: LabelledTree, numbers: Sequence[int] | NDArray[np.int64]) -> LabelledTree:
+    """The tree of some of its leaves alone, by number, and what its nodes are worth by these."""
+    tree, rewards = with_leaves(item.tree, numbers), item.rewards[numbers]
+    return LabelledTree(tree, rewards, node_targets(tree, rewards))
 
 
 def _nothing_to_prefer(weights: Mapping[str, float]) -> ValueError:

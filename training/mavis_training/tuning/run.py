@@ -92,7 +92,8 @@ def _trees(config: TuneConfig, before: Mapping[str, Any] | None) -> ChosenTrees:
     if config.store is None:
         return ChosenTrees([], [], dict.fromkeys(config.weights, 1.0), 0, [])
     deviations = before and before["deviations"]
-    return chosen_trees(config.store, config.weights, config.trees, config.seed, config.validation_share, deviations)
+    share = config.validation_share
+    return chosen_trees(config.store, config.weights, config.trees, config.seed, share, deviations, config.answers)
 
 
 def _origin(
@@ -100,13 +101,15 @@ def _origin(
 ) -> dict[str, Any]:
     """Everything that shapes what is learned."""
     settings = {name: value for name, value in asdict(config).items() if name not in _SHAPELESS}
+    if config.answers is None:  # which tunings from before do not have
+        settings.pop("answers")
     origin = settings | {
         "starting_weights": parameters_fingerprint(model),
         "trees": digest([[item.tree.prompt_id, item.rewards.tolist()] for item in chosen.training]),
         "prompts": digest([row["prompt"] for row in rows]),
         "rewards_are": {name: reward_digest(spec) for name, spec in config.rewards.items()},
     }
-    if config.initial is not None:  # which tunings from before do not have
+    if config.initial is not None:  # likewise
         origin["initial"] = model_origin(config.initial)
     return origin
 
