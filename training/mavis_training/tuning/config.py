@@ -35,8 +35,8 @@ class TuneConfig(TrainerSettings):
         prompts: JSON-lines file of the prompts of "rloo" and "grpo".
         rewards: by objective, for "rloo" and "grpo", as for `mavis label`.
         trees: at most this many of the store's trees, a sample by prompt; None for all.
-        answers: of each of these that are learnt from, of as many first branches as may be; None for all. Time goes into
-            tokens: a few answers of many prompts teach more than many of a few.
+        answers: of each of these that are learnt from, of as many first branches as may be; None for all. Time goes
+            into tokens: a few answers of many prompts teach more than many of a few.
         pairs: of every tree, for "dpo" and "pairs": the best with the worst, the second with the second last, ...
         beta: of the KL penalty, eta of equation 1: in DPO's loss, of the policy that "paths" aims at (rewards being in
             standard deviations), on the rewards of "rloo" and "grpo". None for 0.1, 1/3 and 0.05.
