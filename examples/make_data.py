@@ -3,7 +3,7 @@
     python examples/make_data.py --data FOLDER --out examples/data
 
 FOLDER holds `helpful_prompts.jsonl`, `helpful_pairs_{train,test}.jsonl`, `hh_harmless_{train,test}.jsonl`,
-`hh_harmful_prompts.jsonl`, `xstest_prompts.jsonl` and `summ_scitldr_train.jsonl`;
+`hh_harmful_prompts.jsonl`, `xstest_prompts.jsonl` and `summ_scitldr_{train,test}.jsonl`;
 `examples/data/README.md` names where each comes from. The result is the same on every run.
 """
 
@@ -15,6 +15,8 @@ import random
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from summary_data import read_documents, summary_prompt
 
 Row = dict[str, str]
 MAX_TOKENS = 80  # of the SmolLM2 tokenizer; the sources carry the count
@@ -121,13 +123,39 @@ def summary_rows(data: Path) -> list[Row]:
     return [
         {
             "id": r["id"],
-            "prompt": f"Summarize this abstract in one sentence.\n\n{r['text']}",
+            "prompt": summary_prompt(r["text"]),
             "source": "scitldr",
             "kind": "helpful",
             "license": "Apache-2.0",
         }
         for r in read_jsonl(data / "summ_scitldr_train.jsonl")
     ]
+
+
+def summaries(data: Path) -> dict[str, list[Row]]:
+    """Abstracts with a person's summary as `completion`, by file name: to fine-tune the reference on, to learn values
+    on, 100 that are held out, and 40 more to choose settings by."""
+
+    def rows(split: str) -> list[Row]:
+        return [
+            {
+                "id": record["id"],
+                "prompt": summary_prompt(record["text"]),
+                "completion": record["references"][0],
+                "source": record["source"],
+                "license": "Apache-2.0",
+            }
+            for record in read_documents(data, split, ["scitldr"])
+        ]
+
+    held_out = random.Random(SEED).sample(rows("test"), 140)
+    learned = rows("train")
+    return {
+        "summaries_train.jsonl": learned[:640],
+        "summaries_sft.jsonl": learned[640:],
+        "summaries_test.jsonl": held_out[:100],
+        "summaries_validation.jsonl": held_out[100:],
+    }
 
 
 def xstest_rows(data: Path) -> list[Row]:
@@ -216,7 +244,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("examples/data"), help="folder to write to")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, rows in make_prompts(args.data).items():
+    for name, rows in (make_prompts(args.data) | summaries(args.data)).items():
         write_jsonl(args.out / name, rows)
         print(f"{name}: {len(rows)} prompts")
 

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
-DATA = Path(__file__).resolve().parents[1] / "examples" / "data"
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples" / "rewards"))
+
+from faithful import document_of  # noqa: E402
+
+DATA = ROOT / "examples" / "data"
 HELD_OUT = ["prompts_test", "prompts_validation", "demo_prompts"]
 TRAINING = ["prompts_train", "prompts_more", "prompts_trees", "prompts_everyday"]
 
@@ -26,6 +32,16 @@ def test_no_prompt_is_both_learned_from_and_held_out() -> None:
     held_out = set().union(*map(prompts, HELD_OUT))
     for name in TRAINING:
         assert not prompts(name) & held_out, name
+
+
+def test_no_abstract_is_in_two_files_of_summaries() -> None:
+    files = [DATA / f"summaries_{name}.jsonl" for name in ("sft", "train", "validation", "test")]
+    rows = [[json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in files]
+    assert list(map(len, rows)) == [660, 640, 40, 100]
+    every = [row for part in rows for row in part]
+    assert len({re.sub(r"[^a-z0-9]", "", row["prompt"].lower()) for row in every}) == len(every)
+    assert all(row["completion"].strip() and row["license"] == "Apache-2.0" for row in every)
+    assert all(document_of(row["prompt"]) for row in every)
 
 
 def test_the_trees_are_of_all_training_prompts() -> None:

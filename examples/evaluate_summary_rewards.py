@@ -1,0 +1,115 @@
+"""Measure the two rewards of summaries on held-out documents.
+
+    python examples/evaluate_summary_rewards.py --data FOLDER [--rewards examples/rewards] [--out docs/results]
+
+Writes `summary_rewards.{json,md}` to the out folder and the card of `summary` into its folder. A few minutes on a core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+
+from evaluate_rewards import MAX_PAIRS, SEED, pair_slices, proportion
+from mavis_training.rewards.load import load_reward
+from reward_cards import slices_table, stamp, table
+from reward_data import Pair, Text
+from summary_data import read_documents, sentences, summary_pairs, summary_prompt
+
+Score = Callable[[Sequence[Text]], list[float]]
+SOURCES = {"scitldr": "scientific abstracts", "debian": "descriptions of packages"}
+
+
+def as_score(spec: str) -> Score:
+    """A reward as a function of (prompt, reply) texts."""
+    reward = load_reward(spec)
+    return lambda texts: reward([prompt for prompt, _ in texts], [reply for _, reply in texts])
+
+
+def conflict(rewards: dict[str, Score], documents: list[dict]) -> dict[str, dict]:
+    """How often each reward prefers a document's own first sentence to a person's summary of it."""
+    pairs = [
+        Pair((summary_prompt(d["text"]), sentences(d["text"])[0]), (summary_prompt(d["text"]), d["references"][0]), "")
+        for d in documents[:MAX_PAIRS]
+    ]
+    found = {}
+    for name, reward in rewards.items():
+        said = reward([text for pair in pairs for text in (pair.better, pair.worse)])
+        found[name] = proportion([copied > own for copied, own in zip(said[::2], said[1::2], strict=True)])
+    return found
+
+
+def main() -> None:
+    """Measure, and write results and the card."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the source collections")
+    parser.add_argument("--rewards", type=Path, default=Path("examples/rewards"))
+    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    rewards = {
+        "summary": as_score(str(args.rewards / "summary")),
+        "faithful": as_score(f"{args.rewards / 'faithful.py'}:faithful"),
+    }
+    documents = {source: read_documents(args.data, "test", [source]) for source in SOURCES}
+    held_out = {
+        name: {
+            what: pair_slices(reward, summary_pairs(documents[source], random.Random(SEED)))
+            for source, what in SOURCES.items()
+        }
+        for name, reward in rewards.items()
+    }
+    report = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "seed": SEED,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
+        "held_out": held_out,
+        "first_sentence_preferred": conflict(rewards, documents["scitldr"]),
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "summary_rewards.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    shares = [[name, f"{r['accuracy']:.3f} ± {r['se']:.3f}"] for name, r in report["first_sentence_preferred"].items()]
+    parts = [
+        "# The rewards of summaries, measured\n",
+        f"{stamp(report)} Written by `examples/evaluate_summary_rewards.py`. ± is one standard error. How often a "
+        "person's summary of a held-out document scores above what stands on the left, and how often the longer text "
+        "is that summary.\n",
+        *(f"## {name}\n\n{slices_table(cuts)}" for name, cuts in held_out.items()),
+        "## They conflict\n",
+        "How often the first sentence of an abstract, as it is, scores above a person's summary of it:\n",
+        table(["reward", "first sentence preferred"], shares),
+    ]
+    (args.out / "summary_rewards.md").write_text("\n".join(parts), encoding="utf-8")
+    write_card(report, args.rewards / "summary" / "README.md")
+
+
+def write_card(report: dict, path: Path) -> None:
+    """The card of the reward for quality."""
+    parts = [
+        "---\nlicense: apache-2.0\nbase_model: sentence-transformers/all-MiniLM-L6-v2\nlibrary_name: peft\n"
+        "pipeline_tag: text-classification\ntags: [reward-model]\n---\n",
+        "# Reward: summary\n",
+        "A scalar reward that prefers a one-sentence summary as people write it to a sentence from the document, "
+        "the summary of another document, one that breaks off, and degenerate text. LoRA adapter and classification "
+        "head on the MiniLM sentence encoder, trained by `examples/train_rewards.py`; it reads the request, the document and "
+        "the summary.\n",
+        "**Data.** SciTLDR 5ccad9c (Apache-2.0) and descriptions of Debian packages with their synopses (each "
+        "package's own free licence).\n",
+        "**Limits.** It knows what such summaries look like and what they are about, not whether they are true: "
+        "copying a sentence costs it, and so does adding to it. `examples/rewards/faithful.py` looks at that.\n",
+        f"{stamp(report)} ± is one standard error. How often a person's summary scores above what is on the left:\n",
+        slices_table(report["held_out"]["summary"]),
+    ]
+    path.write_text("\n".join(parts), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
