@@ -2,7 +2,7 @@
 
     python examples/evaluate_summary_rewards.py --data FOLDER [--rewards examples/rewards] [--out docs/results]
 
-Writes `summary_rewards.{json,md}` to the out folder and the card of `summary` into its folder. A few minutes on a core.
+Writes `summary_rewards.{json,md}` to the out folder. A few minutes on a core.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def conflict(rewards: dict[str, Score], documents: list[dict]) -> dict[str, dict
 
 
 def main() -> None:
-    """Measure, and write results and the card."""
+    """Measure, and write results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the source collections")
     parser.add_argument("--rewards", type=Path, default=Path("examples/rewards"))
@@ -56,7 +56,7 @@ def main() -> None:
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     rewards = {
-        "summary": as_score(str(args.rewards / "summary")),
+        "summary": as_score(f"{args.rewards / 'summary.py'}:summary"),
         "faithful": as_score(f"{args.rewards / 'faithful.py'}:faithful"),
     }
     documents = {source: read_documents(args.data, "test", [source]) for source in SOURCES}
@@ -88,27 +88,6 @@ def main() -> None:
         table(["reward", "first sentence preferred"], shares),
     ]
     (args.out / "summary_rewards.md").write_text("\n".join(parts), encoding="utf-8")
-    write_card(report, args.rewards / "summary" / "README.md")
-
-
-def write_card(report: dict, path: Path) -> None:
-    """The card of the reward for quality."""
-    parts = [
-        "---\nlicense: apache-2.0\nbase_model: sentence-transformers/all-MiniLM-L6-v2\nlibrary_name: peft\n"
-        "pipeline_tag: text-classification\ntags: [reward-model]\n---\n",
-        "# Reward: summary\n",
-        "A scalar reward that prefers a one-sentence summary as people write it to a sentence from the document, "
-        "the summary of another document, one that breaks off, and degenerate text. LoRA adapter and classification "
-        "head on the MiniLM sentence encoder, trained by `examples/train_rewards.py`; it reads the request, the document and "
-        "the summary.\n",
-        "**Data.** SciTLDR 5ccad9c (Apache-2.0) and descriptions of Debian packages with their synopses (each "
-        "package's own free licence).\n",
-        "**Limits.** It knows what such summaries look like and what they are about, not whether they are true: "
-        "copying a sentence costs it, and so does adding to it. `examples/rewards/faithful.py` looks at that.\n",
-        f"{stamp(report)} ± is one standard error. How often a person's summary scores above what is on the left:\n",
-        slices_table(report["held_out"]["summary"]),
-    ]
-    path.write_text("\n".join(parts), encoding="utf-8")
 
 
 if __name__ == "__main__":

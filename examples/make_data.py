@@ -133,29 +133,19 @@ def summary_rows(data: Path) -> list[Row]:
 
 
 def summaries(data: Path) -> dict[str, list[Row]]:
-    """Abstracts with a person's summary as `completion`, by file name: to fine-tune the reference on, to learn values
-    on, 100 that are held out, and 40 more to choose settings by."""
-
-    def rows(split: str) -> list[Row]:
-        return [
-            {
-                "id": record["id"],
-                "prompt": summary_prompt(record["text"]),
-                "completion": record["references"][0],
-                "source": record["source"],
-                "license": "Apache-2.0",
-            }
-            for record in read_documents(data, split, ["scitldr"])
-        ]
-
-    held_out = random.Random(SEED).sample(rows("test"), 140)
-    learned = rows("train")
-    return {
-        "summaries_train.jsonl": learned[:640],
-        "summaries_sft.jsonl": learned[640:],
-        "summaries_test.jsonl": held_out[:100],
-        "summaries_validation.jsonl": held_out[100:],
-    }
+    """Held-out abstracts with a person's summary as `completion`: 100, and 40 more to choose settings by."""
+    rows = [
+        {
+            "id": record["id"],
+            "prompt": summary_prompt(record["text"]),
+            "completion": record["references"][0],
+            "source": record["source"],
+            "license": "Apache-2.0",
+        }
+        for record in read_documents(data, "test", ["scitldr"])
+    ]
+    chosen = random.Random(SEED).sample(rows, 140)
+    return {"summaries_test.jsonl": chosen[:100], "summaries_validation.jsonl": chosen[100:]}
 
 
 def xstest_rows(data: Path) -> list[Row]:

@@ -1,10 +1,9 @@
-"""Train the example rewards: LoRA adapters on the MiniLM encoder.
+"""Train the three example rewards: LoRA adapters on the MiniLM encoder.
 
-    python examples/train_rewards.py --data FOLDER --out examples/rewards [--objectives helpful harmless humour summary]
+    python examples/train_rewards.py --data FOLDER --out examples/rewards [--objectives helpful harmless humour]
 
-`helpful`, `harmless` and `summary` learn preferences (Bradley-Terry); `humour` learns what fraction of a text is a joke
-(binary cross entropy with soft labels). About ten minutes an objective on one CPU core. `evaluate_rewards.py` and, for
-`summary`, `evaluate_summary_rewards.py` measure them.
+`helpful` and `harmless` learn preferences (Bradley-Terry); `humour` learns what fraction of a text is a joke (binary
+cross entropy with soft labels). About ten minutes an objective on one CPU core. `evaluate_rewards.py` measures them.
 """
 
 from __future__ import annotations
@@ -35,7 +34,6 @@ from reward_data import (
     whole,
 )
 from reward_model import BASE_ID, MAX_LENGTH, encode, load_base
-from summary_data import read_documents, summary_pairs
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,6 @@ class Recipe:
     learning_rate: float = 5e-4
     lora_rank: int = 16
     smoothing: float = 0.05  # share of wrong labels assumed: keeps rewards from saturating
-    max_length: int = MAX_LENGTH
     centering: float = 0.01  # weight of the squared mean reward of a pair, which a preference leaves free
 
 
@@ -62,7 +59,6 @@ RECIPES = {
     "helpful": Recipe(rows=6400, batch_size=16, pair=True),
     "harmless": Recipe(rows=6400, batch_size=16, pair=True, last_rows=4800),
     "humour": Recipe(rows=9600, batch_size=32, pair=False),
-    "summary": Recipe(rows=2400, batch_size=16, pair=True, max_length=256),
 }
 
 
@@ -111,11 +107,6 @@ class RewardTrainer(Trainer):
 
 def make_rows(objective: str, data: Path, count: int, seed: int) -> list[Pair] | list[Labelled]:
     """`count` training rows; where the data run out they are drawn again with other cuts and other negatives."""
-    if objective == "summary":
-        drawn = random.Random(seed)
-        science, packages = (read_documents(data, "train", [source]) for source in ("scitldr", "debian"))
-        documents = [*science, *drawn.sample(packages, min(len(science), len(packages)))]
-        return drawn.sample(pairs := summary_pairs(documents, drawn), min(count, len(pairs)))
     collections = read_collections(data, "train")
     rng = random.Random(seed)
     cut = random_cut(rng)
@@ -147,18 +138,16 @@ def as_dataset(rows: list[Pair] | list[Labelled]) -> Dataset:
         texts = [row.better, row.worse] if isinstance(row, Pair) else [row.text]
         label = row.label if isinstance(row, Labelled) else None
         length = max(len(prompt) + len(reply) for prompt, reply in texts)
-        records.append({"texts": [list(text) for text in texts], "label": label, "length": min(length, 1200)})
+        records.append({"texts": [list(text) for text in texts], "label": label, "length": min(length, 600)})
     return Dataset.from_list(records)
 
 
-def collator(
-    tokenizer: PreTrainedTokenizerBase, pair: bool, max_length: int
-) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
+def collator(tokenizer: PreTrainedTokenizerBase, pair: bool) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
     """Turns dataset rows into one batch: pairs as the better replies followed by the worse ones."""
 
     def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
         columns = zip(*(row["texts"] for row in rows), strict=True)
-        batch = encode(tokenizer, [(text[0], text[1]) for column in columns for text in column], pair, max_length)
+        batch = encode(tokenizer, [(text[0], text[1]) for column in columns for text in column], pair)
         if rows[0]["label"] is not None:
             batch["labels"] = torch.tensor([row["label"] for row in rows])
         return batch
@@ -182,7 +171,7 @@ def save(model: PeftModel, folder: Path, objective: str, recipe: Recipe) -> None
     """Write the adapter (safetensors) and `reward_config.json`; the base is named by its Hub id."""
     model.peft_config["default"].base_model_name_or_path = BASE_ID
     model.save_pretrained(str(folder), save_embedding_layers=False)
-    config = {"objective": objective, "max_length": recipe.max_length, "pair": recipe.pair, "mean": 0.0, "scale": 1.0}
+    config = {"objective": objective, "max_length": MAX_LENGTH, "pair": recipe.pair, "mean": 0.0, "scale": 1.0}
     (folder / "reward_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -210,7 +199,7 @@ def fit(
         model=model,
         args=arguments,
         train_dataset=as_dataset(rows),
-        data_collator=collator(tokenizer, recipe.pair, recipe.max_length),
+        data_collator=collator(tokenizer, recipe.pair),
         recipe=recipe,
     )
     trainer.train()
