@@ -114,6 +114,29 @@ def steering(results: Path) -> str:
     return "\n".join(lines)
 
 
+_WAYS = ("prompt", "steered", "both")
+
+
+def prompted(results: Path) -> str:
+    """Return what a system prompt, steering and both gain in the objective that they are for."""
+    run = read(results / "prompted.json")
+    if run is None:
+        return ""
+    paired = {(one["setting"], one["against"]): one for one in run["contrasts"]}
+    rows = []
+    for name in run["config"]["rewards"]:
+        own = [run["settings"][f"{name} {way}"] for way in _WAYS]
+        cells = [f"{plus_minus_sd(one[name])} ({one['kl']:.1f})" for one in own]
+        rows.append((name, *cells, plus_minus_sd(paired[f"{name} steered", f"{name} prompt"][name])))
+    about = (
+        "Gain in each objective, in standard deviations of the unsteered reward, and in brackets the nats that it "
+        f"costs: the best of four wordings of a system prompt, the shipped value heads, and both; {measured(run)}, "
+        f"temperature {run['config']['temperature']:g}. The last column is paired by prompt."
+    )
+    head = ["objective", "system prompt", "steered", "both", "steered beyond the prompt"]
+    return "\n".join([about, "", *table(head, rows), ""])
+
+
 def search(results: Path) -> str:
     """Return the gains of beam search and best of N."""
     run = read(results / "search.json")
@@ -254,6 +277,7 @@ def read(file: Path) -> dict[str, Any] | None:
 SECTIONS: dict[str, Callable[[Path], str]] = {
     "demo": demo,
     "steering": steering,
+    "prompted": prompted,
     "search": search,
     "tradeoff": tradeoff,
     "decode": decode,
@@ -261,8 +285,8 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "hack": hack,
 }
 PAGES = {
-    "README.md": ("demo",),
-    "docs/measured.md": ("steering", "tradeoff", "search", "decode", "versions"),
+    "README.md": ("demo", "prompted"),
+    "docs/measured.md": ("steering", "prompted", "tradeoff", "search", "decode", "versions"),
     "docs/limits.md": ("hack",),
 }
 
