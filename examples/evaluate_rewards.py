@@ -169,6 +169,15 @@ def measure(rewards: dict[str, Score], data: Collections) -> Result:
     return result
 
 
+def run_facts() -> Result:
+    """What a report says of its own making."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "seed": SEED,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
+    }
+
+
 def main() -> None:
     """Measure, and write results and cards."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -183,10 +192,7 @@ def main() -> None:
     data = read_collections(args.data, "test")
     rewards = load_rewards(args.rewards)
     prompts = [json.loads(line)["prompt"] for line in args.prompts.read_text(encoding="utf-8").splitlines()]
-    report = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "seed": SEED,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
+    report = run_facts() | {
         "model": args.model_name,
         "held_out": measure(rewards, data),
         "refusal_preferred_on_unsafe_prompts": conflict(rewards, data),

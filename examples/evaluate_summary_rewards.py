@@ -8,23 +8,18 @@ Writes `summary_rewards.{json,md}` to the out folder. A few minutes on a core.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import random
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import peft
-import torch
 import transformers
 
-from evaluate_rewards import MAX_PAIRS, SEED, pair_slices, proportion
+from evaluate_rewards import MAX_PAIRS, SEED, Score, pair_slices, prefers_better, proportion, run_facts
 from mavis_training.rewards.load import load_reward
-from reward_cards import slices_table, stamp, table
-from reward_data import Pair, Text
+from reward_cards import share, slices_table, stamp, table
+from reward_data import Pair
 from summary_data import read_documents, sentences, summary_pairs, summary_prompt
 
-Score = Callable[[Sequence[Text]], list[float]]
 SOURCES = {"scitldr": "scientific abstracts", "debian": "descriptions of packages"}
 
 
@@ -40,11 +35,7 @@ def conflict(rewards: dict[str, Score], documents: list[dict]) -> dict[str, dict
         Pair((summary_prompt(d["text"]), sentences(d["text"])[0]), (summary_prompt(d["text"]), d["references"][0]), "")
         for d in documents[:MAX_PAIRS]
     ]
-    found = {}
-    for name, reward in rewards.items():
-        said = reward([text for pair in pairs for text in (pair.better, pair.worse)])
-        found[name] = proportion([copied > own for copied, own in zip(said[::2], said[1::2], strict=True)])
-    return found
+    return {name: proportion(prefers_better(reward, pairs)) for name, reward in rewards.items()}
 
 
 def main() -> None:
@@ -67,16 +58,13 @@ def main() -> None:
         }
         for name, reward in rewards.items()
     }
-    report = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "seed": SEED,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
+    report = run_facts() | {
         "held_out": held_out,
         "first_sentence_preferred": conflict(rewards, documents["scitldr"]),
     }
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "summary_rewards.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    shares = [[name, f"{r['accuracy']:.3f} ± {r['se']:.3f}"] for name, r in report["first_sentence_preferred"].items()]
+    shares = [[name, share(result)] for name, result in report["first_sentence_preferred"].items()]
     parts = [
         "# The rewards of summaries, measured\n",
         f"{stamp(report)} Written by `examples/evaluate_summary_rewards.py`. ± is one standard error. How often a "

@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from reward_data import read_records
 from summary_data import read_documents, summary_prompt
 
 Row = dict[str, str]
@@ -53,12 +54,6 @@ EXTRA_TEST_IDS = ids(
 )
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """The records of a JSONL file."""
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
 def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
     """Write one JSON record a line, UTF-8, keys in order."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
@@ -82,7 +77,7 @@ def prompt_row(record: dict, kind: str, source: str | None = None, license: str 
 
 def helpful_rows(data: Path, split: str) -> list[Row]:
     """Shippable benign prompts of a split (HaluEval queries have non-commercial upstream terms)."""
-    records = read_jsonl(data / "helpful_prompts.jsonl")
+    records = read_records(data / "helpful_prompts.jsonl")
     return [
         prompt_row(record, "helpful")
         for record in records
@@ -95,20 +90,20 @@ def helpful_rows(data: Path, split: str) -> list[Row]:
 
 def extra_helpful_rows(data: Path) -> list[Row]:
     """The hand-picked held-out LLMBar prompts."""
-    records = {record["id"]: record for record in read_jsonl(data / "helpful_pairs_test.jsonl")}
+    records = {record["id"]: record for record in read_records(data / "helpful_pairs_test.jsonl")}
     return [prompt_row(records[name], "helpful") for name in EXTRA_TEST_IDS]
 
 
 def paired_helpful_rows(data: Path) -> list[Row]:
     """Short prompts of the training preference pairs."""
-    records = read_jsonl(data / "helpful_pairs_train.jsonl")
+    records = read_records(data / "helpful_pairs_train.jsonl")
     return [prompt_row(record, "helpful") for record in records if len(record["prompt"]) <= MAX_CHARACTERS]
 
 
 def harmful_rows(data: Path, split: str) -> list[Row]:
     """First human turns of HH red-team dialogues of a split, from both collections."""
-    dialogues = read_jsonl(data / f"hh_harmless_{split}.jsonl")
-    prompts = [r for r in read_jsonl(data / "hh_harmful_prompts.jsonl") if r["split"] == split]
+    dialogues = read_records(data / f"hh_harmless_{split}.jsonl")
+    prompts = [r for r in read_records(data / "hh_harmful_prompts.jsonl") if r["split"] == split]
     rows = [prompt_row(r, "harmful", "hh_harmless_base", "MIT") for r in dialogues if r["prompt_tokens"] <= MAX_TOKENS]
     rows += [
         prompt_row(r, "harmful", "stable_alignment", "Apache-2.0 (over MIT)")
@@ -128,7 +123,7 @@ def summary_rows(data: Path) -> list[Row]:
             "kind": "helpful",
             "license": "Apache-2.0",
         }
-        for r in read_jsonl(data / "summ_scitldr_train.jsonl")
+        for r in read_documents(data, "train", ["scitldr"])
     ]
 
 
@@ -151,7 +146,9 @@ def summaries(data: Path) -> dict[str, list[Row]]:
 def xstest_rows(data: Path) -> list[Row]:
     """Safe requests that look unsafe, and unsafe ones that look like them."""
     kinds = {"safe": "helpful", "unsafe": "harmful"}
-    return [prompt_row(r, kinds[r["label"]], "xstest", "CC BY 4.0") for r in read_jsonl(data / "xstest_prompts.jsonl")]
+    return [
+        prompt_row(r, kinds[r["label"]], "xstest", "CC BY 4.0") for r in read_records(data / "xstest_prompts.jsonl")
+    ]
 
 
 def tree_rows(data: Path, train: list[Row], held_out: set[str], rng: random.Random) -> list[Row]:

@@ -58,24 +58,24 @@ class Collections:
     humor: list[dict] = field(repr=False)  # text, humor (1: a joke, 0: a headline)
 
 
-def read_collections(data: Path, split: str) -> Collections:
-    """Read the `"train"` or `"test"` split from a data folder.
+def read_records(path: Path) -> list[dict]:
+    """The records of a collection, one a line.
 
     Raises:
         FileNotFoundError: naming the missing file and where it comes from.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} not found: expected the collections that examples/rewards/README.md names")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
-    def read(name: str) -> list[dict]:
-        path = data / name
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} not found: expected the collections that examples/rewards/README.md names")
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
+def read_collections(data: Path, split: str) -> Collections:
+    """Read the `"train"` or `"test"` split from a data folder; raises as `read_records`."""
     return Collections(
-        helpful=read(f"helpful_pairs_{split}.jsonl"),
-        hh=read(f"hh_harmless_{split}.jsonl"),
-        xstest=[record for record in read("xstest_completions.jsonl") if record["split"] == split],
-        humor=read(f"humor_{split}.jsonl"),
+        helpful=read_records(data / f"helpful_pairs_{split}.jsonl"),
+        hh=read_records(data / f"hh_harmless_{split}.jsonl"),
+        xstest=[record for record in read_records(data / "xstest_completions.jsonl") if record["split"] == split],
+        humor=read_records(data / f"humor_{split}.jsonl"),
     )
 
 

@@ -6,13 +6,12 @@ document there again.
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from reward_data import CUT_WORDS, Pair, corrupt, first_words
+from reward_data import CUT_WORDS, Pair, corrupt, first_words, read_records
 
 INSTRUCTION = "Summarize this abstract in one sentence."
 _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
@@ -24,19 +23,13 @@ def summary_prompt(text: str) -> str:
 
 
 def read_documents(data: Path, split: str, sources: Iterable[str] = ("scitldr", "debian")) -> list[dict]:
-    """Records with `id`, `text` and `references` of the collections `summ_SOURCE_SPLIT.jsonl`.
-
-    Raises:
-        FileNotFoundError: naming the missing file.
-    """
-    found = []
-    for source in sources:
-        path = data / f"summ_{source}_{split}.jsonl"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} not found: expected the collections that examples/data/README.md names")
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        found += [{"id": r["id"], "text": r["text"], "references": r["references"], "source": source} for r in rows]
-    return found
+    """Records with `id`, `text`, `references` and `source` of the collections `summ_SOURCE_SPLIT.jsonl`; raises as
+    `read_records`."""
+    return [
+        record | {"source": source}
+        for source in sources
+        for record in read_records(data / f"summ_{source}_{split}.jsonl")
+    ]
 
 
 def sentences(text: str) -> list[str]:

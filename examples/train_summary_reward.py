@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent / "rewards"))
 from summary import WEIGHTS, features
 
 from summary_data import read_documents, summary_pairs
+from train_rewards import preference_loss
 
 WIDTH, EPOCHS, BATCH, SMOOTHING = 32, 30, 256, 0.05
 
@@ -48,10 +49,8 @@ def main() -> None:
     for epoch in range(EPOCHS):
         total = 0.0
         for rows in torch.randperm(len(pairs)).split(BATCH):
-            difference = (net(better[rows]) - net(worse[rows]))[:, 0]
-            loss = nn.functional.binary_cross_entropy_with_logits(
-                difference, torch.full_like(difference, 1 - SMOOTHING)
-            )
+            rewards = torch.cat([net(better[rows]), net(worse[rows])])[:, 0]
+            loss = preference_loss(rewards, SMOOTHING, centering=0.0)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -243,7 +243,7 @@ def test_the_measurements_fill_report_and_cards(tiny_base: None, tmp_path: Path)
 
 
 def shipped(name: str) -> list[dict[str, str]]:
-    return make_data.read_jsonl(ROOT / "examples" / "data" / name)
+    return reward_data.read_records(ROOT / "examples" / "data" / name)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ WEIGHTS = Path(__file__).with_name("summary.safetensors")
 
 
 def features(prompts: list[str], completions: list[str]) -> Tensor:
-    """[R, 3 d]: vectors of the texts, of their first tokens' mean less their last tokens' (whether they are whole), and
-    their products with the documents' (what they are about)."""
+    """[R, 3 d]: vectors of the texts, means of their last three tokens' (whether they are whole), and products with
+    the documents' (what they are about)."""
     documents = of_each([document_of(prompt) for prompt in prompts])
     rows = []
     for there, own in zip(documents, token_vectors(completions), strict=True):

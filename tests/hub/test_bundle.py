@@ -17,6 +17,7 @@ from mavis_logits import MavisConfig, MavisLogitsProcessor, ValueModel, cli
 from mavis_logits.hub.bundle import BUNDLE_FILE, FORMAT_VERSION, Bundle, BundleEntry, load_bundle
 from mavis_logits.hub.make_bundle import make_bundle
 from mavis_logits.hub.publish import push_folder
+from mavis_logits.values import loading
 from mavis_logits.values.loading import load_value_functions
 from mavis_training.measure.settings import steerings
 from tiny import make_base, make_head, make_value_model
@@ -162,6 +163,15 @@ def test_a_bundle_is_value_functions_wherever_these_are_loaded(folders: Path) ->
     for mixed in ({"a": bundle}, [bundle, str(folders / "value-b")]):
         with pytest.raises(ValueError, match=r"bundle of value functions, for a, c, d: give it alone"):
             load_value_functions(mixed, base, None, {})
+
+
+@pytest.mark.parametrize("name", ["value-a", "bundle"])
+def test_whether_it_is_a_bundle_is_looked_up_once(folders: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    make_bundle(folders / "bundle", {"a": str(folders / "value-a")}, MavisConfig())
+    asked: list[str] = []
+    monkeypatch.setattr(loading, "load_bundle", lambda name, **hub: asked.append(str(name)) or load_bundle(name, **hub))
+    MavisLogitsProcessor.from_pretrained(folders / name)
+    assert asked == [str(folders / name)]
 
 
 def test_what_the_caller_gives_comes_before_the_bundles_settings(folders: Path) -> None:

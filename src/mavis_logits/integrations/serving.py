@@ -19,10 +19,9 @@ from transformers import AutoConfig
 
 from ..core.config import MavisConfig
 from ..core.known import meant
-from ..hub.bundle import load_bundle
 from ..hub.files import Source
 from ..values.ensemble import ValueFunctions
-from ..values.loading import load_value_functions
+from ..values.loading import bundled, load_value_functions
 from ..values.value_head import ValueHeadConfig
 from ..values.value_model_config import ValueModelConfig
 from ..values.value_policy import ValuePolicyConfig
@@ -206,8 +205,7 @@ def _sources(values: Any) -> tuple[Any, MavisConfig | None]:
     """Where the value functions lie, and the settings of their bundle if they are one."""
     if isinstance(values, list) and len(values) == 1:
         values = values[0]
-    bundle = load_bundle(values) if isinstance(values, str) else None
-    return (values, None) if bundle is None else bundle
+    return bundled(values, {})
 
 
 def _described(sources: Any) -> Any:

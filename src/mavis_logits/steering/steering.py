@@ -15,12 +15,11 @@ from torch import Tensor
 
 from ..backbone import Backbone
 from ..core.config import MavisConfig
-from ..hub.bundle import load_bundle
 from ..hub.files import LOADING_ARGUMENTS
 from ..scoring.scorer import WantedReading
 from ..values.ensemble import ValueFunctions, with_words
 from ..values.function import ValueFunction
-from ..values.loading import load_value_functions
+from ..values.loading import bundled, load_value_functions
 from ..values.special_tokens import special_tokens
 from .copies import Copied
 from .policy import Policy
@@ -167,11 +166,10 @@ class Steering(Copied):
         loading = {**(load or {}), **named} | ({} if dtype is None else {"dtype": dtype})
         if device is None and model is not None and loading.get("device_map") is None:
             device = model.device
-        bundle = load_bundle(value_functions, **loading) if isinstance(value_functions, str | Path) else None
-        if bundle is not None:
-            value_functions, settings = bundle
+        sources, settings = bundled(value_functions, loading)
+        if settings is not None:
             kwargs["config"] = kwargs.get("config") or settings
-        functions = load_value_functions(value_functions, model, device, loading, fuse)
+        functions = load_value_functions(sources, model, device, loading, fuse)
         return cls(functions, weights, beta, model=model, fuse=fuse, **kwargs)
 
     @property

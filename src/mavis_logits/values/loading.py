@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..core.config import MavisConfig
 from ..hub.bundle import load_bundle
 from ..hub.files import Source, find_file, hub_arguments, read_json
 from .checkpoints import Options
@@ -22,8 +23,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def bundled(given: Any, loading: Mapping[str, Any]) -> tuple[Any, MavisConfig | None]:
+    """What a single Hub id or folder stands for: a bundle's sources by objective and its settings, or its own source.
+
+    Anything else is handed back, so that asking twice looks nothing up twice. Raises as `load_bundle`.
+    """
+    if not isinstance(given, str | Path):
+        return given, None
+    found = load_bundle(given, **loading)
+    return (_source(given, loading), None) if found is None else found
+
+
+def _source(name: Any, loading: Mapping[str, Any]) -> Source:
+    return Source(str(name), loading.get("revision"), loading.get("subfolder"))
+
+
 def load_value_functions(
-    given: str | Path | Sequence[Any] | Mapping[str, Any] | None,
+    given: str | Path | Source | Sequence[Any] | Mapping[str, Any] | None,
     model: PreTrainedModel | None,
     device: torch.device | str | None,
     loading: Mapping[str, Any],
@@ -39,15 +55,13 @@ def load_value_functions(
         ValueError: a value head without its base model, something that is no value function, or a bundle among others.
         OSError: nothing there.
     """
-    if isinstance(given, str | Path) and (bundle := load_bundle(given, **loading)) is not None:
-        given, _ = bundle
+    given, _ = bundled(given, loading)
     loaded: dict[Source, ValueModel | ValueHead | ValuePolicy] = {}
 
     def get(item: Any) -> Any:
         if is_value_function(item):
             return item
-        given = Source(str(item), loading.get("revision"), loading.get("subfolder"))
-        source = item if isinstance(item, Source) else given
+        source = item if isinstance(item, Source) else _source(item, loading)
         if source not in loaded:
             function = _load(source, model, loading, merge=fuse is False)
             loaded[source] = function.to(device) if device is not None else function  # type: ignore[arg-type]
@@ -58,7 +72,7 @@ def load_value_functions(
         return None
     if isinstance(given, Mapping):
         found = {name: get(item) for name, item in given.items()}
-    elif isinstance(given, Sequence) and not isinstance(given, str):
+    elif isinstance(given, Sequence):
         found = [get(item) for item in given]
     else:
         found = get(given)

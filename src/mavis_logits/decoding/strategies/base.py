@@ -151,7 +151,7 @@ class MavisStrategy(Steering):
         if self.stop_strings is not None:
             criteria.append(StopStringCriteria(self.tokenizer, self.stop_strings))
         streamer = self._streamer(given.get("streamer"))
-        if streamer is not None and given.get("streamer") is None:  # else generate has given it the prompts already
+        if streamer is not None and "streamer" not in given:  # else generate has given it the prompts already
             streamer.put(input_ids.cpu())
         trace = None if self.trace is None else type(self.trace)(self.objectives, self.special.eos)
         self.trace = trace
