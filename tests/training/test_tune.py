@@ -54,7 +54,7 @@ def config(place: Path, method: str, output: Path, **changes) -> TuneConfig:
         "weights": {"ones": 1.0}, "store": str(place / "trees"), "model": str(place / "chat"), "device": "cpu",
         "lora": LoraSettings(rank=4, alpha=8, dropout=0.0),
     }  # fmt: skip
-    if method in ("rloo", "grpo"):
+    if method in ("rloo", "grpo", "on_policy"):
         given |= {"prompts": str(place / "prompts.jsonl"), "rewards": {"ones": f"{place / 'rewards.py'}:ones"}}
         given |= {"steps": 2, "generations": 4, "batch_size": 8, "max_new_tokens": 8}
     return TuneConfig(method, str(output), **given | changes)
@@ -78,6 +78,7 @@ def ones(setting: dict) -> float:
         ("paths", {"learning_rate": 2e-2, "epochs": 8, "batch_size": 4}),
         ("sft", {"learning_rate": 2e-2, "epochs": 20}),
         ("rloo", {"learning_rate": 3e-2, "steps": 25, "batch_size": 64, "beta": 0.01}),
+        ("on_policy", {"learning_rate": 2e-2, "steps": 25, "batch_size": 64, "beta": 0.1}),
     ],
 )
 def test_a_tuned_policy_has_more_of_the_reward(place, tmp_path, method, changes) -> None:
@@ -202,7 +203,7 @@ def test_a_policy_goes_on_in_more_layers(place, tmp_path) -> None:
 
 
 def test_a_policy_goes_on_only_with_what_it_was_for(place, tmp_path) -> None:
-    with pytest.raises(ValueError, match="initial is for paths"):
+    with pytest.raises(ValueError, match="initial is for paths and on_policy"):
         config(place, "dpo", tmp_path / "out", initial="policy")
     with pytest.raises(OSError, match=r"has no tuned\.json"):
         tune(config(place, "paths", tmp_path / "out", initial=str(tmp_path)))

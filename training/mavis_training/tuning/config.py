@@ -13,9 +13,10 @@ from ..base.settings import check_sampling
 from ..fitting.settings import LoraSettings, TrainerSettings
 from ..rewards.load import split_spec
 
-Method = Literal["dpo", "pairs", "sft", "paths", "rloo", "grpo", "direction"]
-ONLINE = ("rloo", "grpo")
-BETA = {"dpo": 0.1, "pairs": 0.1, "paths": 1 / 3, "rloo": 0.05, "grpo": 0.05}
+Method = Literal["dpo", "pairs", "sft", "paths", "rloo", "grpo", "on_policy", "direction"]
+ON_PATHS = ("paths", "on_policy")
+ONLINE = ("rloo", "grpo", "on_policy")
+BETA = {"dpo": 0.1, "pairs": 0.1, "paths": 1 / 3, "rloo": 0.05, "grpo": 0.05, "on_policy": 0.1}
 
 
 @dataclass(frozen=True)
@@ -26,30 +27,33 @@ class TuneConfig(TrainerSettings):
         method: "dpo": on pairs of answers of the trees, the better against the worse, by TRL; "pairs": by the same
             loss, all pairs of a tree read in one pass (`tuning.paths`), in a fraction of the time; "paths": path
             consistency over all answers of a tree; "sft": on the best answer of each tree; "rloo", "grpo": by
-            reinforcement learning on prompts; "direction": no training, the difference of mean hidden states of better
-            and worse answers (`rivals.directions`).
+            reinforcement learning on prompts, by TRL; "on_policy": by path consistency over answers that the policy
+            samples itself, RLOO's gradient in a fraction of the time (`tuning.on_policy`); "direction": no training,
+            the difference of mean hidden states of better and worse answers (`rivals.directions`).
         output: folder for the adapter, or for the direction.
         weights: lambda by objective: rewards count in standard deviations, by these shares (MORLHF for several).
-        store: labelled trees, one store or several: what all but "rloo" and "grpo" learn from; these two take the
-            rewards' standard deviations from there.
-        prompts: JSON-lines file of the prompts of "rloo" and "grpo".
-        rewards: by objective, for "rloo" and "grpo", as for `mavis label`.
+        store: labelled trees, one store or several: what all but "rloo", "grpo" and "on_policy" learn from; these take
+            the rewards' standard deviations from there, and are measured on those held out.
+        prompts: JSON-lines file of the prompts that these three answer.
+        rewards: by objective, for these three, as for `mavis label`.
         trees: at most this many of the store's trees, a sample by prompt; None for all.
         answers: of each of these that are learnt from, of as many first branches as may be; None for all. Time goes
             into tokens: a few answers of many prompts teach more than many of a few.
         pairs: of every tree, for "dpo" and "pairs": the best with the worst, the second with the second last, ...
         beta: of the KL penalty, eta of equation 1: in DPO's loss, of the policy that "paths" aims at (rewards being in
-            standard deviations), on the rewards of "rloo" and "grpo". None for 0.1, 1/3 and 0.05.
-        steps: optimizer steps of "rloo" and "grpo", whatever `epochs` says.
-        generations: answers to each prompt side by side, of "rloo" and "grpo".
+            standard deviations), of the one that "on_policy" does, on the rewards of "rloo" and "grpo". None for 0.1,
+            1/3, 0.1 and 0.05.
+        steps: optimizer steps on prompts, of `batch_size` answers each, whatever `epochs` says.
+        generations: answers to each prompt side by side.
         max_new_tokens: T of these.
         temperature: that they are sampled at.
         layer: of "direction".
         model: base model, by Hub id or folder.
         chat_template: as in collecting.
-        initial: folder of a policy that `mavis tune` wrote for the same weights, to go on from, "paths" only: with
-            trees that it has sampled itself, steered (Algorithm 1), or with more of the reference's. `lora` must be of
-            its rank and scale, and may adapt more layers; the units of its rewards are kept.
+        initial: folder of a policy that `mavis tune` wrote for the same weights, to go on from: "paths" with trees that
+            it has sampled itself, steered (Algorithm 1), or with more of the reference's; "on_policy" from where it
+            steers, at its `strength`. `lora` must be of its rank and scale, and may adapt more layers; the units of its
+            rewards are kept.
         lora: of the adapter.
         trl: further arguments of TRL's config by name; they override what is set here.
     """
@@ -95,13 +99,13 @@ class TuneConfig(TrainerSettings):
             raise ValueError(f"trees must be at least 2, got {self.trees}")
         if self.answers is not None and self.answers < 2:
             raise ValueError(f"answers must be at least 2, which are compared with each other, got {self.answers}")
-        if self.beta is not None and (self.beta < 0 or (self.method == "paths" and not self.beta)):
-            raise ValueError(f"beta must not be negative, nor 0 for paths, got {self.beta}")
+        if self.beta is not None and (self.beta < 0 or (self.method in ON_PATHS and not self.beta)):
+            raise ValueError(f"beta must not be negative, nor 0 for {' and '.join(ON_PATHS)}, got {self.beta}")
         if self.method != "direction" and self.lora.rank < 1:
             raise ValueError("lora.rank must be at least 1: what is tuned is an adapter")
-        if self.initial is not None and self.method != "paths":
+        if self.initial is not None and self.method not in ON_PATHS:
             raise ValueError(
-                f"initial is for paths, got it for {self.method}: TRL would take that policy, not the base model, for "
+                f"initial is for {' and '.join(ON_PATHS)}, got it for {self.method}: TRL would take that policy, not the base model, for "
                 "the reference of equation 1"
             )
         check_sampling(self.temperature, 1.0)

@@ -34,6 +34,7 @@ from ..rewards.load import Reward, compute_rewards, load_reward, reward_digest
 from ..rivals.directions import contrast, save_direction
 from ..trees.data import LabelledTree, recipe_of
 from ..trees.tree import Tree
+from . import on_policy
 from .config import ONLINE, TuneConfig
 from .examples import ChosenTrees, best_answers, chosen_trees, combined_item, paired_trees, preference_pairs
 from .paths import TreeTrainer, answer_ratios, collate, pair_loss, policy_metrics, tree_rows
@@ -89,9 +90,9 @@ def tune(
 
 def _trees(config: TuneConfig, before: Mapping[str, Any] | None) -> ChosenTrees:
     """Those to learn from, none for an online method; `before` is what the tuning to go on from has written."""
-    if config.store is None:
-        return ChosenTrees([], [], dict.fromkeys(config.weights, 1.0), 0, [])
     deviations = before and before["deviations"]
+    if config.store is None:
+        return ChosenTrees([], [], deviations or dict.fromkeys(config.weights, 1.0), 0, [])
     share = config.validation_share
     return chosen_trees(config.store, config.weights, config.trees, config.seed, share, deviations, config.answers)
 
@@ -127,6 +128,7 @@ def _train(
     value_policy = ValuePolicyConfig.of(
         model, objective, eta=config.eta or None,
         strength=SETTINGS["beta"] if config.method == "paths" else 1.0,  # its eta keeps it near the reference
+        settings=SETTINGS | ({"beta": 1.0} if config.method == "on_policy" else {}),  # it is where it is to steer
         recipe=as_json(recipe_of(asdict(config), chosen.stores)),
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         iteration=_iteration(config, chosen),
@@ -134,7 +136,9 @@ def _train(
     output, online = Path(config.output), config.method in ONLINE
     with twin(model) as own:
         sampled = [0]
-        if online:
+        if config.method == "on_policy":
+            trainer = _on_policy(config, own, tokenizer, rows, chosen.deviations)
+        elif online:
             trainer = _online(config, own, tokenizer, rows, chosen.deviations, sampled)
         else:
             trainer = _offline(config, own, tokenizer, chosen.training, chosen.deviations)
@@ -151,7 +155,8 @@ def _train(
             metrics = policy_metrics(tuned, held_out, objective, config.eta)
             write_json(output / METRICS, {"training_trees": len(chosen.training)} | metrics)
         clear_checkpoints(output)
-    tokens = sampled[0] if online else chosen.tokens
+    # TRL's trainers are counted for, that of trees counts for itself.
+    tokens = (sampled[0] or trainer.state.num_input_tokens_seen) if online else chosen.tokens
     return {"rollout_tokens": tokens, "steps": trainer.state.global_step, "log": trainer.state.log_history[-3:]}
 
 
@@ -178,7 +183,8 @@ def _before(config: TuneConfig) -> dict[str, Any]:
 def _iteration(config: TuneConfig, chosen: ChosenTrees) -> int:
     """0 on the reference's own trees; one more than `initial` on those of a steered policy (Algorithm 1)."""
     before = 0 if config.initial is None else ValuePolicyConfig.from_pretrained(config.initial).iteration
-    return before + any(store.metadata.policy for store in chosen.stores)
+    own = config.method == "on_policy" or any(store.metadata.policy for store in chosen.stores)
+    return before + own
 
 
 def seconds_a_tree(config: TuneConfig, model: PreTrainedModel, trees: Sequence[Tree]) -> float:
@@ -213,6 +219,11 @@ def _adapted(config: TuneConfig, model: PreTrainedModel) -> Any:
                 f"initial {config.initial} adapts {len(strange) // 2} layers that lora leaves out, such as "
                 f"{strange[0]}: set lora.first_layer and lora.target_modules as it was tuned, or wider"
             )
+        if config.method == "on_policy":  # from where that policy steers
+            strength = ValuePolicyConfig.from_pretrained(config.initial).strength
+            for name, parameter in adapted.named_parameters():
+                if ".lora_B." in name:
+                    parameter.data.mul_(strength)
     if model.device.type == "cpu":  # where fused attention under a mask is slow to differentiate
         model.set_attn_implementation("eager")
     return adapted
@@ -229,7 +240,7 @@ def _arguments(config: TuneConfig) -> dict[str, Any]:
     return common_arguments(config) | {
         "eval_strategy": "no", "report_to": "none", "disable_tqdm": False,
         # An interrupted tuning goes on; the tokens that an online one has sampled are counted in memory.
-        "save_strategy": "no" if config.method in ONLINE else "steps", "save_steps": 25, "save_total_limit": 1,
+        "save_strategy": "no" if config.method in ("rloo", "grpo") else "steps", "save_steps": 25, "save_total_limit": 1,
     }  # fmt: skip
 
 
@@ -270,6 +281,25 @@ def _offline(
             loss=ON_TREES[config.method], data_collator=collate,
         )  # fmt: skip
     return None
+
+
+def _on_policy(
+    config: TuneConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[dict[str, Any]],
+    deviations: Mapping[str, float],
+) -> Any:
+    """A trainer on trees that it samples."""
+    arguments = _arguments(config) | {
+        "per_device_train_batch_size": config.batch_size // config.generations, "max_steps": config.steps,
+        "remove_unused_columns": False, "label_names": [], "logging_steps": 5,
+    } | config.trl  # fmt: skip
+    return on_policy.OnPolicyTrainer(
+        model=_adapted(config, model), args=TrainingArguments(**arguments), train_dataset=list(rows), eta=config.eta,
+        loss=path_loss, data_collator=on_policy.collate, label=on_policy.labeller(config, tokenizer, deviations),
+        sample=on_policy.sampler(config, model, tokenizer, rows),
+    )  # fmt: skip
 
 
 def _online(
