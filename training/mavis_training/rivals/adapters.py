@@ -1,6 +1,6 @@
 """Policies tuned by adapters: their weights between each other, and their log-probabilities mixed or added.
 
-- Rewarded Soups (Rame et al., 2023): one model of the summed adapters, at the base model's speed.
+- Rewarded Soups (Rame et al., 2023): one model of the summed adapters, merged into it: at the base model's speed.
 - MOD (Shi et al., 2024): log pi = sum of w_i log pi_i, for policies that were tuned against the same reference with
   reverse KL; a forward for each of them.
 - GenARM (Xu et al., 2024): log pi_ref + sum of w_i (log pi_i - log pi_ref), pi_i an autoregressive reward model.
@@ -9,13 +9,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from torch import Tensor
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 from transformers import DynamicCache, LogitsProcessor, PreTrainedModel
 
 _SUM = "summed"
@@ -29,7 +31,7 @@ def adapted(model: PreTrainedModel, folders: Mapping[str, float], summed: bool) 
     Args:
         model: the base model, changed in place and restored.
         folders: share by folder.
-        summed: their sum, by these shares, is in force; else the first.
+        summed: their sum, by these shares, is in force, and nothing else can be; else the first.
 
     Raises:
         ValueError: an adapter for another model, or one of another kind than LoRA among several.
@@ -58,11 +60,36 @@ def adapted(model: PreTrainedModel, folders: Mapping[str, float], summed: bool) 
                 wrapped.base_model.enable_adapter_layers()
                 wrapped.set_adapter(names[folder])
 
-        yield switch
+        with merged(wrapped) if summed else nullcontext():
+            yield switch
     finally:
         wrapped.base_model.enable_adapter_layers()
         wrapped.unload()
         model.train(was_training)
+
+
+@contextmanager
+def merged(model: PeftModel) -> Iterator[PreTrainedModel]:
+    """Within, LoRA adapters in force are part of the weights, so that they take no time; afterwards these are as before.
+
+    What is quantised, or has other layers than LoRA's, stays as it is.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    if not all(isinstance(layer, LoraLayer) and _is_plain(layer.get_base_layer()) for layer in layers):
+        yield model.get_base_model()  # type: ignore[misc]
+        return
+    kept = [layer.get_base_layer().weight.detach().clone() for layer in layers]
+    model.merge_adapter()
+    try:
+        yield model.get_base_model()  # type: ignore[misc]
+    finally:
+        model.unmerge_adapter()
+        for layer, weight in zip(layers, kept, strict=True):
+            layer.get_base_layer().weight.data.copy_(weight)  # what was added is not quite what was taken away
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    return type(layer.weight) is nn.Parameter and layer.weight.is_floating_point()
 
 
 def require_fits(model: PreTrainedModel, folder: str) -> None:

@@ -9,21 +9,19 @@ are read once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base.prompts import encode_prompts
 from ..label import label_trees
 from ..rewards.load import load_reward
+from ..rivals.adapters import merged
 from ..sampling.config import CollectConfig
 from ..sampling.reference import eos_token_ids
 from ..sampling.rollout import sample_trees
@@ -134,20 +132,6 @@ def by_reference(model: PreTrainedModel, tree: Tree) -> Tree:
     sums = said.new_zeros(len(tree)).index_add(0, torch.from_numpy(layout.node[layout.new]).to(said.device), said)
     tree.logp_ref = sums.double().numpy(force=True)
     return tree
-
-
-@contextmanager
-def merged(model: PeftModel) -> Iterator[PreTrainedModel]:
-    """Within, the model that an adapter makes, at plain speed; afterwards the base model's weights are as they were."""
-    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
-    kept = [layer.get_base_layer().weight.detach().clone() for layer in layers]
-    model.merge_adapter()
-    try:
-        yield model.get_base_model()  # type: ignore[misc]
-    finally:
-        model.unmerge_adapter()
-        for layer, weight in zip(layers, kept, strict=True):
-            layer.get_base_layer().weight.data.copy_(weight)  # what was added is not quite what was taken away
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
