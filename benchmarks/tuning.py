@@ -2,9 +2,9 @@
 
     python benchmarks/tuning.py            # SmolLM2, a helpful policy: some ten minutes on two cores
 
-Both take `batch_size` answers to the same prompts at every step, the same adapter, reward and temperature, in turns, each
-turn a fresh `mavis tune`. What is timed is the training itself, without loading and without what is measured afterwards.
-TRL keeps activations (`gradient_checkpointing: false`), which is its faster way where memory does not lack.
+Both take `batch_size` answers to the same prompts at every step, the same adapter, reward and temperature, in turns,
+each turn a fresh `mavis tune`. What is timed is the training itself, without loading and without what is measured
+afterwards. TRL keeps activations (`gradient_checkpointing: false`), which is its faster way where memory does not lack.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def table(found: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     lines += [
         "",
-        f"on_policy takes {found['ratio']:.2f} of the time of rloo: {settings['batch_size']} answers of at most 48 tokens a "
-        f"step, {settings['generations']} to a prompt, {settings['model']} in {settings['dtype']}. {found['machine']}; "
+        f"on_policy takes {found['ratio']:.2f} of the time of rloo: {settings['batch_size']} answers of at most 48 "
+        f"tokens a step, {settings['generations']} to a prompt, {settings['model']} in {settings['dtype']}. {found['machine']}; "
         f"{versions}; {found['date']}.",
     ]
     return "\n".join(lines) + "\n"

@@ -18,7 +18,8 @@ def test_both_methods_are_timed_on_the_same_answers(tmp_path, capsys) -> None:
     (tmp_path / "reward.py").write_text("def longer(prompts, completions):\n    return [len(c) for c in completions]\n")
     given = {
         "--rounds": 2, "--steps": 1, "--batch-size": 8, "--model": tmp_path / "chat", "--dtype": "float32",
-        "--prompts": tmp_path / "prompts.jsonl", "--reward": f"{tmp_path / 'reward.py'}:longer", "--out": tmp_path / "out",
+        "--prompts": tmp_path / "prompts.jsonl", "--reward": f"{tmp_path / 'reward.py'}:longer",
+        "--out": tmp_path / "out",
     }  # fmt: skip
     assert main([str(part) for pair in given.items() for part in pair]) == 0
     found = json.loads((tmp_path / "out.json").read_text())

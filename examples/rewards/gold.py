@@ -1,9 +1,9 @@
 """Second opinions on helpful, harmless and humour, which nothing here is trained on.
 
 Steering, or tuning, towards a reward finds what that reward mistakes. These know the same objectives from other prompts
-and other replies than the rewards beside them, through another model: linear in what SmolLM2 reads a third of the way up, learnt by
-`examples/train_gold_rewards.py` from the collections' test halves. Where a strength goes on raising the reward and no
-longer these, it has gone too far (Gao et al., 2023, of whom "gold" is).
+and other replies than the rewards beside them, through another model: linear in what SmolLM2 reads a third of the way
+up, learnt by `examples/train_gold_rewards.py` from the collections' test halves. Where a strength goes on raising the
+reward and no longer these, it has gone too far (Gao et al., 2023, of whom "gold" is).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _model() -> tuple[Any, Any]:
 
 @torch.inference_mode()
 def features(prompts: list[str], completions: list[str]) -> Tensor:
-    """float32 [R, 3 d]: mean state of the reply, its last, and the mean one times that of the prompt (what it is about)."""
+    """float32 [R, 3 d]: mean state of the reply, its last, and the mean one times the prompt's (what it is about)."""
     model, tokenizer = _model()
     found: list[Tensor] = [torch.empty(0)] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(completions[i]))  # less padding

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import get_peft_model
+from peft import IA3Config, get_peft_model
 from safetensors.torch import load_file
 
 from chat_model import chat_model
@@ -48,7 +48,8 @@ def place(tmp_path_factory) -> Path:
 
 def config(place: Path, output: Path, **changes) -> TuneConfig:
     given = {
-        "weights": {"ones": 1.0}, "model": str(place / "chat"), "device": "cpu", "prompts": str(place / "prompts.jsonl"),
+        "weights": {"ones": 1.0}, "model": str(place / "chat"), "device": "cpu",
+        "prompts": str(place / "prompts.jsonl"),
         "rewards": {name: f"{place / 'rewards.py'}:{name}" for name in ("ones", "short")}, "steps": 3, "batch_size": 16,
         "generations": 4, "max_new_tokens": 8, "beta": 0.2, "lora": LoraSettings(rank=4, alpha=8, dropout=0.0),
     }  # fmt: skip
@@ -96,6 +97,20 @@ def test_it_samples_from_the_policy_and_leaves_the_base_model_as_it_was(dtype: t
     for name, weight in policy.get_base_model().named_parameters():
         if "lora" not in name:
             assert torch.equal(weight, before[name.replace(".base_layer", "")])
+
+
+@torch.no_grad()
+def test_what_cannot_be_merged_stays_beside_the_weights() -> None:
+    """Another kind than LoRA's."""
+    model, ids = chat_model()[0], torch.tensor([[3, 4, 5, 6]])
+    policy = get_peft_model(model, IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"])).eval()
+    for name, parameter in policy.named_parameters():
+        if "ia3" in name:
+            parameter.mul_(1.3)
+    wanted = policy(ids).logits
+    with merged(policy) as plain:
+        assert torch.equal(plain(ids).logits, wanted)
+    assert torch.equal(policy(ids).logits, wanted)
 
 
 def test_an_interrupted_one_goes_on_to_the_same_policy(place, tmp_path, monkeypatch) -> None:

@@ -251,6 +251,22 @@ def test_lambda_goes_where_the_method_has_its_place(place, tmp_path) -> None:
     assert given_settings.missing() == [f"{name} - {key}" for name in ("morlhf", "shown") for key in ("0.5,0.5", "1,0")]
 
 
+@pytest.mark.parametrize("objectives", [["ones", "twos"], ["twos", "ones"]])
+def test_a_weighting_by_names_means_the_same_in_any_order(place, tmp_path, objectives) -> None:
+    mixed = {"adapters": {"x/c": 0.3, "x/d": 0.7}}
+    methods = {
+        "soup": {"by_weights": {"twos 0.75, ones 0.25": mixed, "ones 1": {"adapters": {"x/c": 1.0}}}},
+        "prompt": {"system": {"ones": "One.", "twos": "Two.", "ones 0.25,twos 0.75": "Both."}},
+    }
+    made = config(place, tmp_path, methods=methods, objectives=objectives, steps=4)
+    found = {(cell.method, cell.weights["ones"]): cell.setting for cell in made.cells()}
+    assert {key for key in found if key[0] == "soup"} == {("soup", 0.25), ("soup", 1.0)}
+    assert found["soup", 0.25] == mixed
+    assert found["prompt", 0.25] == {"system": "Both."}
+    assert found["prompt", 0.0] == {"system": "Two."}
+    assert found["prompt", 0.75] == {"system": "One. Two."}
+
+
 @given(st.integers(1, 6), st.integers(2, 3))
 def test_weightings_are_all_of_a_grid(steps, count) -> None:
     names = ["a", "b", "c"][:count]
@@ -272,6 +288,7 @@ def test_weightings_are_all_of_a_grid(steps, count) -> None:
         ({"methods": {"x": {"adapters": {"ones": "a"}}}}, "must have an entry for the objective 'twos'"),
         ({"methods": {"x": {}}}, "it says nothing"),
         ({"methods": {"x": {"by_weights": {"0.1,0.9": {"adapters": {"a": 1.0}}}}}}, "none of the weightings"),
+        ({"methods": {"x": {"by_weights": {"one 1": {"adapters": {"a": 1.0}}}}}}, "'one 1' names one; the objectives"),
         ({"against": "x"}, "against must be one of"),
         ({"level": 1.0}, "level must be"),
         ({"most_kl": 0.0}, "most_kl above 0"),

@@ -29,9 +29,12 @@ class ParetoConfig:
     - value functions (`beta`, `top_k`, `value_functions`, ...): `weights` are lambda;
     - `adapters`, `mixture`: a folder by objective, which gets lambda's share;
     - `token_rewards`, `partial_rewards`, `directions`: a folder or reward by objective, which gets `strength` times it;
-    - `system`: a text by objective, or by lambda as in `"0.4,0.6"`; where lambda has no text of its own, those of the
-      objectives that have a share, the largest first;
+    - `system`: a text by objective, or by lambda; where lambda has no text of its own, those of the objectives that
+      have a share, the largest first;
     - `by_weights`: further keys by lambda, for what was tuned for one weighting (MORLHF).
+
+    Lambda is written with names, `"helpful 0.4, humour 0.6"`, or as `"0.4,0.6"` in the order of the objectives, which is
+    that of `rewards` where nothing else is said: a tool that sorts keys changes what the latter means.
 
     Every other value that is a list is tried value by value: `beta: [2, 4]` makes two points at each lambda.
 
@@ -127,8 +130,8 @@ class ParetoConfig:
         return [
             f"{method} - {key}"
             for method, template in self.methods.items()
-            for key in self.keys()
-            if "by_weights" in template and key not in template["by_weights"]
+            for weights, key in zip(self.lambdas(), self.keys(), strict=True)
+            if "by_weights" in template and _at(template["by_weights"], weights) is None
         ]
 
     def cells(self) -> Iterator[Cell]:
@@ -195,11 +198,11 @@ def settings_at(
         ValueError: an objective without a folder, a text or a setting of its own.
     """
     given = {key: value for key, value in template.items() if key not in ("by_weights", "strength")}
-    key = _key(weights)
     if "by_weights" in template:
-        if key not in template["by_weights"]:
+        own = _at(template["by_weights"], weights)
+        if own is None:
             return  # a gap
-        given |= template["by_weights"][key]
+        given |= own
     examples = given.pop("examples", None)  # a list, but none of values to try
     strengths = template.get("strength", [1.0])
     strengths = strengths if isinstance(strengths, list) else [strengths]
@@ -221,7 +224,7 @@ def settings_at(
                     if share or name in ("adapters", "mixture")
                 }
         if isinstance(given.get("system"), Mapping):
-            setting["system"] = _system(given["system"], weights, key)
+            setting["system"] = _system(given["system"], weights)
         if setting.keys() - set(KEYS) and "weights" not in setting:
             setting["weights"] = dict(weights)
         if not setting:
@@ -240,8 +243,31 @@ def _of(by_objective: Mapping[str, Any], objective: str, key: str) -> str:
     return str(by_objective[objective])
 
 
-def _system(texts: Mapping[str, str], weights: Mapping[str, float], key: str) -> str:
-    if key in texts:
-        return texts[key]
+def _at(given: Mapping[str, Any], weights: Mapping[str, float]) -> Any | None:
+    """What is given for lambda, if anything is: by names and shares, or by shares in the objectives' order."""
+    wanted = {name: round(share, 3) for name, share in weights.items()}
+    for key, value in given.items():
+        parts = [part.strip().rpartition(" ") for part in key.split(",")]
+        try:
+            shares = [round(float(share), 3) for _, _, share in parts]
+        except ValueError:
+            continue  # an objective's own text
+        names = [name.strip() for name, _, _ in parts]
+        if any(names):
+            named = dict(zip(names, shares, strict=True))
+            if named.keys() - wanted.keys():
+                raise ValueError(f"{key!r} names {', '.join(named)}; the objectives are {', '.join(wanted)}")
+            found = dict.fromkeys(wanted, 0.0) | named
+        else:
+            found = dict(zip(wanted, shares, strict=False)) if len(shares) == len(wanted) else {}
+        if found == wanted:
+            return value
+    return None
+
+
+def _system(texts: Mapping[str, str], weights: Mapping[str, float]) -> str:
+    own = _at(texts, weights)
+    if own is not None:
+        return str(own)
     shares = sorted(((share, name) for name, share in weights.items() if share), key=lambda x: -x[0])
     return " ".join(_of(texts, name, "system") for _, name in shares)

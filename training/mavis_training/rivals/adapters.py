@@ -70,7 +70,7 @@ def adapted(model: PreTrainedModel, folders: Mapping[str, float], summed: bool) 
 
 @contextmanager
 def merged(model: PeftModel) -> Iterator[PreTrainedModel]:
-    """Within, LoRA adapters in force are part of the weights, so that they take no time; afterwards these are as before.
+    """Within, LoRA adapters in force are part of the weights and take no time; afterwards these are as before.
 
     What is quantised, or has other layers than LoRA's, stays as it is.
     """

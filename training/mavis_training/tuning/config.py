@@ -15,7 +15,8 @@ from ..rewards.load import split_spec
 
 Method = Literal["dpo", "pairs", "sft", "paths", "rloo", "grpo", "on_policy", "direction"]
 ON_PATHS = ("paths", "on_policy")
-ONLINE = ("rloo", "grpo", "on_policy")
+TRL_ONLINE = ("rloo", "grpo")
+ONLINE = (*TRL_ONLINE, "on_policy")
 BETA = {"dpo": 0.1, "pairs": 0.1, "paths": 1 / 3, "rloo": 0.05, "grpo": 0.05, "on_policy": 0.1}
 
 
@@ -105,8 +106,8 @@ class TuneConfig(TrainerSettings):
             raise ValueError("lora.rank must be at least 1: what is tuned is an adapter")
         if self.initial is not None and self.method not in ON_PATHS:
             raise ValueError(
-                f"initial is for {' and '.join(ON_PATHS)}, got it for {self.method}: TRL would take that policy, not the base model, for "
-                "the reference of equation 1"
+                f"initial is for {' and '.join(ON_PATHS)}, got it for {self.method}: TRL would take that policy, not "
+                "the base model, for the reference of equation 1"
             )
         check_sampling(self.temperature, 1.0)
         if self.method in ONLINE:

@@ -35,7 +35,7 @@ from ..rivals.directions import contrast, save_direction
 from ..trees.data import LabelledTree, recipe_of
 from ..trees.tree import Tree
 from . import on_policy
-from .config import ONLINE, TuneConfig
+from .config import TRL_ONLINE, TuneConfig
 from .examples import ChosenTrees, best_answers, chosen_trees, combined_item, paired_trees, preference_pairs
 from .paths import TreeTrainer, answer_ratios, collate, pair_loss, policy_metrics, tree_rows
 
@@ -133,12 +133,12 @@ def _train(
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         iteration=_iteration(config, chosen),
     )  # fmt: skip
-    output, online = Path(config.output), config.method in ONLINE
+    output = Path(config.output)
     with twin(model) as own:
         sampled = [0]
         if config.method == "on_policy":
             trainer = _on_policy(config, own, tokenizer, rows, chosen.deviations)
-        elif online:
+        elif config.method in TRL_ONLINE:
             trainer = _online(config, own, tokenizer, rows, chosen.deviations, sampled)
         else:
             trainer = _offline(config, own, tokenizer, chosen.training, chosen.deviations)
@@ -155,8 +155,7 @@ def _train(
             metrics = policy_metrics(tuned, held_out, objective, config.eta)
             write_json(output / METRICS, {"training_trees": len(chosen.training)} | metrics)
         clear_checkpoints(output)
-    # TRL's trainers are counted for, that of trees counts for itself.
-    tokens = (sampled[0] or trainer.state.num_input_tokens_seen) if online else chosen.tokens
+    tokens = sampled[0] or trainer.state.num_input_tokens_seen or chosen.tokens
     return {"rollout_tokens": tokens, "steps": trainer.state.global_step, "log": trainer.state.log_history[-3:]}
 
 
@@ -239,8 +238,8 @@ class _Tokenized(DPOTrainer):
 def _arguments(config: TuneConfig) -> dict[str, Any]:
     return common_arguments(config) | {
         "eval_strategy": "no", "report_to": "none", "disable_tqdm": False,
-        # An interrupted tuning goes on; the tokens that an online one has sampled are counted in memory.
-        "save_strategy": "no" if config.method in ("rloo", "grpo") else "steps", "save_steps": 25, "save_total_limit": 1,
+        # An interrupted tuning goes on; the tokens that TRL has sampled are counted in memory.
+        "save_strategy": "no" if config.method in TRL_ONLINE else "steps", "save_steps": 25, "save_total_limit": 1,
     }  # fmt: skip
 
 
