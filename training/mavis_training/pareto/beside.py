@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,9 @@ def read_beside(path: str, config: ParetoConfig) -> dict[str, Any]:
     old = next((name for name, cell in cells.items() if "by_prompt" not in cell), None)
     if old is not None:
         raise ValueError(f"{path} does not say what {old!r} gains prompt by prompt: run it again with this version")
-    return dict(found)
+    if found["config"].get("judge") != (config.judge and asdict(config.judge)):  # another's verdicts stay out
+        cells = {name: {key: cell[key] for key in cell if key != "win_rate"} for name, cell in cells.items()}
+    return dict(found) | {"cells": cells}
 
 
 def require_same_model(path: str, found: Mapping[str, Any], own: Mapping[str, Any]) -> None:

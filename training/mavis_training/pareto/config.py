@@ -13,6 +13,7 @@ from mavis_logits.models import DEFAULT_MODEL
 
 from ..evaluate import EvaluateConfig
 from ..measure.settings import check_setting
+from ..measure.win_rate import JudgeSettings
 from ..rivals.decoding import KEYS
 
 BY_OBJECTIVE = ("adapters", "mixture", "token_rewards", "partial_rewards", "directions")
@@ -40,7 +41,7 @@ class ParetoConfig:
 
     Attributes:
         prompts, rewards, value_functions, completions, limit, seeds, max_new_tokens, temperature, top_p, model,
-            chat_template, dtype, batch_size, device, perplexity, fresh: as for `mavis evaluate`: the protocol, which
+            chat_template, dtype, batch_size, device, perplexity, judge, fresh: as for `mavis evaluate`: the protocol, which
             all methods share; completions are kept a file a cell.
         output: JSON file of the results; a table (.md), figures (.png) and a page (.html) are written beside it.
         methods: by name.
@@ -80,6 +81,7 @@ class ParetoConfig:
     batch_size: int = 50
     device: str | None = None
     perplexity: bool = False
+    judge: JudgeSettings | None = field(default=None, kw_only=True)
     fresh: bool = False
 
     def __post_init__(self) -> None:

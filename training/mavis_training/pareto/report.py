@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from ..base.made import made_in_words
+from ..measure.win_rate import judge_in_words, win_rate_cell
 
 _TEMPLATE = Path(__file__).with_name("report_template.html")
 _COLOURS = (
@@ -52,18 +53,22 @@ def markdown(results: Mapping[str, Any]) -> str:
         "tokens",
         "distinct-2",
         "tokens/s",
+        *(["preferred"] if results["config"].get("judge") else []),
     ]
     lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     lines += [f"| {name} | missing" + " |" * (len(head) - 1) for name in results["missing"]]
     for name, cell in results["cells"].items():
         gains = [f"{cell['gains'][o]:+.2f} ± {cell['errors'][o]:.2f}" for o in results["config"]["rewards"]]
         row = [name, *gains, _number(cell["kl"], ".1f"), f"{cell['tokens']:.0f}", f"{cell['distinct_2']:.2f}"]
-        lines.append("| " + " | ".join([*row, _number(cell["tokens_per_second"], ".0f")]) + " |")
+        row.append(_number(cell["tokens_per_second"], ".0f"))
+        row += [win_rate_cell(cell.get("win_rate"))] if results["config"].get("judge") else []
+        lines.append("| " + " | ".join(row) + " |")
     config = results["config"]
     note = (
         f"{results['prompts']} held-out prompts, seeds {config['seeds']}, {config['max_new_tokens']} tokens at most, "
         f"temperature {config['temperature']:g}, top-p {config['top_p']:g}, base model in {config['dtype']}; "
-        f"{made_in_words(results)}"
+        + (judge_in_words(config["judge"]) if config.get("judge") else "")
+        + made_in_words(results)
     )
     return "\n".join([*lines, "", note, ""])
 

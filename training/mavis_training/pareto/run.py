@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..base.prompts import read_prompts
 from ..evaluate import evaluate
 from ..measure.completions import Completions
 from ..measure.summary import distinct
+from ..measure.win_rate import VERDICTS, Judge
 from .analysis import (
     Array,
     Points,
@@ -58,6 +60,8 @@ def pareto(
             f"{config.prompts} has {len(rows)} prompts, too few to say how sure a difference is: give at least {FEWEST}"
         )
     others = {path: read_beside(path, config) for path in config.beside}
+    if config.judge is not None and not _all_judged(config):
+        Judge(config.judge).require_there()
     output = Path(config.output)
     evaluation = config.evaluation()
     object.__setattr__(evaluation, "output", str(Path(config.completions, "cells.json")))
@@ -69,11 +73,12 @@ def pareto(
         raise ValueError(f"the reward of {', '.join(flat)} does not vary between the model's own answers: no units")
     results: dict[str, Any] = {name: evaluated[name] for name in ("date", "machine", "versions", "prompts")}
     results |= {
-        "config": {**evaluated["config"], "settings": None, "methods": config.methods, "steps": config.steps,
+        "config": {**evaluated["config"], "settings": None, "judge": config.judge and asdict(config.judge),
+                   "methods": config.methods, "steps": config.steps,
                    "most_kl": config.most_kl, "worst": config.worst, "objectives": list(config.traded)},
         "cells": {
             name: {"method": cell.method, "weights": cell.weights, "swept": cell.swept, "setting": cell.setting}
-            | _measured(config, cell, plain, len(rows))
+            | _measured(config, cell, plain, rows)
             for name, cell in cells.items()
         },
         "missing": config.missing(),
@@ -94,6 +99,10 @@ def pareto(
     return results
 
 
+def _all_judged(config: ParetoConfig) -> bool:
+    return all(Path(config.completions, f"{cell.name}{VERDICTS}").exists() for cell in config.cells())
+
+
 def rewards_of(config: ParetoConfig, cell: str) -> dict[str, Array]:
     """[S * P * n] rewards by objective that the evaluation has kept of a cell."""
     content = read_json(Path(config.completions) / f"{cell}.rewards.json")["rewards"]
@@ -106,8 +115,11 @@ def completions_of(config: ParetoConfig, cell: str) -> Completions:
     return Completions(**{name: value for name, value in content.items() if name != "origin"})
 
 
-def _measured(config: ParetoConfig, cell: Cell, plain: Mapping[str, Array], prompts: int) -> dict[str, Any]:
+def _measured(
+    config: ParetoConfig, cell: Cell, plain: Mapping[str, Array], rows: list[dict[str, Any]]
+) -> dict[str, Any]:
     """The numbers of a cell."""
+    prompts = len(rows)
     done, rewards = completions_of(config, cell.name), rewards_of(config, cell.name)
     standard = {name: (values - plain[name].mean()) / (plain[name].std() or 1.0) for name, values in rewards.items()}
     returned = done.returned
@@ -118,7 +130,12 @@ def _measured(config: ParetoConfig, cell: Cell, plain: Mapping[str, Array], prom
     if done.log_ratios is not None:  # the best of n spends at most log n - (n - 1) / n more
         kl = float(np.mean(done.log_ratios)) + np.log(returned) - (returned - 1) / returned
     texts, lengths = [done.texts[row] for row in which], [done.lengths[row] for row in which]
-    return {
+    won: dict[str, Any] = {}
+    if config.judge is not None:
+        path = Path(config.completions, f"{cell.name}{VERDICTS}")
+        asked = rows * len(config.seeds), texts, completions_of(config, UNSTEERED).texts
+        won = {"win_rate": Judge(config.judge).win_rate(path, *asked, prompts)}
+    return won | {
         "gains": {name: float(values.mean()) for name, values in kept.items()},
         "errors": {name: float(values.mean(axis=0).std(ddof=1) / np.sqrt(prompts)) for name, values in kept.items()},
         "kl": kl, "tokens": float(np.mean(lengths)), "distinct_2": distinct(texts, 2),
