@@ -86,8 +86,8 @@ def table(found: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"on_policy takes {found['ratio']:.2f} of the time of rloo: {settings['batch_size']} answers of at most 48 "
-        f"tokens a step, {settings['generations']} to a prompt, {settings['model']} in {settings['dtype']}. {found['machine']}; "
-        f"{versions}; {found['date']}.",
+        f"tokens a step, {settings['generations']} to a prompt, {settings['model']} in {settings['dtype']}. "
+        f"{found['machine']}; {versions}; {found['date']}.",
     ]
     return "\n".join(lines) + "\n"
 

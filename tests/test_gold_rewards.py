@@ -1,4 +1,4 @@
-"""`examples/rewards/gold.py`: what the shipped second opinions prefer, and that a text is worth the same in any company."""
+"""`examples/rewards/gold.py`: what these second opinions prefer, and that a text is worth the same in any company."""
 
 from __future__ import annotations
 

@@ -38,8 +38,9 @@ def served(reply: Callable[[str, str, str], str]) -> Iterator[tuple[str, list[st
             text = sent["messages"][-1]["content"]
             asked.append(text)
             parts = re.fullmatch(
-                r"Criterion: .*\n\nQuestion:\n(.*)\n\nAnswer A:\n(.*)\n\nAnswer B:\n(.*)\n\nA, B or tie\?", text, re.DOTALL
-            )
+                r"Criterion: .*\n\nQuestion:\n(.*)\n\nAnswer A:\n(.*)\n\nAnswer B:\n(.*)\n\nA, B or tie\?",
+                text, re.DOTALL,
+            )  # fmt: skip
             said = {"role": "assistant", "content": reply(*parts.groups())}
             self.say({"id": "0", "object": "chat.completion", "choices": [{"index": 0, "message": said}]})
 
@@ -139,7 +140,7 @@ def test_one_that_is_not_there_is_told_before_anything_is_written(tmp_path) -> N
     with pytest.raises(OSError, match=r"the judge at http://127.0.0.1:9/v1/ does not answer .* or leave judge out"):
         evaluate(given, chat_model())
     assert not (tmp_path / "cells").exists()
-    with served(longer) as (url, _), pytest.raises(ValueError, match="serves umpire, not referee: set judge.model"):
+    with served(longer) as (url, _), pytest.raises(ValueError, match=r"serves umpire, not referee: set judge\.model"):
         evaluate(config(tmp_path, judge=JudgeSettings("referee", url)), chat_model())
     for wrong, message in (({"model": ""}, "needs a model"), ({"pairs": 1}, "pairs must be at least 2")):
         with pytest.raises(ValueError, match=message):
@@ -147,13 +148,14 @@ def test_one_that_is_not_there_is_told_before_anything_is_written(tmp_path) -> N
 
 
 def config(place: Path, **changes) -> EvaluateConfig:
-    (place / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS * 1))
+    (place / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (place / "reward.py").write_text("def longer(prompts, completions):\n    return [len(c) for c in completions]\n")
     given = {
         "rewards": {"long": f"{place / 'reward.py'}:longer"}, "seeds": [0, 1], "max_new_tokens": 6,
         "settings": {"unsteered": {}, "cool": {"temperature": 0.5}},
     }  # fmt: skip
-    return EvaluateConfig(str(place / "prompts.jsonl"), str(place / "out.json"), str(place / "cells"), **given | changes)
+    places = [str(place / name) for name in ("prompts.jsonl", "out.json", "cells")]
+    return EvaluateConfig(*places, **given | changes)
 
 
 def test_evaluate_says_how_often_each_setting_is_preferred(tmp_path) -> None:
@@ -163,7 +165,8 @@ def test_evaluate_says_how_often_each_setting_is_preferred(tmp_path) -> None:
         count = len(asked)
         assert evaluate(given, chat_model())["settings"] == results["settings"]
     assert len(asked) == count == 2 * 12
-    own, plain = (json.loads((tmp_path / "cells" / f"{name}.json").read_text())["texts"] for name in ("cool", "unsteered"))
+    files = (tmp_path / "cells" / f"{name}.json" for name in ("cool", "unsteered"))
+    own, plain = (json.loads(file.read_text())["texts"] for file in files)
     won = [0.5 if len(a) == len(b) else float(len(a) > len(b)) for a, b in zip(own, plain, strict=True)]
     assert results["settings"]["cool"]["win_rate"]["rate"] == pytest.approx(sum(won) / 12)
     assert "win_rate" not in results["settings"]["unsteered"]

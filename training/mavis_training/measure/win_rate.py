@@ -22,8 +22,8 @@ from .summary import mean_and_error, with_error
 
 VERDICTS = ".verdicts.json"  # ends the name of the file of a setting's replies
 _SYSTEM = (
-    "You compare two answers to the same question by one criterion. Reply with one word and nothing else: A if answer A "
-    "meets it better, B if answer B does, tie if you cannot tell."
+    "You compare two answers to the same question by one criterion. Reply with one word and nothing else: A if answer "
+    "A meets it better, B if answer B does, tie if you cannot tell."
 )
 _ASKED = "Criterion: {criterion}\n\nQuestion:\n{question}\n\nAnswer A:\n{first}\n\nAnswer B:\n{second}\n\nA, B or tie?"
 _SCORES = {"A": 1.0, "B": 0.0, "TIE": 0.5}

@@ -34,15 +34,15 @@ class ParetoConfig:
       have a share, the largest first;
     - `by_weights`: further keys by lambda, for what was tuned for one weighting (MORLHF).
 
-    Lambda is written with names, `"helpful 0.4, humour 0.6"`, or as `"0.4,0.6"` in the order of the objectives, which is
-    that of `rewards` where nothing else is said: a tool that sorts keys changes what the latter means.
+    Lambda is written with names, `"helpful 0.4, humour 0.6"`, or as `"0.4,0.6"` in the order of the objectives, which
+    is that of `rewards` where nothing else is said: a tool that sorts keys changes what the latter means.
 
     Every other value that is a list is tried value by value: `beta: [2, 4]` makes two points at each lambda.
 
     Attributes:
         prompts, rewards, value_functions, completions, limit, seeds, max_new_tokens, temperature, top_p, model,
-            chat_template, dtype, batch_size, device, perplexity, judge, fresh: as for `mavis evaluate`: the protocol, which
-            all methods share; completions are kept a file a cell.
+            chat_template, dtype, batch_size, device, perplexity, judge, fresh: as for `mavis evaluate`: the protocol,
+            which all methods share; completions are kept a file a cell.
         output: JSON file of the results; a table (.md), figures (.png) and a page (.html) are written beside it.
         methods: by name.
         objectives: two or three of the rewards that are traded off; None for all.

@@ -87,7 +87,7 @@ class OnPolicyTrainer(TreeTrainer):
 
 
 def sampler(
-    config: TuneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]]
+    config: TuneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]
 ) -> Callable[..., list[Tree]]:
     """(model, prompt rows, seed) -> their trees, of `generations` answers from the root each.
 

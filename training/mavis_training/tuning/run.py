@@ -297,7 +297,7 @@ def _on_policy(
     return on_policy.OnPolicyTrainer(
         model=_adapted(config, model), args=TrainingArguments(**arguments), train_dataset=list(rows), eta=config.eta,
         loss=path_loss, data_collator=on_policy.collate, label=on_policy.labeller(config, tokenizer, deviations),
-        sample=on_policy.sampler(config, model, tokenizer, rows),
+        sample=on_policy.sampler(config, model, tokenizer, list(rows)),
     )  # fmt: skip
 
 
