@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,9 +147,9 @@ def search(results: Path) -> str:
     return "\n".join([f"{about}, {measured(run)}:", "", *gains(run), ""])
 
 
-def tradeoff(results: Path) -> str:
+def tradeoff(results: Path, names: Sequence[str]) -> str:
     """Return what every way to steer between two objectives reaches, and how much of the plane it covers."""
-    found = [read(results / f"pareto_helpful_humour{part}.json") for part in ("", "_tuned")]
+    found = [read(results / f"pareto_{name}.json") for name in names]
     runs = [run for run in found if run is not None]
     if not runs:
         return ""
@@ -279,14 +280,18 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "steering": steering,
     "prompted": prompted,
     "search": search,
-    "tradeoff": tradeoff,
+    "tradeoff": partial(tradeoff, names=["helpful_humour", "helpful_humour_tuned"]),
+    "tradeoff-harmless": partial(tradeoff, names=["helpful_harmless"]),
+    "tradeoff-jokes": partial(tradeoff, names=["harmless_humour"]),
     "decode": decode,
     "versions": versions,
     "hack": hack,
 }
 PAGES = {
     "README.md": ("demo", "prompted"),
-    "docs/measured.md": ("steering", "prompted", "tradeoff", "search", "decode", "versions"),
+    "docs/measured.md": (
+        "steering", "prompted", "tradeoff", "tradeoff-harmless", "tradeoff-jokes", "search", "decode", "versions",
+    ),
     "docs/limits.md": ("hack",),
 }
 
