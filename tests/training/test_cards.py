@@ -66,7 +66,7 @@ def test_the_card_of_a_value_model(tmp_path, evaluation):
     model = ValueModel.from_backbone(tiny_llama(), objectives=["a"], base_model="org/base", recipe=recipe)
     folder = saved(tmp_path / "value-a", model, ["a"])
     words = {"license": "mit", "rewards": {"a": "how a it is"}, "datasets": ["org/prompts"]}
-    words["base_weights"] = "The 4-bit ones."
+    words |= {"base_weights": "The 4-bit ones.", "how_far": "Not beyond beta 7."}
     path = write_card(CardConfig(str(folder), evaluation=evaluation, load_base="model, tokenizer = mine()", **words))
     card = ModelCard.load(path)
     assert card.data.license == "mit"
@@ -89,6 +89,7 @@ def test_the_card_of_a_value_model(tmp_path, evaluation):
         assert part in text
     assert "| all a | 5.0 | 1.44 ± 0.03 (+0.72) | 0.00 ± 0.03 (+0.00) | 11.2 ± 0.1 |" in text
     assert "changed its mean reward by **+0.72 standard deviations**. The others changed by +0.00 (`b`)" in text
+    assert "**How far.** Not beyond beta 7.\n\n## Training" in text
     assert "unsteered" in text
     assert "all b" not in text
     assert str(tmp_path) not in text

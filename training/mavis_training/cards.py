@@ -25,6 +25,8 @@ class CardConfig:
         datasets: Hub ids of the data sets that the prompts come from.
         base_weights: which copy of the base model's weights it was trained on, in a sentence, where that matters.
         load_base: Python code for the card's example that sets `model` and `tokenizer` to that copy.
+        how_far: at which strength it goes wrong, by what is known of it, in a sentence or two: by a second opinion that
+            it was not trained on, say.
         license: of the value function, by its Hub identifier, such as `apache-2.0`.
         language: of the texts it knows, such as `en`.
         plots: draw the card's two pictures, too (needs matplotlib).
@@ -38,6 +40,7 @@ class CardConfig:
     datasets: list[str] | None = None
     base_weights: str | None = None
     load_base: str | None = None
+    how_far: str | None = None
     license: str | None = None
     language: str | None = None
     plots: bool = True
@@ -64,6 +67,7 @@ def write_card(config: CardConfig) -> Path:
         evaluation=evaluation,
         base_weights=config.base_weights,
         load_base=config.load_base,
+        how_far=config.how_far,
         license=config.license,
         language=config.language,
     )

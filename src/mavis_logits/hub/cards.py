@@ -37,6 +37,7 @@ class CardDetails:
         evaluation: what `mavis evaluate` wrote, or `evaluation_of` made of it.
         base_weights: which copy of the base model's weights it was trained on, in a sentence, where that matters.
         load_base: Python code for the card's example that sets `model` and `tokenizer` to that copy.
+        how_far: at which strength it goes wrong, by what is known of it, in a sentence or two.
         license: of the value function.
         language: of the texts it knows.
         tags: beyond those that every value function has.
@@ -48,6 +49,7 @@ class CardDetails:
     evaluation: Mapping[str, Any] | None = None
     base_weights: str | None = None
     load_base: str | None = None
+    how_far: str | None = None
     license: str | None = None
     language: str | None = None
     tags: Sequence[str] = ()
@@ -146,6 +148,7 @@ def render_card(
         about=details.rewards,
         prompts=details.prompts,
         highlights=highlights(evaluation, objectives),
+        how_far=details.how_far,
         base=config.get("base_model") or "org/language-model",
         base_weights=details.base_weights,
         load_base=(details.load_base or "").strip() or None,
