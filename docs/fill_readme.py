@@ -290,7 +290,14 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
 PAGES = {
     "README.md": ("demo", "prompted"),
     "docs/measured.md": (
-        "steering", "prompted", "tradeoff", "tradeoff-harmless", "tradeoff-jokes", "search", "decode", "versions",
+        "steering",
+        "prompted",
+        "tradeoff",
+        "tradeoff-harmless",
+        "tradeoff-jokes",
+        "search",
+        "decode",
+        "versions",
     ),
     "docs/limits.md": ("hack",),
 }

@@ -12,12 +12,14 @@ import torch
 from safetensors.torch import save_file
 
 from chat_model import chat_model
+from judging import longer, served
 from mavis_logits.values.value_head import ValueHead
 from mavis_training import evaluate as evaluating
 from mavis_training.base import kept
 from mavis_training.collect import CollectConfig, collect
 from mavis_training.evaluate import EvaluateConfig, evaluate
 from mavis_training.fitting.trainer_arguments import training_arguments
+from mavis_training.measure.win_rate import JudgeSettings
 from mavis_training.train_head import TrainHeadConfig, train_head
 from mavis_training.train_head import training_origin as head_origin
 from mavis_training.train_model import LoraSettings, TrainModelConfig, starting_model, train_model, training_origin
@@ -30,6 +32,7 @@ EVALUATED = {
     "prompts": None, "output": None, "completions": None, "value_functions": None,
     "rewards": {"low": "text_rewards:high"}, "settings": {"unsteered": {}, "low": {"beta": 1.0}},
     "combined": {"low": 2.0}, "contrasts": [["low", "unsteered"]], "perplexity": True, "limit": 3, "seeds": [1],
+    "judge": longer,
     "max_new_tokens": 5, "temperature": 0.5, "top_p": 0.5,
     "model": None, "chat_template": "none", "dtype": "bfloat16", "batch_size": 2, "device": "cpu",
     "fresh": True,
@@ -107,6 +110,11 @@ def test_no_setting_of_an_evaluation_leaves_it_stale(evaluation, name):
             (folder / "model" / "other.json").write_text("{}")
             evaluation = dataclasses.replace(evaluation, settings={"unsteered": {}})  # the head is of the first model
         assert is_refused_or_as_from_scratch(evaluation)
+        return
+    if name == "judge":
+        pytest.importorskip("openai")
+        with served(value) as (url, _):
+            assert is_refused_or_as_from_scratch(dataclasses.replace(evaluation, judge=JudgeSettings("umpire", url)))
         return
     assert is_refused_or_as_from_scratch(dataclasses.replace(evaluation, **{name: value}))
 

@@ -56,7 +56,10 @@ class CardDetails:
 
     def to_json(self) -> str:
         """The text of `card.json`."""
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+        content = asdict(self)
+        if self.how_far is None:  # which cards from before do not have
+            content.pop("how_far")
+        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def read(cls, path: Path) -> CardDetails:
