@@ -14,7 +14,9 @@ import os
 import sys
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def main(asked: Path, answers: Path) -> None:
@@ -68,6 +70,21 @@ def use_interpreter() -> None:
 
     driver = types.SimpleNamespace(is_active=lambda: True)
     triton.backends.backends.setdefault("cpu", types.SimpleNamespace(driver=driver, compiler=None))
+    from triton.runtime import interpreter
+
+    for name in ("load", "store"):
+        setattr(interpreter._interpreter, name, _with_masks(getattr(interpreter._interpreter, name)))
+
+
+def _with_masks(access: Callable[..., Any]) -> Callable[..., Any]:
+    """A load or store of Triton's interpreter that takes masks of whole numbers, as compiled kernels do."""
+
+    def accessed(pointers: Any, *given: Any) -> Any:
+        place = 0 if access.__name__ == "load" else 1  # of the mask among `given`
+        mask = given[place].astype(bool)
+        return access(pointers, *given[:place], mask, *given[place + 1 :])
+
+    return accessed
 
 
 def metrics(engine: object) -> dict[str, float]:

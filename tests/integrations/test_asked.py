@@ -145,6 +145,7 @@ def test_settings_are_found_where_the_engine_has_them_or_in_the_environment(monk
         ({}, "say which value functions"),
         ({"values": 3}, "must be a folder"),
         ({"values": []}, "must be a folder"),
+        ({"values": "a", "draft_values": []}, "draft_values must be a folder"),
         ({"values": "a", "max_top_k": 0}, "max_top_k must be"),
         ({"values": "a", "max_value_tokens": True}, "max_value_tokens must be"),
         ({"values": "a", "check_weights": 1}, "check_weights must be"),
@@ -156,6 +157,30 @@ def test_settings_are_found_where_the_engine_has_them_or_in_the_environment(monk
 def test_bad_settings_of_a_server_are_refused(given: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Serving.read(given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", ["name", "list", "mapping"])
+def test_values_of_drafts_come_in_the_order_of_the_served_objectives(folder: Path, tmp_path: Path, form: str) -> None:
+    for name in ("short", "kind"):
+        ValueHead(ValueHeadConfig(8, 8, 97, 16, objectives=[name])).save_pretrained(tmp_path / name)
+    given = {name: str(tmp_path / name) for name in ("short", "kind")}
+    forms = {"name": str(folder), "list": list(given.values()), "mapping": given}
+    serving = Serving.read({"values": str(folder), "draft_values": forms[form]})
+    assert Offer.of(serving).objectives == ["kind", "short"]
+    own = serving.for_drafts(["kind", "short"])
+    assert list(own.values) == ["kind", "short"]
+    assert Offer.of(own).objectives == ["kind", "short"]
+    assert Serving.read(serving.to_json()) == serving
+
+
+def test_values_that_drafts_cannot_have_are_refused_before_an_engine_starts(folder: Path, tmp_path: Path) -> None:
+    ValueHead(ValueHeadConfig(8, 8, 97, 16, objectives=["kind"])).save_pretrained(tmp_path / "one")
+    with pytest.raises(ValueError, match="draft_values have no value of short"):
+        Offer.of(Serving.read({"values": str(folder), "draft_values": str(tmp_path / "one")}))
+    inner = ValueHeadConfig(8, 8, 97, 16, objectives=["kind", "short"], layer=2)
+    ValueHead(inner).save_pretrained(tmp_path / "inner")
+    with pytest.raises(ValueError, match="train them with `mavis train-head --layer output`"):
+        Offer.of(Serving.read({"values": str(folder), "draft_values": str(tmp_path / "inner")}))
 
 
 def test_a_tuned_policy_is_refused_with_what_to_use_instead(tmp_path: Path) -> None:

@@ -193,6 +193,17 @@ def test_requests_that_are_preempted_go_on_as_before(tmp_path: Path, inner: Setu
     assert ties(inner, batch, found["batches"][0]) <= 2
 
 
+def test_drafts_of_ngrams_are_verified_too(tmp_path: Path, inner: Setup) -> None:
+    batch = requests(24, 12, seed=8)
+    for request in batch:
+        request["prompt"] = (request["prompt"] * 4)[:60]  # there is something to look up
+    draft = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    engine = CROWDED | {"max_num_batched_tokens": 96, "speculative_config": draft}
+    found = run(tmp_path, inner, [batch], True, {"values": str(inner.head)}, **engine)
+    assert ties(inner, batch, found["batches"][0]) <= 2
+    assert found["metrics"]["vllm:spec_decode_num_draft_tokens"] > 0
+
+
 def test_drafts_are_verified_against_the_tilted_distribution(tmp_path: Path, setup: Setup, drafter: Path) -> None:
     batch = requests(32, 12, seed=7)
     draft = {"method": "draft_model", "model": str(drafter), "num_speculative_tokens": 3}
@@ -205,7 +216,49 @@ def test_drafts_are_verified_against_the_tilted_distribution(tmp_path: Path, set
         assert 0 < accepted < drafted  # else nothing was tried
 
 
-def test_sampling_with_drafts_is_exact(tmp_path: Path, inner: Setup, drafter: Path) -> None:
+@pytest.fixture(scope="module")
+def drafters_head(tmp_path_factory: pytest.TempPathFactory, drafter: Path) -> Path:
+    """What the served model's head says, for the drafter."""
+    base = LlamaForCausalLM.from_pretrained(drafter)
+    torch.manual_seed(3)
+    head = ValueHead.for_model(base, ["kind", "short", "odd"], width=32, tilt_scale=[0.4, 0.5, 0.6])
+    torch.nn.init.normal_(head.out.weight, std=0.4)  # the same draws as of `make_setup`
+    folder = tmp_path_factory.mktemp("drafters-head")
+    head.save_pretrained(folder)
+    return folder
+
+
+def test_more_of_tilted_drafts_is_accepted(tmp_path: Path, drafter: Path, drafters_head: Path) -> None:
+    served = make_setup(tmp_path / "served", None)
+    batch = requests(32, 12, seed=7)
+    for request in batch:
+        if request["asked"]:
+            request["asked"]["mavis_beta"] = 6.0
+    draft = {"method": "draft_model", "model": str(drafter), "num_speculative_tokens": 3}
+    engine = CROWDED | {"max_num_batched_tokens": 96, "speculative_config": draft}
+    accepted = []
+    for more in ({}, {"draft_values": str(drafters_head)}):
+        found = run(tmp_path, served, [batch], True, {"values": str(served.head), **more}, **engine)
+        assert ties(served, batch, found["batches"][0]) <= 2
+        metrics = found["metrics"]
+        accepted.append(
+            metrics["vllm:spec_decode_num_accepted_tokens"] / metrics["vllm:spec_decode_num_draft_tokens"]
+        )
+    print(f"accepted: {accepted[0]:.2f} of the drafts as they are, {accepted[1]:.2f} of the tilted ones")
+    assert accepted[1] > accepted[0] + 0.1
+
+
+def test_draft_values_without_a_draft_model_are_refused(tmp_path: Path, inner: Setup, drafters_head: Path) -> None:
+    serve = {"values": str(inner.head), "draft_values": str(drafters_head)}
+    with pytest.raises(AssertionError, match="draft_values are for speculation by a draft model"):
+        run(tmp_path, inner, [requests(1, 1)], False, serve)
+
+
+@pytest.mark.parametrize("tilted", [False, True], ids=["drafts", "tilted drafts"])
+@pytest.mark.parametrize("method", ["greedy", "probabilistic"])
+def test_sampling_with_drafts_is_exact(
+    tmp_path: Path, inner: Setup, drafter: Path, drafters_head: Path, tilted: bool, method: str
+) -> None:
     """Pairs of tokens follow the tilted distribution that is enumerated."""
     prompt, count = [5, 9, 23, 40], 600
     asked = {"mavis_weights": "kind=1,odd=-0.5", "mavis_beta": 1.0, "mavis_top_k": 4}
@@ -217,9 +270,10 @@ def test_sampling_with_drafts_is_exact(tmp_path: Path, inner: Setup, drafter: Pa
         }
         for i in range(count)
     ]
-    draft = {"method": "draft_model", "model": str(drafter), "num_speculative_tokens": 2}
+    draft = {"method": "draft_model", "model": str(drafter), "num_speculative_tokens": 2, "draft_sample_method": method}
     engine = {"max_num_seqs": 64, "max_model_len": 64, "speculative_config": draft}
-    answers = run(tmp_path, inner, [batch], True, {"values": str(inner.head)}, **engine)["batches"][0]
+    serve = {"values": str(inner.head)} | ({"draft_values": str(drafters_head)} if tilted else {})
+    answers = run(tmp_path, inner, [batch], True, serve, **engine)["batches"][0]
     truth = enumerated(inner, prompt, asked)
     counted = dict.fromkeys(truth, 0)
     for pair in answers["tokens"]:
@@ -267,6 +321,14 @@ def test_value_models_follow_requests_that_come_and_go(tmp_path: Path, inner: Se
         engine = CROWDED | {"max_num_batched_tokens": 96, "speculative_config": draft}
     answers = run(tmp_path, inner, [batch], v2, serve, **engine)["batches"][0]
     assert ties(inner, batch, answers, values) <= 2
+
+
+def test_two_ranks_of_tensor_parallelism_come_to_the_same(tmp_path: Path, setup: Setup) -> None:
+    """Every rank steers its own copy of the rows; what one of them samples is what all go on from."""
+    batch = requests(24, 8, seed=11)
+    engine = CROWDED | {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    answers = run(tmp_path, setup, [batch], False, {"values": str(setup.head)}, **engine)["batches"][0]
+    assert ties(setup, batch, answers) <= 2
 
 
 BAD = [{"mavis_weights": "kid=1"}, {"mavis_beta": "much"}, {"mavis_top_k": 100000}, {"mavis_strength": 1}]

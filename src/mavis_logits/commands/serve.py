@@ -65,6 +65,8 @@ def serving(arguments: argparse.Namespace) -> dict[str, Any]:
 
     values: Any = value_sources(arguments.values) if arguments.values else str(checkout_path(DEFAULT_VALUES))
     settings: dict[str, Any] = {"values": values, "max_top_k": arguments.max_top_k}
+    if arguments.draft_values:
+        settings["draft_values"] = value_sources(arguments.draft_values)
     if arguments.weights:
         settings["weights"] = parse_weights(arguments.weights)
     settings |= {name: value for name in ("beta", "top_k") if (value := getattr(arguments, name)) is not None}
@@ -124,6 +126,10 @@ def parser() -> argparse.ArgumentParser:
         "--values", nargs="+", metavar="[NAME=]FOLDER_OR_ID",
         help="a bundle, or value functions under their own objectives' names or those given "
         f"(default: the value heads for SmolLM2, the bundle in {DEFAULT_VALUES})",
+    )  # fmt: skip
+    add(
+        "--draft-values", nargs="+", metavar="[NAME=]FOLDER_OR_ID",
+        help="value heads of a draft model (after --: --speculative-config), by which its drafts are tilted as well",
     )  # fmt: skip
     add("--weights", metavar="NAME=NUMBER,...", help="of requests that name none (default: as recommended, else equal)")
     add("--beta", type=float, help="strength for requests that do not say (default: as recommended, else 5)")

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -41,6 +41,8 @@ class Serving:
             functions recommend.
         max_top_k: most candidates that a request may ask for.
         max_value_tokens: most tokens whose keys and values are kept for value models, over all requests.
+        draft_values: value heads of the draft model, likewise, by which its drafts are tilted as well; None: they are
+            as the draft model has them.
         check_weights: whether a head is refused where the served model's weights are not those it was trained on.
     """
 
@@ -48,15 +50,13 @@ class Serving:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     max_top_k: int = DEFAULT_MAX_TOP_K
     max_value_tokens: int = 1 << 18
+    draft_values: str | list[str] | dict[str, str] | None = None
     check_weights: bool = True
 
     def __post_init__(self) -> None:
-        names = self.values.values() if isinstance(self.values, Mapping) else self.values
-        many = [names] if isinstance(names, str) else list(names) if isinstance(self.values, list | dict) else []
-        if not many or not all(isinstance(name, str) and name for name in many):
-            raise ValueError(
-                f"values must be a folder or Hub id, a list of them, or an object by objective, got {self.values!r}"
-            )
+        _check_sources("values", self.values)
+        if self.draft_values is not None:
+            _check_sources("draft_values", self.draft_values)
         for name in ("max_top_k", "max_value_tokens"):
             limit = getattr(self, name)
             if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
@@ -116,6 +116,31 @@ class Serving:
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "defaults"}
         return json.dumps({**own, **self.defaults})
 
+    def for_drafts(self, objectives: Sequence[str]) -> Serving:
+        """The settings by which drafts are steered: `draft_values` in the order of the served objectives.
+
+        Raises:
+            ValueError: an objective of which they have no value, or one that is not read off the last state.
+        """
+        given: Any = self.draft_values
+        if not isinstance(given, dict):
+            many = [given] if isinstance(given, str) else given
+            given = {name: one for one in many for name in _described(one).config.objectives}
+        missing = [name for name in objectives if name not in given]
+        if missing:
+            raise ValueError(
+                f"draft_values have no value of {', '.join(missing)}, which requests may be steered by: they have "
+                f"{', '.join(given)}"
+            )
+        own = {name: given[name] for name in objectives}
+        functions = ValueFunctions(_described(own))
+        if functions.models or functions.layers != {None}:
+            raise ValueError(
+                "draft_values must be value heads that read what enters the draft model's output embedding, which is "
+                "all that vLLM hands out of it: train them with `mavis train-head --layer output`"
+            )
+        return replace(self, values=own, draft_values=None)
+
     def load(self, model: Any, device: torch.device) -> ValueFunctions:
         """The value functions with their weights; heads are not bound yet.
 
@@ -159,6 +184,8 @@ class Offer:
         """
         sources, bundled = _sources(serving.values)
         functions = ValueFunctions(_described(sources))
+        if serving.draft_values is not None:
+            serving.for_drafts(functions.objectives)
         base = vars(bundled) if bundled is not None else functions.recommended
         return cls(functions, MavisConfig.from_dict({**base, **serving.defaults}), serving.max_top_k)
 
@@ -177,6 +204,14 @@ class Offer:
 def offer_of(text: str) -> Offer:
     """The offer of a server's settings, as JSON text, from the value functions' configs alone."""
     return Offer.of(Serving.read(text))
+
+
+def _check_sources(key: str, given: Any) -> None:
+    """Raise `ValueError` if no value functions can be meant."""
+    names = given.values() if isinstance(given, Mapping) else given
+    many = [names] if isinstance(names, str) else list(names) if isinstance(given, list | dict) else []
+    if not many or not all(isinstance(name, str) and name for name in many):
+        raise ValueError(f"{key} must be a folder or Hub id, a list of them, or an object by objective, got {given!r}")
 
 
 class _Described:

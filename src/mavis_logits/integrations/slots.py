@@ -143,6 +143,11 @@ class Slots:
         """Whether the rows of a slot will be changed."""
         return self._group[slot] != _UNSTEERED
 
+    @property
+    def steered(self) -> int:
+        """In how many slots rows will be changed."""
+        return sum(map(self.is_steered, range(len(self._group))))
+
     def move(self, source: int, target: int, swap: bool = False) -> None:
         """A request goes from one slot to another, whose own is gone, or goes the other way."""
         pair = [target, source]

@@ -20,6 +20,7 @@ from ..histories import Histories
 from ..serving import Serving, offer_of
 from ..slots import Rows, Slots, Wanted, head_values
 from . import binding
+from .drafts import Drafts, watch
 from .metrics import Metrics
 from .states import BatchStates
 
@@ -93,6 +94,7 @@ class Engine:
         slots: the requests' settings.
         layers: what is read of the served model.
         batch: states of the step under way; set by the runner's hooks.
+        drafts: what tilts a draft model's proposals; None where they are left alone.
     """
 
     def __init__(self, vllm_config: Any, slots: int, device: torch.device) -> None:
@@ -105,7 +107,8 @@ class Engine:
         self.metrics = Metrics(self.slots)
         self.batch: BatchStates | None = None
         self.histories: Histories | None = None
-        self._offer = offer
+        self.drafts: Drafts | None = None
+        self._offer, self._count = offer, slots
 
     @property
     def inner_layers(self) -> set[Layer]:
@@ -134,6 +137,23 @@ class Engine:
             places, own.beta, own.top_k, own.normalize, self._offer.max_top_k,
         )  # fmt: skip
 
+    def attach_drafts(self, speculator: Any) -> None:
+        """Tilt what a draft model proposes, if the server's settings say by which values.
+
+        Args:
+            speculator: vLLM's; None where there is no speculation.
+
+        Raises:
+            ValueError: values that do not fit the draft model, or a speculator without one.
+        """
+        if self.serving.draft_values is None:
+            return
+        drafter = getattr(speculator, "model", None)
+        if drafter is None:
+            raise ValueError("draft_values are for speculation by a draft model, and this server has none: leave them out")
+        self.drafts = Drafts(self.vllm_config, drafter, self.serving, self._offer, self._count, self.device)
+        watch(speculator, self.drafts)
+
     def mark(self, layers: tuple[int, ...]) -> None:
         """Let vLLM's cache of compiled code tell a model that hands out these layers from one that does not."""
         more = self.vllm_config.additional_config
@@ -145,11 +165,15 @@ class Engine:
 
         One that was admitted in spite of bad settings is ended, since an error here would end the engine.
         """
+        every = [self.slots] if self.drafts is None else [self.slots, self.drafts.slots]
         try:
-            self.slots.put(slot, Asked.read(getattr(sampling_params, "extra_args", None), self._offer))
+            asked = Asked.read(getattr(sampling_params, "extra_args", None), self._offer)
+            for slots in every:
+                slots.put(slot, asked)
         except Exception as error:
             logger.error("mavis: a request is ended at once, since its settings are wrong: %s", error)
-            self.slots.refuse(slot)
+            for slots in every:
+                slots.refuse(slot)
         return self.slots.is_steered(slot)
 
     def steer(self, logits: Tensor, rows: Rows, positions: Tensor | None, texts: Texts) -> Tensor:

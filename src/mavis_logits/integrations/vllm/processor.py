@@ -61,6 +61,7 @@ class _ForV2(MavisProcessor):
                 "that reads the last layer, or tensor parallelism"
             )
         self._engine.attach(runner.model)
+        self._engine.attach_drafts(runner.speculator)
         _watch_v2(runner, self._engine)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
@@ -146,6 +147,7 @@ class _ForV1(MavisProcessor):
         def loading(*given: Any, **named: Any) -> None:
             load_model(*given, **named)
             self._engine.attach(runner.model)
+            self._engine.attach_drafts(None)
             _watch_v1(runner, self._engine)
 
         runner.load_model = loading
