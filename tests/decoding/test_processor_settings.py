@@ -51,6 +51,15 @@ def test_value_models_without_weight_rest_until_they_have_some(base: Any, prompt
     assert_algorithm_2(recorder, base, steered=9)
 
 
+def test_a_strength_that_is_asked_for_comes_before_a_budget_that_is_recommended() -> None:
+    value_model = make_value_model("a")
+    value_model.config.settings = {"kl_budget": 0.25, "normalize": "none"}
+    assert MavisLogitsProcessor(value_model).config.kl_budget == 0.25
+    stronger = MavisLogitsProcessor(value_model, beta=3.0)
+    assert stronger.config.kl_budget is None
+    assert stronger.beta == 3.0
+
+
 def test_kl_budget_is_spent_exactly(base: Any, prompts: dict[str, Tensor]) -> None:
     mavis = MavisLogitsProcessor(make_value_model("a"), top_k=VOCABULARY, kl_budget=0.25, trace=True, pad_token_id=PAD)
     base.generate(**prompts, do_sample=True, max_new_tokens=5, suppress_tokens=[EOS], logits_processor=[mavis])

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hub_server import HubServer
-from mavis_logits import MavisConfig, MavisLogitsProcessor, ValueModel, cli
+from mavis_logits import MavisConfig, MavisLogitsProcessor, ValueHead, ValueModel, cli
 from mavis_logits.hub.bundle import BUNDLE_FILE, FORMAT_VERSION, Bundle, BundleEntry, load_bundle
 from mavis_logits.hub.make_bundle import make_bundle
 from mavis_logits.hub.publish import push_folder
@@ -163,6 +163,27 @@ def test_a_bundle_is_value_functions_wherever_these_are_loaded(folders: Path) ->
     for mixed in ({"a": bundle}, [bundle, str(folders / "value-b")]):
         with pytest.raises(ValueError, match=r"bundle of value functions, for a, c, d: give it alone"):
             load_value_functions(mixed, base, None, {})
+
+
+def test_what_a_setting_of_an_evaluation_does_not_say_is_as_recommended(folders: Path) -> None:
+    base = make_base()
+    head = ValueHead.from_pretrained(folders / "head")
+    head.config.settings = {"beta": 3.5, "top_k": 7, "normalize": "none", "unscored": "expected", "temperature": 0.4}
+    head.save_pretrained(folders / "recommending")
+    own = str(folders / "recommending")
+    bundle = str(make_bundle(folders / "bundle", {"c": own, "d": own}, MavisConfig(top_k=9, kl_budget=0.2)))
+    for source in (own, bundle):
+        settings: dict[str, dict[str, Any]] = {"as it is": {"weights": {"c": 1.0}}, "stronger": {"beta": 6.0}}
+        made = steerings(settings, source, base, None)  # type: ignore[arg-type]
+        for name, setting in settings.items():
+            one = made[name]
+            loaded = MavisLogitsProcessor.from_pretrained(source, model=base, **setting)  # type: ignore[arg-type]
+            assert one is not None
+            assert one.config == loaded.config
+            assert one.beta == loaded.beta
+            assert one.policy.weights.tolist() == loaded.policy.weights.tolist()
+    assert made["as it is"].config.kl_budget == 0.2  # type: ignore[union-attr]
+    assert made["stronger"].config.kl_budget is None  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("name", ["value-a", "bundle"])

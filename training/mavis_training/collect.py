@@ -236,8 +236,7 @@ def load_policy(
     """
     if config is None:
         return None
-    settings = MavisConfig.from_dict(config.settings)
-    return Steering.from_pretrained(config.value_functions, model=model, tokenizer=tokenizer, config=settings)
+    return Steering.from_pretrained(config.value_functions, model=model, tokenizer=tokenizer, **config.settings)
 
 
 def describe(steering: Steering | None) -> dict[str, Any]:
@@ -267,8 +266,8 @@ def _describe_served(policy: PolicyConfig) -> dict[str, Any]:
         ValueError: a value function that cannot be served, or settings that do not fit it.
     """
     serving = Serving.read(rollout_vllm.serving(policy))
-    Offer.of(serving)
-    return _described(serving.load(None, torch.device("cpu")), MavisConfig.from_dict(policy.settings))
+    offer = Offer.of(serving)
+    return _described(serving.load(None, torch.device("cpu")), offer.config)
 
 
 def _generation(model: str) -> GenerationConfig:

@@ -106,6 +106,8 @@ class Steering(Copied):
         weights = weights if weights is not None or config is None else config.weights
         self.functions = ValueFunctions(with_words(value_functions, objectives, weights, tokenizer), tokenizer, fuse)
         base = self.functions.recommended | self._whatever_is_recommended if config is None else vars(config)
+        if beta is not None:
+            settings = {"kl_budget": None, **settings}  # a strength that is asked for is not left to a budget of theirs
         config = MavisConfig.from_dict({**base, **settings})
         self._check_config(config)
         self._steer_by(config, weights, beta if beta is not None else config.beta)

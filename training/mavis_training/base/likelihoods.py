@@ -9,7 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 
-@torch.inference_mode()
+_LOGITS = 1 << 27  # that are held at once
+
+
 def log_likelihoods(
     model: PreTrainedModel,
     prompts: Sequence[list[int]],
@@ -17,6 +19,19 @@ def log_likelihoods(
     temperature: float = 1.0,
 ) -> list[float]:
     """log pi_ref of every completion after its prompt, in nats, at a temperature."""
+    most = max(map(len, completions), default=0) + 1
+    size = max(1, _LOGITS // (most * model.config.get_text_config(decoder=True).vocab_size))
+    found = []
+    for start in range(0, len(prompts), size):
+        part = slice(start, start + size)
+        found += _together(model, prompts[part], completions[part], temperature)
+    return found
+
+
+@torch.inference_mode()
+def _together(
+    model: PreTrainedModel, prompts: Sequence[list[int]], completions: Sequence[list[int]], temperature: float
+) -> list[float]:
     rows = [p + c for p, c in zip(prompts, completions, strict=True)]
     width, most = max(map(len, rows)), max(map(len, completions))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=model.device)

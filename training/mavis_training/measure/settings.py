@@ -1,6 +1,7 @@
 """What a setting of steered decoding is, and the processor or strategy that it stands for.
 
-A setting is a mapping of fields of `MavisConfig`, of `value_functions` where they are not those of all settings, of
+A setting is a mapping of fields of `MavisConfig` (what it does not say is as the value functions or their bundle
+recommend, as everywhere), of `value_functions` where they are not those of all settings, of
 `objectives` in words beside them, of `strategy` with that strategy's own arguments where it is not to be a logits
 processor, and of what rivals of value functions are given (`rivals.decoding`). An empty one is the base model left
 alone. In words, beta 1 over all candidates is a system prompt, measured like everything else.
@@ -20,7 +21,7 @@ from mavis_logits.core.known import meant
 from mavis_logits.decoding import strategies
 from mavis_logits.decoding.strategies import MavisSampling, MavisStrategy
 from mavis_logits.steering.steering import Steering
-from mavis_logits.values.loading import load_value_functions
+from mavis_logits.values.loading import bundled, load_value_functions
 
 from ..rivals.decoding import KEYS, Decoding
 
@@ -95,14 +96,14 @@ def steerings(
     Raises:
         ValueError: an unknown objective, or settings that the strategy refuses.
     """
-    loaded: dict[str, Any] = {}
+    loaded: dict[str, tuple[Any, MavisConfig | None]] = {}
     made: dict[str, Steering | None] = {}
     for name, setting in settings.items():
         kind, config, own, _ = parts(setting)
         rival = Decoding.of(setting) is not None  # then a processor sees what another temperature leaves
         if kind is None and not plain and not rival:
             kind, own = MavisSampling, {}
-        common = {"model": model, "tokenizer": tokenizer, "config": MavisConfig.from_dict(config)}
+        common: dict[str, Any] = {"model": model, "tokenizer": tokenizer, **config}
         if _IN_WORDS in setting:
             common["objectives"] = setting[_IN_WORDS]
         if not setting.keys() - set(KEYS):
@@ -110,8 +111,9 @@ def steerings(
             continue
         source = setting.get(OWN_FUNCTIONS, value_functions)
         if str(source) not in loaded:
-            loaded[str(source)] = source and load_value_functions(source, model, model.device, {})
-        functions = loaded[str(source)]
+            sources, of_bundle = bundled(source, {})
+            loaded[str(source)] = load_value_functions(sources, model, model.device, {}), of_bundle
+        functions, common["config"] = loaded[str(source)]
         if kind is None or kind is MavisSampling:
             made[name] = (kind or MavisLogitsProcessor)(functions, **common, trace=True, **own)
         else:

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
-
-from mavis_logits import MavisConfig
 
 from ..trees.tree import Tree
 from .growth import Growth
@@ -72,10 +69,7 @@ def load_engine(
 
 def serving(policy: PolicyConfig) -> dict[str, Any]:
     """The settings of the plug-in for a policy (`mavis_logits.integrations.serving.Serving`)."""
-    settings = asdict(MavisConfig.from_dict(policy.settings))
-    if settings["weights"] is None:
-        del settings["weights"]
-    return {"values": policy.value_functions, **settings}
+    return {"values": policy.value_functions, **policy.settings}
 
 
 def engine_version() -> str:
