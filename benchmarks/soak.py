@@ -155,6 +155,7 @@ def processor_of() -> Any:
     """The processor's engine, of which there is one in this process."""
     from mavis_logits.integrations.vllm.engine import Engine
 
+    gc.unfreeze()  # vLLM has what is loaded left out of garbage collection
     (found,) = [one for one in gc.get_objects() if isinstance(one, Engine)]
     return found
 
@@ -171,7 +172,7 @@ def a_request(rng: random.Random) -> dict[str, Any]:
     greedy = rng.random() < 0.5
     params = {
         "temperature": 0.0 if greedy else 1.0, "max_tokens": rng.randint(1, 32), "ignore_eos": True,
-        "seed": rng.randrange(1 << 30), "logprobs": 2, "detokenize": False,
+        "logprobs": 2, "detokenize": False,
     }  # fmt: skip
     prompt = [rng.randrange(3, VOCABULARY) for _ in range(rng.randint(1, 60))]
     return {"prompt": prompt, "params": params, "asked": asked}
@@ -264,7 +265,7 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("--requests", type=int, default=10_000)
     add("--rate", type=float, default=0.7, help="arrivals a step, on average (default: %(default)s)")
-    add("--aborts", type=float, default=0.1, help="share of the requests that are aborted (default: %(default)s)")
+    add("--aborts", type=float, default=0.1, help="aborts for each arrival that is due (default: %(default)s)")
     add("--blocks", type=int, default=8, help="of 32 tokens, of the key-value cache (default: %(default)s)")
     add("--most", type=int, default=64, help="requests under way at once (default: %(default)s)")
     add("--sample", type=int, default=200, help="greedy requests that are asked again (default: %(default)s)")
