@@ -4,7 +4,7 @@
 
 Speculative decoding accepts a draft of the distribution q with probability sum_a min(pi(a), q(a)), and the likeliest
 token of q with probability pi of it, pi being the tilted distribution. Both are computed here, not sampled, at every
-token of steered answers. The drafter is the model itself, which unsteered is always accepted: so what is lost is lost to
+token of steered answers. The drafter is the model itself, which unsteered is always accepted: what is lost is lost to
 the tilt alone. Tilted drafts take a head on the drafter's last state, which is all that vLLM hands out of it
 (`draft_values` of docs/serving.md). Results go to docs/results/acceptance.json and acceptance.md.
 """
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, tokenizer = load_chat_model("smollm2", torch.bfloat16)
     head, drafts = (ValueHead.from_pretrained(name).float().bind(model) for name in (given.head, given.draft_head))
     if drafts.config.layer is not None:
-        raise SystemExit(f"{given.draft_head} reads layer {drafts.config.layer}: a drafter hands out its last state only")
+        raise SystemExit(f"{given.draft_head} reads layer {drafts.config.layer}: a drafter hands out its last state")
     prompts = encode_prompts(read_prompts(given.prompts, limit=given.limit), tokenizer, 512)
     rows = []
     for beta in given.betas:
@@ -123,8 +123,8 @@ def tilted(reference: Tensor, head: ValueHead, states: Tensor, objective: str, b
     m = head.config.objectives.index(objective)
     best, candidates = reference.topk(_TOP_K, dim=-1)
     values = beta * head(states, candidates)[..., m] / float(head.units[2][m])
-    expected = (best.softmax(dim=-1) * values).sum(dim=-1, keepdim=True)
-    return (reference + (values - expected).new_zeros(reference.shape).scatter(1, candidates, values - expected)).log_softmax(dim=-1)
+    own = values - (best.softmax(dim=-1) * values).sum(dim=-1, keepdim=True)
+    return (reference + torch.zeros_like(reference).scatter(1, candidates, own)).log_softmax(dim=-1)
 
 
 def page(content: dict[str, Any]) -> str:
@@ -133,8 +133,9 @@ def page(content: dict[str, Any]) -> str:
     lines = [
         "# Drafts under steering", "",
         f"`benchmarks/acceptance.py`, {content['date']}, {content['machine']}; {versions}. SmolLM2-135M steered by "
-        f"{content['settings']['head']}, drafting for itself; {content['settings']['prompts']} held-out prompts, temperature 1, seed 0. "
-        "The probability that a draft token is accepted, computed at every token of steered answers.", "",
+        f"{content['settings']['head']}, drafting for itself; {content['settings']['prompts']} held-out prompts, "
+        "temperature 1, seed 0. The probability that a draft token is accepted, computed at every token of steered "
+        "answers.", "",
         "| objective | strength | nats a token | sampled drafts | tilted | likeliest drafts | tilted |",
         "|---|---|---|---|---|---|---|",
     ]  # fmt: skip

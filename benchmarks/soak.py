@@ -3,11 +3,11 @@
     .venv-vllm/bin/python benchmarks/soak.py                 # a small random model on a CPU: some twenty minutes
     .venv-vllm/bin/python benchmarks/soak.py --requests 500  # a look
 
-A value head and a value model steer at weights and strengths of each request's own; a quarter asks for nothing. Requests
-arrive at random, some are aborted, and the key-value cache is so small that running ones are put aside. Watched are the
-process's memory, the tokens that value models' caches have room for, and the settings that slots still hold. In the end
-a sample of greedy requests is asked once more, each alone: an answer that parts from the first one elsewhere than at a
-tie has been touched by its neighbours. Results go to docs/results/soak.json and soak.md.
+A value head and a value model steer at weights and strengths of each request's own; a quarter asks for nothing.
+Requests arrive at random, some are aborted, and the key-value cache is so small that running ones are put aside.
+Watched are the process's memory, the tokens that value models' caches have room for, and the settings that slots
+still hold. In the end a sample of greedy requests is asked once more, each alone: an answer that parts from the first
+one elsewhere than at a tie has been touched by its neighbours. Results go to docs/results/soak.json and soak.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -59,7 +59,7 @@ def soak(folder: Path, options: argparse.Namespace) -> int:
     answers: list[Answer] = []
     under_way: dict[str, dict[str, Any]] = {}
     seen: list[dict[str, float]] = []
-    begun = aborted = 0
+    begun = aborted = greedy = 0
     started = time.perf_counter()
     while begun < options.requests or under_way:
         arriving = min(options.requests - begun, poisson(rng, options.rate))
@@ -76,17 +76,18 @@ def soak(folder: Path, options: argparse.Namespace) -> int:
         for output in engine.step():
             if output.finished and output.request_id in under_way:
                 request = under_way.pop(output.request_id)
-                if request["params"]["temperature"] == 0.0 and len(answers) < 20 * options.sample:
-                    answers.append(answered(request, output))
+                if request["params"]["temperature"] == 0.0:  # a sample of all of them, in bounded room
+                    greedy += 1
+                    place = len(answers) if len(answers) < options.sample else rng.randrange(greedy)
+                    if place < options.sample:
+                        answers[place : place + 1] = [answered(request, output)]
         if begun >= options.every * (len(seen) + 1):
             seen.append(look(watched) | {"requests": begun})
             print(json.dumps(seen[-1]), flush=True)
-    for _ in range(3):
-        engine.step()  # the last removals reach the processors with a step
     seconds = time.perf_counter() - started
     preempted = preemptions(engine)
-    sample = rng.sample(answers, min(options.sample, len(answers)))
-    parted = [touched(one, alone(engine, one)) for one in sample]
+    parted = [touched(one, alone(engine, one)) for one in answers]
+    alone(engine, replace(answers[0], asked={}))  # what has left reaches the processors with the next request
     after = look(watched) | {"requests": begun}
     content = {
         "date": date.today().isoformat(),
@@ -95,7 +96,7 @@ def soak(folder: Path, options: argparse.Namespace) -> int:
         "settings": {name: getattr(options, name) for name in ("requests", "rate", "aborts", "blocks", "most", "seed")},
         "seconds": round(seconds), "aborted": aborted, "preempted": preempted,
         "watched": seen, "after": after, "max_value_tokens": MAX_VALUE_TOKENS,
-        "asked_again": len(sample), "at_a_tie": parted.count("tie"), "touched": parted.count("touched"),
+        "asked_again": len(answers), "at_a_tie": parted.count("tie"), "touched": parted.count("touched"),
     }  # fmt: skip
     options.out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     options.out.with_suffix(".md").write_text(page(content), encoding="utf-8")
@@ -205,7 +206,7 @@ def alone(engine: Any, one: Answer) -> Answer:
 
 
 def touched(one: Answer, again: Answer) -> str:
-    """"same", "tie" where the first other token was as likely as the one of before, or else "touched"."""
+    """ "same", "tie" where the first other token was as likely as the one of before, or else "touched"."""
     for mine, other, said in zip(one.tokens, again.tokens, again.logprobs, strict=True):
         if mine != other:
             gap = said[other] - said.get(mine, float("-inf"))
@@ -244,18 +245,18 @@ def page(content: dict[str, Any]) -> str:
     settings = content["settings"]
     lines = [
         "# A soak inside vLLM", "",
-        f"`benchmarks/soak.py`, {content['date']}, {content['machine']}; {versions}; V1 runner, a small random model, a value "
-        f"head and a value model. {settings['requests']:,} requests in {content['seconds']:,} seconds, "
+        f"`benchmarks/soak.py`, {content['date']}, {content['machine']}; {versions}; V1 runner, a small random model, "
+        f"a value head and a value model. {settings['requests']:,} requests in {content['seconds']:,} seconds, "
         f"{content['aborted']:,} of them aborted, running ones put aside {content['preempted']:,} times. "
-        f"Of {content['asked_again']} greedy ones that were asked again, each alone, {content['at_a_tie']} parted at a tie, "
-        f"and {content['touched']} elsewhere. Value models' caches may have room for {content['max_value_tokens']:,} tokens.",
+        f"Of {content['asked_again']} greedy ones that were asked again, each alone, {content['at_a_tie']} parted at a "
+        f"tie, and {content['touched']} elsewhere. Value models' caches may have room for "
+        f"{content['max_value_tokens']:,} tokens.",
         "", "| requests so far | memory (MB) | room of value models' caches (tokens) | slots that are steered |",
         "|---|---|---|---|",
     ]  # fmt: skip
-    for row in content["watched"]:
-        lines.append(f"| {row['requests']:,} | {row['megabytes']:.0f} | {row['value_tokens']} | {row['steered_slots']} |")
-    row = content["after"]
-    lines.append(f"| after all, idle | {row['megabytes']:.0f} | {row['value_tokens']} | {row['steered_slots']} |")
+    shown = [(f"{row['requests']:,}", row) for row in content["watched"]]
+    for name, row in [*shown, ("after all, idle", content["after"])]:
+        lines.append(f"| {name} | {row['megabytes']:.0f} | {row['value_tokens']} | {row['steered_slots']} |")
     return "\n".join(lines) + "\n"
 
 

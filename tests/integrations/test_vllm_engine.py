@@ -241,9 +241,7 @@ def test_more_of_tilted_drafts_is_accepted(tmp_path: Path, drafter: Path, drafte
         found = run(tmp_path, served, [batch], True, {"values": str(served.head), **more}, **engine)
         assert ties(served, batch, found["batches"][0]) <= 2
         metrics = found["metrics"]
-        accepted.append(
-            metrics["vllm:spec_decode_num_accepted_tokens"] / metrics["vllm:spec_decode_num_draft_tokens"]
-        )
+        accepted.append(metrics["vllm:spec_decode_num_accepted_tokens"] / metrics["vllm:spec_decode_num_draft_tokens"])
     print(f"accepted: {accepted[0]:.2f} of the drafts as they are, {accepted[1]:.2f} of the tilted ones")
     assert accepted[1] > accepted[0] + 0.1
 

@@ -58,8 +58,8 @@ class EvaluateConfig:
         rewards: the true rewards, by objective, as for `mavis label`.
         settings: by name, fields of `MavisConfig`, `value_functions` where they are not those above, and to decode by a
             strategy `strategy` with its own arguments; `objectives` are further ones in words, by name. What a setting
-            does not say is as the value functions or their bundle recommend. An empty one is the base model left alone. Left out, that one, each reward's objective alone and, of several, all of them
-            with equal weights. Where
+            does not say is as the value functions or their bundle recommend. An empty one is the base model left alone.
+            Left out, that one, each reward's objective alone and, of several, all of them with equal weights. Where
             `num_return_sequences` is above 1, the first one returned is measured and, on a line of its own, the one of
             the highest combined reward.
         combined: weights by objective of a combined reward, which is measured too.

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-
 _LOGITS = 1 << 27  # that are held at once
 
 

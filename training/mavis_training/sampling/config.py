@@ -20,8 +20,8 @@ class PolicyConfig:
 
     Attributes:
         value_functions: Hub id or folder of the value functions: one, or by objective.
-        settings: fields of `MavisConfig`: weights, beta, top_k, normalize, ...; the others are as the value functions or
-            their bundle recommend.
+        settings: fields of `MavisConfig`: weights, beta, top_k, normalize, ...; the others are as the value functions
+            or their bundle recommend.
     """
 
     value_functions: str | dict[str, str]

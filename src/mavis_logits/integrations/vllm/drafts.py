@@ -35,9 +35,7 @@ class Drafts:
         ValueError: values that do not fit the drafter.
     """
 
-    def __init__(
-        self, vllm_config: Any, drafter: Any, serving: Serving, offer: Offer, slots: int, device: Any
-    ) -> None:
+    def __init__(self, vllm_config: Any, drafter: Any, serving: Serving, offer: Offer, slots: int, device: Any) -> None:
         speculative = vllm_config.speculative_config
         functions = serving.for_drafts(offer.objectives).load(drafter, device)
         config = speculative.draft_model_config

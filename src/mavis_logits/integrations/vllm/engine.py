@@ -150,7 +150,9 @@ class Engine:
             return
         drafter = getattr(speculator, "model", None)
         if drafter is None:
-            raise ValueError("draft_values are for speculation by a draft model, and this server has none: leave them out")
+            raise ValueError(
+                "draft_values are for speculation by a draft model, and this server has none: leave them out"
+            )
         self.drafts = Drafts(self.vllm_config, drafter, self.serving, self._offer, self._count, self.device)
         watch(speculator, self.drafts)
 
