@@ -179,6 +179,28 @@ def tradeoff(results: Path, names: Sequence[str]) -> str:
     return "\n".join([about, "", *table(["way", *shown, "hypervolume"], rows), ""])
 
 
+def pairs(results: Path) -> str:
+    """Return how much every way covers of the other two pairs' planes, and the head over it."""
+    runs = [run for name in ("helpful_harmless", "harmless_humour") if (run := read(results / f"pareto_{name}.json"))]
+    if not runs:
+        return ""
+    rows = []
+    for name in sorted(runs[0]["methods"], key=lambda name: -runs[0]["methods"][name]["hypervolume"]):
+        row = [name]
+        for run in runs:
+            method = run["methods"][name]
+            low, high = method["interval"]
+            row.append(f"{method['hypervolume']:.2f} ({low:.2f} to {high:.2f})")
+            if "ratio" not in method:
+                row.append("")
+                continue
+            mark = "" if method["p_corrected"] < 0.05 else " ="
+            row.append(f"{method['ratio']:.2f} ({' to '.join(f'{x:.2f}' for x in method['ratio_interval'])}){mark}")
+        rows.append(row)
+    titles = [" against ".join(run["config"]["objectives"]) for run in runs]
+    return "\n".join([*table(["way", *(cell for one in titles for cell in (one, "head over it"))], rows), ""])
+
+
 def measured(run: dict[str, Any]) -> str:
     """Return on what an evaluation was made, and when."""
     return f"{run['prompts']} held-out prompts x {len(run['config']['seeds'])} seeds, {run['date']}"
@@ -283,6 +305,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "tradeoff": partial(tradeoff, names=["helpful_humour", "helpful_humour_tuned"]),
     "tradeoff-harmless": partial(tradeoff, names=["helpful_harmless"]),
     "tradeoff-jokes": partial(tradeoff, names=["harmless_humour"]),
+    "pairs": pairs,
     "decode": decode,
     "versions": versions,
     "hack": hack,
@@ -300,6 +323,7 @@ PAGES = {
         "versions",
     ),
     "docs/limits.md": ("hack",),
+    "docs/results/study.md": ("pairs",),
 }
 
 if __name__ == "__main__":
