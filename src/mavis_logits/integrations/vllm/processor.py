@@ -61,7 +61,7 @@ class _ForV2(MavisProcessor):
                 "that reads the last layer, or tensor parallelism"
             )
         self._engine.attach(runner.model)
-        self._engine.attach_drafts(runner.speculator)
+        self._engine.attach_drafts(getattr(runner, "speculator", None))
         _watch_v2(runner, self._engine)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
