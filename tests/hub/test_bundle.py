@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from mavis_logits.hub.make_bundle import make_bundle
 from mavis_logits.hub.publish import push_folder
 from mavis_logits.values import loading
 from mavis_logits.values.loading import load_value_functions
+from mavis_training.collect import describe, load_policy
 from mavis_training.measure.settings import steerings
+from mavis_training.sampling.config import PolicyConfig
 from tiny import make_base, make_head, make_value_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -182,6 +185,8 @@ def test_what_a_setting_of_an_evaluation_does_not_say_is_as_recommended(folders:
             assert one.config == loaded.config
             assert one.beta == loaded.beta
             assert one.policy.weights.tolist() == loaded.policy.weights.tolist()
+        recorded = describe(load_policy(PolicyConfig(source, {"beta": 6.0}), base, None))  # type: ignore[arg-type]
+        assert recorded["settings"] == asdict(made["stronger"].config) | {"beta": 6.0}  # type: ignore[union-attr]
     assert made["as it is"].config.kl_budget == 0.2  # type: ignore[union-attr]
     assert made["stronger"].config.kl_budget is None  # type: ignore[union-attr]
 

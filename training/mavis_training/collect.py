@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -236,7 +236,10 @@ def load_policy(
     """
     if config is None:
         return None
-    return Steering.from_pretrained(config.value_functions, model=model, tokenizer=tokenizer, **config.settings)
+    steering = Steering.from_pretrained(config.value_functions, model=model, tokenizer=tokenizer, **config.settings)
+    named = {name: config.settings[name] for name in ("weights", "beta") if name in config.settings}
+    steering.config = replace(steering.config, **named)  # which a store records
+    return steering
 
 
 def describe(steering: Steering | None) -> dict[str, Any]:
