@@ -7,11 +7,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import HfApi
 
 from hub_server import HubServer, use_hub
 from mavis_logits import MavisLogitsProcessor, ValueHead, ValueModel
 from mavis_logits.hub.files import check_inside, find_file
+from mavis_logits.integrations.serving import Serving
 from test_push import assert_same, make_adapter
 from tiny import make_base, make_head, make_value_model
 
@@ -81,6 +83,17 @@ def test_an_adapter_whose_base_is_missing_is_told(hub: HubServer) -> None:
     with pytest.raises(OSError, match=message):
         ValueModel.from_pretrained("org/value")
     assert_same(ValueModel.from_pretrained("org/value", backbone=make_base(), merge=False), make_adapter("a"))
+
+
+def test_an_adapter_is_served_where_the_served_model_is_no_transformers_model(hub: HubServer) -> None:
+    """As vLLM's is not: the layers come from the Hub."""
+    make_adapter("a").push_to_hub("org/value")
+    make_base().push_to_hub("org/base")
+    functions = Serving.read("org/value").load(torch.nn.Linear(2, 2), torch.device("cpu"))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    (served,) = functions.all
+    assert isinstance(served, ValueModel)
+    assert torch.allclose(served(ids).values, make_adapter("a")(ids).values, atol=1e-5)
 
 
 # ---- the cache ----

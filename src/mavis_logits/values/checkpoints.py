@@ -231,6 +231,8 @@ def _trunk(
 
 def _may_be_in(config: ValueModelConfig, base: PreTrainedModel) -> bool:
     """Whether a model is worth comparing with the layers that an adapter was trained on."""
+    if not isinstance(base, PreTrainedModel):  # as vLLM has it, in layers of its own
+        return False
     if config.backbone_fingerprint is None:  # nothing to compare: the name must do
         return config.backbone == Backbone.of(base).model.config.name_or_path
     found, wanted = Backbone.of(base).config, config.backbone_config
