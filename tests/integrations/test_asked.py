@@ -129,6 +129,15 @@ def test_defaults_of_the_server_come_before_those_of_the_value_functions(folder:
     assert Serving.read(serving.to_json()) == serving
 
 
+def test_a_strength_of_the_server_comes_before_a_budget_that_is_recommended(folder: Path) -> None:
+    head = ValueHead.from_pretrained(folder)
+    head.config.settings = {**SETTINGS, "kl_budget": 0.25}
+    head.save_pretrained(folder)
+    assert Offer.of(Serving.read(str(folder))).config.kl_budget == 0.25
+    own = Offer.of(Serving.read({"values": str(folder), "beta": 2})).config
+    assert (own.beta, own.kl_budget) == (2, None)
+
+
 def test_settings_are_found_where_the_engine_has_them_or_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENVIRONMENT, "org/value")
     assert Serving.find().values == "org/value"

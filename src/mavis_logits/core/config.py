@@ -106,6 +106,21 @@ class MavisConfig:
         return cls(**content)
 
 
+def settled(base: Mapping[str, Any], named: Mapping[str, Any], beta: Any = None) -> MavisConfig:
+    """The settings that are named, and those of `base` for the rest.
+
+    Args:
+        base: what value functions or their bundle recommend.
+        named: fields of `MavisConfig` that are asked for.
+        beta: a strength that is asked for apart from them, which is not put into the settings.
+
+    A strength that is asked for is not left to a `kl_budget` of `base`.
+    """
+    if beta is not None or named.get("beta") is not None:
+        named = {"kl_budget": None, **named}
+    return MavisConfig.from_dict({**base, **named})
+
+
 def recommended(given: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """What value functions that are used together recommend, as fields of `MavisConfig`.
 

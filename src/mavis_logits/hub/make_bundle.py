@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from ..core.config import MavisConfig, recommended
+from ..core.config import MavisConfig, recommended, settled
 from .bundle import BUNDLE_FILE, Bundle, BundleEntry
 from .cards import CARD, render_bundle_card
 from .files import Source, find_file, hub_errors, read_json
@@ -67,7 +67,7 @@ def make_bundle(
     if base_model is None and len(set(bases)) == 1:
         base_model = bases[0]
     if not isinstance(config, MavisConfig):
-        config = MavisConfig.from_dict({**recommended(settings), **(config or {})})
+        config = settled(recommended(settings), config or {})
     bundle = Bundle(entries, config, base_model)
 
     folder.parent.mkdir(parents=True, exist_ok=True)

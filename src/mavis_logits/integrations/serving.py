@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from ..core.config import MavisConfig
+from ..core.config import MavisConfig, settled
 from ..core.known import meant
 from ..hub.files import Source
 from ..values.ensemble import ValueFunctions
@@ -187,7 +187,7 @@ class Offer:
         if serving.draft_values is not None:
             serving.for_drafts(functions.objectives)
         base = vars(bundled) if bundled is not None else functions.recommended
-        return cls(functions, MavisConfig.from_dict({**base, **serving.defaults}), serving.max_top_k)
+        return cls(functions, settled(base, serving.defaults), serving.max_top_k)
 
     @property
     def objectives(self) -> list[str]:

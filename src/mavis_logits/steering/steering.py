@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backbone import Backbone
-from ..core.config import MavisConfig
+from ..core.config import MavisConfig, settled
 from ..hub.files import LOADING_ARGUMENTS
 from ..scoring.scorer import WantedReading
 from ..values.ensemble import ValueFunctions, with_words
@@ -106,9 +106,7 @@ class Steering(Copied):
         weights = weights if weights is not None or config is None else config.weights
         self.functions = ValueFunctions(with_words(value_functions, objectives, weights, tokenizer), tokenizer, fuse)
         base = self.functions.recommended | self._whatever_is_recommended if config is None else vars(config)
-        if beta is not None:
-            settings = {"kl_budget": None, **settings}  # a strength that is asked for is not left to a budget of theirs
-        config = MavisConfig.from_dict({**base, **settings})
+        config = settled(base, settings, beta)
         self._check_config(config)
         self._steer_by(config, weights, beta if beta is not None else config.beta)
         self.special = special_tokens(self.functions.of_ids, model, tokenizer, pad_token_id, eos_token_id)
