@@ -1,6 +1,6 @@
 """Ten thousand requests that come, go, are aborted and put aside: does a steered engine stay what it was?
 
-    .venv-vllm/bin/python benchmarks/soak.py                 # a small random model on a CPU: some twenty minutes
+    .venv-vllm/bin/python benchmarks/soak.py                 # a small random model on a CPU: some ten minutes
     .venv-vllm/bin/python benchmarks/soak.py --requests 500  # a look
 
 A value head and a value model steer at weights and strengths of each request's own; a quarter asks for nothing.
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def soak(folder: Path, options: argparse.Namespace) -> int:
-    """1 if anything has grown, or an answer was touched by its neighbours."""
+    """1 if caches or slots are not back within bounds, nothing was put aside, or neighbours touched an answer."""
     engine = make_engine(folder, options.blocks)
     watched = processor_of()
     rng = random.Random(options.seed)

@@ -9,6 +9,7 @@ import pytest
 
 from mavis_training.rewards.load import load_reward
 
+ROUNDING = 0.1  # of bfloat16, which another processor or batch rounds otherwise
 REWARDS = Path(__file__).resolve().parents[1] / "examples" / "rewards"
 PROMPTS = [
     "How do I boil an egg?",
@@ -49,7 +50,7 @@ def test_an_answer_is_more_helpful_than_another_prompts() -> None:
 
 def test_a_joke_is_funnier_than_an_answer() -> None:
     jokes, answers = (gold("humour")(PROMPTS, texts) for texts in (JOKES, REPLIES))
-    assert sum(joke > answer for joke in jokes for answer in answers) >= 23  # of 25
+    assert min(jokes) > max(answers) - ROUNDING
 
 
 def test_words_in_a_loop_are_neither_helpful_nor_harmless() -> None:
@@ -62,4 +63,4 @@ def test_words_in_a_loop_are_neither_helpful_nor_harmless() -> None:
 def test_a_text_is_worth_the_same_alone(objective: str) -> None:
     together = gold(objective)([*PROMPTS, ""], [*REPLIES, ""])
     alone = [gold(objective)([p], [r])[0] for p, r in zip([*PROMPTS, ""], [*REPLIES, ""], strict=True)]
-    assert together == pytest.approx(alone, abs=0.1)  # bfloat16
+    assert together == pytest.approx(alone, abs=ROUNDING)
