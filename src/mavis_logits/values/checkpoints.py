@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from ..backbone import Backbone
+from ..backbone import Backbone, UnsupportedModel
 from ..backbone.anatomy import name_of_class
 from ..backbone.attention import implementation_of
 from ..backbone.needs import Needs
@@ -231,11 +231,13 @@ def _trunk(
 
 def _may_be_in(config: ValueModelConfig, base: PreTrainedModel) -> bool:
     """Whether a model is worth comparing with the layers that an adapter was trained on."""
-    if not isinstance(base, PreTrainedModel):  # as vLLM has it, in layers of its own
+    try:
+        backbone = Backbone.of(base)
+    except UnsupportedModel:  # as vLLM has it, in layers of its own
         return False
     if config.backbone_fingerprint is None:  # nothing to compare: the name must do
-        return config.backbone == Backbone.of(base).model.config.name_or_path
-    found, wanted = Backbone.of(base).config, config.backbone_config
+        return config.backbone == backbone.model.config.name_or_path
+    found, wanted = backbone.config, config.backbone_config
     names = ("model_type", "hidden_size", "intermediate_size", "num_attention_heads")
     return all(getattr(found, name, None) == getattr(wanted, name, None) for name in names)
 
