@@ -25,6 +25,9 @@ class Settings:
 
     scale = torch.tensor([2.0, 0.5])
 
+    def policy(self, config: MavisConfig, weights: torch.Tensor, beta: torch.Tensor) -> Policy:
+        return Policy(config, weights, beta, self.scale, torch.tensor([0.2, -0.1]))
+
 
 def make_functions() -> ValueFunctions:
     torch.manual_seed(0)
@@ -69,7 +72,7 @@ def alone(asked: Asked | None, logits: torch.Tensor, state: torch.Tensor) -> tor
     """The slow twin: one row, by a policy of its own."""
     if asked is None:
         return logits
-    policy = Policy(asked.config, asked.weights, torch.tensor(asked.beta), Settings.scale)
+    policy = Settings().policy(asked.config, asked.weights, torch.tensor(asked.beta))
 
     def read(choice: Choice, _: torch.Tensor) -> torch.Tensor:
         return head_values(FUNCTIONS, {1: state[None]}, Wanted(None, choice, asked.config, BUSY))

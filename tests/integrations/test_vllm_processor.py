@@ -22,7 +22,6 @@ from mavis_logits.integrations.asked import Asked
 from mavis_logits.integrations.serving import ENVIRONMENT, Offer, Serving, offer_of
 from mavis_logits.integrations.slots import Wanted, head_values
 from mavis_logits.integrations.vllm.states import BatchStates
-from mavis_logits.steering.policy import Policy
 from mavis_logits.values.ensemble import ValueFunctions
 from mavis_logits.values.value_head import ValueHead, ValueHeadConfig
 
@@ -204,7 +203,7 @@ def expected(runner: Runner, head: ValueHead, batch: Batch, logits: Tensor, aske
         if own is None:
             rows.append(logits[row])
             continue
-        policy = Policy(own.config, own.weights, torch.tensor(own.beta), offer.scale)
+        policy = offer.policy(own.config, own.weights, torch.tensor(own.beta))
         states = {head.config.layer: runner.hidden[head.config.layer][token][None]}
         busy = [False] * len(offer.objectives)
         step = policy.step(

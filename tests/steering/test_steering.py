@@ -19,8 +19,12 @@ HEAD = make_head(make_base(), "a", "b")
 NORMALIZATIONS = ["minmax", "gap", "center", "none", "standard"]
 
 
-def steering(**settings: Any) -> Steering:
-    return Steering(HEAD, {"a": 0.7, "b": 0.3}, model=make_base(), **settings)
+def steering(log_prob_weight: list[float] | None = None, **settings: Any) -> Steering:
+    head = HEAD
+    if log_prob_weight is not None:
+        head = make_head(make_base(), "a", "b")
+        head.config.log_prob_weight = log_prob_weight
+    return Steering(head, {"a": 0.7, "b": 0.3}, model=make_base(), **settings)
 
 
 def scores_of(seed: int, rows: int = 3, spread: float = 3.0) -> Tensor:
@@ -40,6 +44,10 @@ def definition(mavis: Steering, scores: Tensor, values: Tensor) -> Tensor:
         best = float(log_ref.exp().max())
         candidates = [i for i in candidates if float(log_ref[i].exp()) >= config.candidate_min_p * best * (1 - 1e-6)]
     v = values[candidates].double()
+    nat = float(mavis.policy.weights @ mavis.functions.log_prob_weights())
+    stretched = config.normalize in ("minmax", "gap")
+    if stretched:
+        v = v + nat * log_ref[candidates]
     low, high = v.min(), v.max()
     if config.normalize == "minmax":
         v = (v - low) / (high - low) if high > low else torch.zeros_like(v)
@@ -50,6 +58,12 @@ def definition(mavis: Steering, scores: Tensor, values: Tensor) -> Tensor:
     policy = torch.zeros(len(scores), dtype=torch.float64) if config.unscored == "drop" else log_ref.exp()
     if config.unscored == "expected":
         v = v - (log_ref[candidates].softmax(dim=0) * v).sum()
+    if not stretched:
+        v = v + nat * log_ref[candidates]
+        others = policy.index_fill(0, torch.tensor(candidates), 0.0)
+        if others.any():  # alike among themselves: by what log pi_ref of one of them is in expectation
+            expected = float((others * log_ref.nan_to_num(neginf=0.0)).sum() / others.sum())
+            policy = policy * torch.exp(torch.tensor(float(mavis.beta) * nat * expected, dtype=torch.float64))
     policy[candidates] = log_ref[candidates].exp() * torch.exp(float(mavis.beta) * v)
     return policy / policy.sum()
 
@@ -62,6 +76,7 @@ settings = st.fixed_dictionaries(
         "unscored": st.sampled_from(["drop", "keep", "expected"]),
         "reference_temperature": st.sampled_from([1.0, 0.6]),
         "beta": st.sampled_from([0.0, 3.0]),
+        "log_prob_weight": st.sampled_from([None, [0.2, 0.4], [0.3, -0.5], [0.0, 0.0]]),
     }
 )
 
@@ -85,6 +100,35 @@ def test_a_step_is_what_its_settings_say(given_settings: dict[str, Any], seed: i
         assert float(step.kl[row]) == pytest.approx(float(kl), abs=1e-4)
         kept = torch.isfinite(step.others[row])
         assert bool(kept) == (mavis.config.unscored != "drop")
+
+
+@given(st.integers(0, 10**6), st.floats(0.0, 2.0), st.sampled_from(["none", "center", "standard"]))
+def test_log_pi_ref_alone_is_a_lower_temperature(seed: int, weight: float, normalize: str) -> None:
+    mavis = steering([weight, weight], top_k=None, normalize=normalize, beta=0.5)  # the weights sum to 1
+    scores = scores_of(seed)
+    step = mavis.policy.step(scores, lambda choice, _: torch.zeros(*choice.candidates.shape, 2))
+    expected = torch.log_softmax(scores.double() * (1 + 0.5 * weight), dim=1)
+    torch.testing.assert_close(step.log_probs(VOCABULARY).double().exp(), expected.exp(), atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("unscored", ["drop", "keep", "expected"])
+def test_weights_say_how_far_log_pi_ref_counts_in_each_row(unscored: str) -> None:
+    mavis = steering([0.5, 0.0], top_k=7, normalize="none", beta=1.0, unscored=unscored)
+    scores = scores_of(3, rows=2)
+    values = torch.randn(2, 7, 2)
+    mavis.weights = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    both = mavis.policy.step(scores, lambda choice, _: values).log_probs(VOCABULARY)
+    for row, weights in enumerate(({"a": 1.0}, {"b": 1.0})):
+        mavis.weights = weights
+        alone = mavis.policy.step(scores, lambda choice, _: values).log_probs(VOCABULARY)
+        torch.testing.assert_close(both[row], alone[row])
+    assert not mavis.policy.sharpens  # the last one's does not count: nothing is computed for it
+
+
+def test_a_budget_counts_what_log_pi_ref_moves() -> None:
+    mavis = steering([0.5, 0.1], top_k=20, normalize="standard", unscored="expected", kl_budget=0.3)
+    step = mavis.policy.step(scores_of(0, spread=1.0), lambda choice, _: torch.randn(*choice.candidates.shape, 2))
+    torch.testing.assert_close(step.kl, torch.full((3,), 0.3), atol=1e-3, rtol=1e-3)
 
 
 @given(st.integers(0, 10**6), st.sampled_from([3, 40]), st.floats(-5, 5))

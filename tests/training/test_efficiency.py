@@ -10,11 +10,15 @@ from torch import nn
 from mavis_training.fitting.efficiency import (
     baselines,
     leaf_shares,
+    log_prob_weights,
+    log_probs,
     sample_actions,
+    sharpened,
     steering_efficiency,
     steering_parts,
 )
 from mavis_training.trees.data import LabelledTree
+from mavis_training.trees.packing import pack
 from mavis_training.trees.targets import node_targets
 from mavis_training.trees.tree import Tree
 from random_trees import random_tree
@@ -88,6 +92,42 @@ def test_exaggerated_values_gain_the_same_and_are_calibrated_less(items):
 
 def test_values_that_differ_nowhere_do_not_steer(items):
     assert efficiency(np.ones(4), items) == {"gain": 0.0, "calibration": 0.0}
+
+
+def parts_with_log_probs(values, items):
+    generator = torch.Generator().manual_seed(0)
+    embedding, states = torch.from_numpy(np.log(REFERENCE))[:, None].float(), torch.ones(9, 1)
+    parts = []
+    for item in items:
+        layout = pack(item.tree)
+        drawn, before = sample_actions(embedding, states, 8, generator), torch.from_numpy(layout.previous)
+        candidates = torch.cat([torch.from_numpy(layout.input_ids[layout.new])[:, None], drawn[before]], dim=1)
+        likely = log_probs(embedding, states[before], candidates)
+        np.testing.assert_allclose(likely.exp(), REFERENCE[candidates.numpy()], rtol=1e-5)
+        parts.append(steering_parts(Table(values), item, states, drawn, likely))
+    return parts
+
+
+def test_log_pi_ref_makes_up_for_what_values_miss_of_it(items):
+    """Right values less some of log pi_ref: so much of it is what is to be added again, and the gain is 1 again."""
+    parts = parts_with_log_probs(REWARD - 2 * np.log(REFERENCE), items)
+    weights = log_prob_weights(parts)
+    assert weights == pytest.approx([2], rel=0.15)
+    rewards = [item.rewards for item in items]
+    alone, both = (
+        steering_efficiency(sharpened(parts, w), rewards, ["reward"])["reward"]["gain"] for w in ([0], weights)
+    )
+    assert both == pytest.approx(1, abs=0.07)
+    assert both > alone + 0.02
+    plain = efficiency(REWARD - 2 * np.log(REFERENCE), items)["gain"]
+    assert alone == pytest.approx(plain, abs=0.05)  # other draws
+
+
+def test_no_log_pi_ref_beside_values_that_tell_nothing_and_a_bound_beside_those_that_tell_little(items):
+    assert log_prob_weights(parts_with_log_probs(np.ones(4), items)) == [0]
+    tiny = log_prob_weights(parts_with_log_probs(1e-3 * REWARD, items))
+    spread = [np.sqrt(REFERENCE @ v**2 - (REFERENCE @ v) ** 2) for v in (1e-3 * REWARD, np.log(REFERENCE))]
+    assert abs(tiny[0]) <= 2.05 * spread[0] / spread[1]
 
 
 @settings(deadline=None)

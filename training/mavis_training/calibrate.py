@@ -7,6 +7,7 @@ hardly differ at most steps and differ much at a few. So it is measured: complet
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,13 +20,18 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mavis_logits.core.chat import ChatTemplate
 from mavis_logits.models import DEFAULT_MODEL, load_chat_model
+from mavis_logits.values.value_head import ValueHead
 
 from .base.prompts import encode_prompts, read_prompts
 from .base.ranks import join
 from .base.settings import check_sampling, torch_dtype
+from .fitting.foreseen import log_prob_weight_of, reference_of, steering
+from .fitting.states import tree_states
 from .measure.completions import Protocol, complete_all
 from .measure.settings import steerings
 from .sampling.reference import Reference, contexts, require_room
+from .trees.data import load_trees
+from .trees.packing import pack
 
 _NEAR = 0.1  # of the wanted divergence
 _TRIES = 5
@@ -51,6 +57,10 @@ class CalibrateConfig:
         chat_template: how prompts are put, as for `mavis collect`.
         dtype: of the base model's weights.
         device: where to sample; None for a GPU if there is one.
+        store: labelled trees of the reference that a value head has not learnt from: how much the reference's own
+            log pi_ref counts beside its values (`log_prob_weight`) is found by up to `trees` of them first. None leaves
+            it as it is.
+        trees: of the store.
     """
 
     value_function: str
@@ -67,6 +77,8 @@ class CalibrateConfig:
     chat_template: ChatTemplate = "auto"
     dtype: str = "float32"
     device: str | None = None
+    store: str | None = None
+    trees: int = 200
 
     def __post_init__(self) -> None:
         if not 0 < self.kl < float("inf"):
@@ -105,8 +117,8 @@ def calibrate(
         loaded_base: the base model and its tokenizer, if they are loaded already.
 
     Raises:
-        ValueError: the value function's settings normalise its values by step, so that units cancel; prompts that
-            cannot be used; an objective whose values tilt nothing. The config is as it was then.
+        ValueError: the value function's settings normalise its values by step, so that units cancel; prompts or trees
+            that cannot be used; an objective whose values tilt nothing. The config is as it was then.
         OSError: a file that cannot be read or written.
     """
     rows = read_prompts(config.prompts, config.limit)
@@ -122,9 +134,65 @@ def calibrate(
         loaded_base = load_chat_model(config.model, torch_dtype(config.dtype))
         loaded_base[0].to(join(config.device).device).eval()  # type: ignore[arg-type]
     model, tokenizer = loaded_base
-    reference = Reference.of(model, tokenizer, config.temperature, config.top_p)
     prompts = encode_prompts(rows, tokenizer, 10**6, config.chat_template)
     require_room(rows, prompts, config.max_new_tokens, contexts(model))
+    before = copy.deepcopy(own)
+    if config.store is not None:  # what is measured then steers by it
+        own.log_prob_weight = _log_prob_weight(config, model)
+        own.save_pretrained(config.value_function)
+    try:
+        strengths = _strengths(config, own, settings, rows, loaded_base)
+    except BaseException:
+        before.save_pretrained(config.value_function)
+        raise
+    set_tilt_scale([own], [one.beta for one in strengths.values()], config.beta)
+    own.settings |= {"normalize": "standard", "temperature": config.temperature}
+    own.save_pretrained(config.value_function)
+    return strengths
+
+
+def _log_prob_weight(config: CalibrateConfig, model: PreTrainedModel) -> list[float]:
+    """`log_prob_weight` of the value head, by trees that it has not learnt from."""
+    assert config.store is not None
+    head = ValueHead.from_pretrained(config.value_function).to(model.device).bind(model).float().eval()  # type: ignore[arg-type]
+    (store,), trees = load_trees(config.store, head.config.objectives, 0.0, most=config.trees)
+    store.require_base(model)
+    how = reference_of(store)
+    if how is None:
+        raise ValueError(
+            f"{config.store} was not sampled from the base model alone: name a store that no policy sampled"
+        )
+    with_states = [
+        (item, tree_states(model, pack(item.tree), head.config.layer))
+        for item in tqdm(trees, desc="hidden states", unit="tree")
+    ]
+    foreseen = steering(head, model, with_states, config.seeds[0], *how, most=config.trees)
+    found = log_prob_weight_of([foreseen], head.config.objectives)
+    if found is None:
+        raise ValueError(
+            f"no tree of {config.store} has two branches at its prompt: collect with root_children of at least 2"
+        )
+    return found
+
+
+def _strengths(
+    config: CalibrateConfig,
+    own: Any,
+    settings: dict[str, Any],
+    rows: list[dict[str, Any]],
+    loaded_base: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+) -> dict[str, Calibrated]:
+    """What `calibrate` finds for every objective.
+
+    Args:
+        config: what to calibrate.
+        own: the value function's config.
+        settings: that it steers by.
+        rows: the prompts.
+        loaded_base: the base model and its tokenizer.
+    """
+    model, tokenizer = loaded_base
+    reference = Reference.of(model, tokenizer, config.temperature, config.top_p)
     protocol = Protocol(
         config.seeds, config.max_new_tokens, config.batch_size, config.temperature, config.top_p, config.chat_template
     )
@@ -152,9 +220,6 @@ def calibrate(
                 stacklevel=2,
             )
         strengths[name] = one
-    set_tilt_scale([own], [one.beta for one in strengths.values()], config.beta)
-    own.settings |= {"normalize": "standard", "temperature": config.temperature}
-    own.save_pretrained(config.value_function)
     return strengths
 
 

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
-from mavis_logits.backbone import Backbone
 from mavis_logits.backbone.fingerprint import Identity, parameters_fingerprint
 from mavis_logits.models import load_chat_model
 from mavis_logits.values.value_head import ValueHead
@@ -25,7 +24,7 @@ from .base.kept import model_origin
 from .base.ranks import join
 from .base.record import Record
 from .base.settings import torch_dtype
-from .fitting.efficiency import sample_actions, steering_efficiency, steering_parts
+from .fitting.foreseen import log_prob_weight_of, reference_of, steering_by_reference
 from .fitting.head_config import TrainHeadConfig as TrainHeadConfig
 from .fitting.head_fitting import bootstrapped, fit, gather, sample_loss, steps_of
 from .fitting.metrics import Prediction, validation_metrics
@@ -47,10 +46,8 @@ from .fitting.states import (
     read_actions,
     read_states,
     read_taught,
-    tree_states,
 )
 from .trees.data import (
-    PAIRS,
     LabelledTree,
     data_origin,
     load_trees,
@@ -65,8 +62,6 @@ from .trees.targets import kept_nodes
 from .trees.tree_store import TreeStore
 
 T = TypeVar("T")
-_STEERING_TREES = 64  # of the validation trees, on which steering is foreseen
-_ACTIONS = 8  # drawn from the reference at each of their states
 
 
 def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) -> ValueHead:
@@ -124,9 +119,12 @@ def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) ->
         if config.rule != "positions":
             drawn_at = _of_trees(trees, [read_actions(store, folder) for store, folder in stored])
         metrics = fit_head(head, training, validation, of_tree, config, drawn_at)
-    references = [[_sampled(store)] * len(own) for store, own in zip(stores, states, strict=True)]
+    references = [[reference_of(store)] * len(own) for store, own in zip(stores, states, strict=True)]
     of_reference = _of_trees(trees, references)
-    metrics |= _steering_by_reference(head, model, validation, of_tree, of_reference, config.seed)
+    foreseen = steering_by_reference(head, model, validation, of_tree, of_reference, config.seed)
+    if config.sharpen:
+        head.config.log_prob_weight = log_prob_weight_of(foreseen.values(), config.objectives)
+    metrics |= foreseen
     recipe = head.config.recipe
     recipe["warmup_steps"] = metrics.pop("warmup_steps")
     output = Path(config.output)
@@ -160,24 +158,6 @@ def _head_to_train(
 def _of_trees(trees: Sequence[LabelledTree], by_store: Sequence[Sequence[T]]) -> dict[int, T]:
     """What there is of every tree, store by store, by the tree's `id`: prompts recur between stores."""
     return dict(zip(map(id, trees), chain.from_iterable(by_store), strict=True))
-
-
-def _steering_by_reference(
-    head: ValueHead,
-    model: PreTrainedModel,
-    validation: Sequence[LabelledTree],
-    of_tree: Mapping[int, Tensor],
-    of_reference: Mapping[int, tuple[float, float] | None],
-    seed: int,
-) -> dict[str, dict[str, dict[str, float]]]:
-    """`steering` on held-out trees; of stores at several temperatures, each by itself."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for how in dict.fromkeys(of_reference.values()):
-        own = [(item, of_tree[id(item)]) for item in validation if of_reference[id(item)] == how]
-        if how is not None and own:
-            name = f"steering at temperature {how[0]:g}, top-p {how[1]:g}" if found else "steering"
-            found[name] = steering(head, model, own, seed, *how)
-    return found
 
 
 def fit_head(
@@ -296,8 +276,9 @@ def training_origin(
     for name in ("rank", "trees", "answers"):
         if settings[name] is None:
             settings.pop(name)
-    if not config.reward_share:
-        settings.pop("reward_share")
+    for name in ("reward_share", "sharpen"):
+        if not settings[name]:
+            settings.pop(name)
     if not config.teachers:
         settings.pop("tokens")
     else:
@@ -348,35 +329,3 @@ def predict(head: ValueHead, item: LabelledTree, states: Tensor) -> Prediction:
     tokens = torch.from_numpy(layout.input_ids[layout.new]).to(head.device)
     values = head(hidden, tokens[:, None])[:, 0].double().cpu().numpy()
     return Prediction(item, values, prompt_value=None)
-
-
-def steering(
-    head: ValueHead,
-    model: PreTrainedModel,
-    trees: Sequence[tuple[LabelledTree, Tensor]],
-    seed: int,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-) -> dict[str, dict[str, float]]:
-    """`steering_efficiency` of a head on up to 64 trees, each with the states `[P + N, d]` that it reads, of the
-    reference at a temperature and nucleus; empty if none has the two branches at its prompt which that takes."""
-    branching = [(item, states) for item, states in trees if (item.tree.parent == -1).sum() > 1][:_STEERING_TREES]
-    embedding = Backbone.of(model).output_embedding
-    generator = torch.Generator(embedding.device).manual_seed(seed)
-    parts = []
-    for item, states in branching:
-        final = states if head.config.layer is None else tree_states(model, pack(item.tree))
-        parts.append(
-            steering_parts(
-                head, item, states, sample_actions(embedding, final, _ACTIONS, generator, temperature, top_p)
-            )
-        )
-    return steering_efficiency(parts, [item.rewards for item, _ in branching], head.config.objectives) if parts else {}
-
-
-def _sampled(store: TreeStore) -> tuple[float, float] | None:
-    """Temperature and nucleus at which its trees were sampled from the reference; None if they were not."""
-    found = store.metadata.sampling
-    if store.metadata.policy or PAIRS in found:
-        return None
-    return float(found.get("temperature", 1.0)), float(found.get("top_p", 1.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,9 @@ class ObjectivesMixin:
         reward_mean, reward_scale: [M] each; training regresses (reward - mean) / scale.
         tilt_scale: [M] or None, the differences of value that `normalize="standard"` counts as one; None for
             `reward_scale`. `mavis calibrate` sets it so that one beta tilts equally far towards every objective.
+        log_prob_weight: [M] or None, what a nat of the reference's own log pi_ref(a | s) counts for beside a token's
+            value, in reward units: Q_m(s, a) = V_m(s + a) + log_prob_weight_m log pi_ref(a | s). Above 0 the tilt
+            sharpens the reference as a lower temperature would, in proportion to beta and the weights; None for 0.
         tokenizer_fingerprint: of the tokenizer whose ids the value function reads; None when unknown.
         base_model, base_revision: the model whose rollouts it was trained on.
         recipe: how it was trained, as a JSON-able dictionary.
@@ -38,6 +42,7 @@ class ObjectivesMixin:
     reward_mean: list[float]
     reward_scale: list[float]
     tilt_scale: list[float] | None
+    log_prob_weight: list[float] | None
     settings: dict[str, Any]
 
     def _take_objectives(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -48,14 +53,17 @@ class ObjectivesMixin:
         count = len(self.objectives)
         self.reward_mean = [float(x) for x in rest.pop("reward_mean", None) or [0.0] * count]
         self.reward_scale = [float(x) for x in rest.pop("reward_scale", None) or [1.0] * count]
-        tilt_scale = rest.pop("tilt_scale", None)
-        self.tilt_scale = None if tilt_scale is None else [float(x) for x in tilt_scale]
-        for name in ("reward_mean", "reward_scale", "tilt_scale"):
+        for name in ("tilt_scale", "log_prob_weight"):
+            given = rest.pop(name, None)
+            setattr(self, name, None if given is None else [float(x) for x in given])
+        for name in ("reward_mean", "reward_scale", "tilt_scale", "log_prob_weight"):
             given = getattr(self, name)
             if given is not None and len(given) != count:
                 raise ValueError(f"{name} has {len(given)} numbers for {count} objectives {self.objectives}")
         if not all(0 < x < float("inf") for x in self.tilt_scale or ()):
             raise ValueError(f"tilt_scale must be positive numbers, got {self.tilt_scale}")
+        if not all(map(math.isfinite, self.log_prob_weight or ())):
+            raise ValueError(f"log_prob_weight must be finite numbers, got {self.log_prob_weight}")
         self.tokenizer_fingerprint: str | None = rest.pop("tokenizer_fingerprint", None)
         self.base_model: str | None = rest.pop("base_model", None)
         self.base_revision: str | None = rest.pop("base_revision", None)

@@ -20,6 +20,7 @@ from transformers import AutoConfig
 from ..core.config import MavisConfig, settled
 from ..core.known import meant
 from ..hub.files import Source
+from ..steering.policy import Policy
 from ..values.ensemble import ValueFunctions
 from ..values.loading import bundled, load_value_functions
 from ..values.value_head import ValueHeadConfig
@@ -198,6 +199,10 @@ class Offer:
     def scale(self) -> Tensor:
         """[M] units of the objectives, for `normalize="standard"`."""
         return self.functions.units()[2]
+
+    def policy(self, config: MavisConfig, weights: Tensor, beta: Tensor) -> Policy:
+        """That of requests under `config`, weighted [N, M] and tilted [N] as these say."""
+        return Policy(config, weights, beta, self.scale, self.functions.log_prob_weights())
 
 
 @lru_cache(maxsize=8)

@@ -246,7 +246,7 @@ class Slots:
 
     def _policy(self, group: int) -> Policy:
         if group not in self._policies:
-            self._policies[group] = Policy(self._configs[group], self._weights, self._beta, self.offer.scale)
+            self._policies[group] = self.offer.policy(self._configs[group], self._weights, self._beta)
         return self._policies[group]
 
     def _forget_unused(self, slot: int) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.config import MavisConfig
 from ..core.tilting import AS_THEY_ARE, combine, expectation, kl_divergence, normalize, solve_beta, tilt
@@ -88,6 +88,7 @@ class Policy:
         weights: lambda, float32 [M] or [R, M].
         beta: strength of the tilt, float32 [] or [R].
         scale: units of the objectives' values, [M], for `normalize="standard"`; None for 1.
+        log_prob_weight: what a nat of log pi_ref counts for beside the values, [M], in their units; None for 0.
 
     Raises:
         ValueError: beta is negative, not finite, or no number or vector.
@@ -97,6 +98,7 @@ class Policy:
     weights: Tensor
     beta: Tensor
     scale: Tensor | None = None
+    log_prob_weight: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.beta.ndim > 1 or not torch.isfinite(self.beta).all() or (self.beta < 0).any():
@@ -154,7 +156,10 @@ class Policy:
             # Not all less the candidates' share, of which rounding would leave nothing where these are nearly all.
             others = odds.scatter_(1, candidates, left).sum(dim=1, keepdim=True)
             log_best = -((share - left).sum(dim=1, keepdim=True) + others).log_()
-            unscored = Unscored(offsets, log_best, (others.log_() + log_best)[:, 0])
+            # -inf times 0 is left out; what is NaN makes log_best one, too.
+            mean = odds.mul_(offsets).nansum(dim=1) / others[:, 0] if self.sharpens else None
+            log_prob = None if mean is None else mean.nan_to_num_() + log_best[:, 0]
+            unscored = Unscored(offsets, log_best, (others.log_() + log_best)[:, 0], log_prob)
         else:
             log_best, unscored = -odds.sum(dim=1, keepdim=True).log_(), None
         # Where all tokens are forbidden there is no NaN, which would speak of damage.
@@ -184,26 +189,48 @@ class Policy:
         """
         config, mask, absent = self.config, choice.mask, ~choice.mask
         beta = self.beta_of(values, requests)
-        combined = combine(values, self.weights_of(values, requests)).masked_fill_(absent, 0.0)
-        policy = normalize(combined, mask, config.normalize, config.gap_floor)
-        reference = choice.reference
+        weights, reference = self.weights_of(values, requests), choice.reference
+        combined = combine(values, weights).masked_fill_(absent, 0.0)
+        nat = self._nat(weights)
+        likely = None if nat is None else (nat * reference).masked_fill_(absent, 0.0)
+        # Where values are stretched by step, log pi_ref is part of what is stretched.
+        stretched = config.normalize in ("minmax", "gap")
+        whole = combined if likely is None or not stretched else combined + likely
+        policy = normalize(whole, mask, config.normalize, config.gap_floor)
         if config.unscored == "expected":
             policy = (policy - expectation(policy, reference)).masked_fill_(absent, 0.0)
+        rest = policy.new_zeros(len(policy), 1)  # the value of all that take no part
+        if likely is not None and not stretched:
+            policy = policy + likely
+            if nat is not None and choice.unscored is not None and choice.unscored.log_prob is not None:
+                rest = rest + nat * choice.unscored.log_prob[:, None]
         if choice.unscored is not None:
-            # All that take no part are one more candidate, of value 0: they stay in proportion to each other.
+            # All that take no part are one more candidate: they stay in proportion to each other.
             reference = torch.cat([reference, choice.unscored.rest[:, None]], dim=1)
-            policy = nn.functional.pad(policy, (0, 1))
+            policy = torch.cat([policy, rest], dim=1)
         if config.kl_budget is not None:
             beta = solve_beta(reference, policy, config.kl_budget)
         scores = tilt(reference, policy, beta)
         tilted = torch.log_softmax(scores, dim=-1)
         kl = kl_divergence(tilted, reference, normalized=True, empty=choice.empty)
         # What the best was divided by, all were: the sum of their probabilities.
-        others = tilted.amax(dim=-1) - scores.amax(dim=-1) if config.keeps_unscored else torch.full_like(kl, -torch.inf)
+        divisor = tilted.amax(dim=-1) - scores.amax(dim=-1)
+        others = divisor + beta * rest[:, 0] if config.keeps_unscored else torch.full_like(kl, -torch.inf)
         return Step(
             choice.candidates, choice.reference, choice.empty, values, combined, tilted[:, : mask.shape[1]], beta, kl,
             others, choice.unscored, whole=config.top_k is None,
         )  # fmt: skip
+
+    @cached_property
+    def sharpens(self) -> bool:
+        """Whether log pi_ref counts beside the values."""
+        return self.log_prob_weight is not None and bool((self.weights * self.log_prob_weight.to(self.weights)).any())
+
+    def _nat(self, weights: Tensor) -> Tensor | None:
+        """[1 or R, 1] what a nat of log pi_ref counts for, under `weights_of` some rows; None for nothing."""
+        if self.log_prob_weight is None or not self.sharpens:
+            return None
+        return (weights * self.log_prob_weight.to(weights)).sum(dim=-1).reshape(-1, 1)
 
     @cached_property
     def is_reference(self) -> bool:

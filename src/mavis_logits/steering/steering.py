@@ -232,8 +232,8 @@ class Steering(Copied):
 
     def _steer_by(self, config: MavisConfig, weights: Any, beta: Any) -> None:
         own = self.functions.weights(weights)
-        scale = self.functions.units()[2]
-        self._policy = Policy(config, own, torch.as_tensor(beta, dtype=torch.float32), scale)
+        scale, log_prob_weight = self.functions.units()[2], self.functions.log_prob_weights()
+        self._policy = Policy(config, own, torch.as_tensor(beta, dtype=torch.float32), scale, log_prob_weight)
         self.idle = self.functions.idle(own)
 
     def _check_config(self, config: MavisConfig) -> None:

@@ -17,11 +17,13 @@ class Unscored:
         offsets: [R, V] scores of all tokens less the highest of them.
         log_best: [R, 1] log pi_ref of that one.
         rest: [R] log pi_ref of all tokens together that take no part.
+        log_prob: [R] what log pi_ref of one of them is in expectation; None where it does not count.
     """
 
     offsets: Tensor
     log_best: Tensor
     rest: Tensor
+    log_prob: Tensor | None = None
 
     def log_probs(self, others: Tensor) -> Tensor:
         """[R, V] log pi of all tokens as if none took part, new.

@@ -111,6 +111,11 @@ class ValueFunctions:
         """Of each objective: mean and scale of the rewards, and what counts as one in a tilt, [3, M] on the CPU."""
         return torch.stack([f.units[:, output] for _, f, output in self.outputs], dim=1)
 
+    def log_prob_weights(self) -> Tensor:
+        """[M] what a nat of log pi_ref counts for beside the values, in reward units, on the CPU."""
+        every = [(getattr(f.config, "log_prob_weight", None), output) for _, f, output in self.outputs]
+        return torch.tensor([0.0 if own is None else own[output] for own, output in every])
+
     def idle(self, weights: Tensor) -> list[bool]:
         """[M] whether the objective is a value function's all of whose objectives have weight 0: it need not be asked.
 

@@ -96,6 +96,7 @@ class FusedValueModel(nn.Module):
             reward_mean=[x for model in models for x in model.config.reward_mean],
             reward_scale=[x for model in models for x in model.config.reward_scale],
             tilt_scale=[x for model in models for x in model.units[2].tolist()],
+            log_prob_weight=[x for m in models for x in m.config.log_prob_weight or [0.0] * len(m.config.objectives)],
             settings=recommended(model.config.settings for model in models),
             base_model=first.base_model,
             tokenizer_fingerprint=first.tokenizer_fingerprint,

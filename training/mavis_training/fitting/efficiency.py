@@ -9,6 +9,11 @@ beta Cov(R, G), at a KL divergence of beta^2 / 2 times the summed variance of Q 
 and the first factor, here in standard deviations of the reward, is the `gain` by which value functions can be compared
 at equal KL without decoding anything. Cov(R, G) over the summed variance is the `calibration`: 1 where values differ
 within a step as much as they should, less where these differences are mostly error.
+
+The reference's own log pi_ref(a | s) is a value that costs nothing, and tilting by it is lowering the temperature. What
+a nat of it is to count for beside Q (`ObjectivesMixin.log_prob_weight`) follows from the same first order: of all tilts
+by Q + w log pi_ref the one that gains most for its KL has (1, w) proportional to S^-1 c, c being the covariances of
+both sums with the reward, and S their covariances within the steps.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ from ..trees.packing import pack
 from ..trees.tree import Tree
 
 Array = NDArray[np.float64]
+_MOST = 2.0  # times as far as the values spread candidates, log pi_ref is to spread them at most
 _CHUNK = 128  # states whose distribution over the vocabulary is alive at once
 
 
@@ -61,7 +67,26 @@ def sample_actions(
 
 
 @torch.inference_mode()
-def steering_parts(head: ValueHead, item: LabelledTree, states: Tensor, actions: Tensor) -> tuple[Array, Array]:
+def log_probs(
+    embedding: Tensor, states: Tensor, tokens: Tensor, temperature: float = 1.0, top_p: float = 1.0
+) -> Tensor:
+    """log pi_ref of tokens at some states, float32 `[S, J]` on the CPU.
+
+    Args:
+        embedding, states, temperature, top_p: as for `sample_actions`.
+        tokens: `[S, J]`.
+    """
+    found, shaped = [], warpers(temperature, top_p)
+    for part, own in zip(states.split(_CHUNK), tokens.split(_CHUNK), strict=True):
+        scores = shaped(None, (part.to(embedding) @ embedding.T).float())  # type: ignore[arg-type]
+        found.append(scores.log_softmax(dim=-1).gather(1, own.long().to(scores.device)).cpu())
+    return torch.cat(found)
+
+
+@torch.inference_mode()
+def steering_parts(
+    head: ValueHead, item: LabelledTree, states: Tensor, actions: Tensor, likely: Tensor | None = None
+) -> tuple[Array, Array]:
     """What one tree adds to the estimates of `steering_efficiency`.
 
     Args:
@@ -69,10 +94,12 @@ def steering_parts(head: ValueHead, item: LabelledTree, states: Tensor, actions:
         item: a tree of the reference policy; its prompt has at least two children.
         states: `[P + N, d]`, in packed order.
         actions: `[P + N, J]`, of `sample_actions`, J at least 2.
+        likely: `[N, 1 + J]` log pi_ref of every token and of the actions at its place, of `log_probs`.
 
     Returns:
         (R - b) G and the summed variance of a completion, `[M]` each, averaged over the completions. The baseline b is
-        the mean reward of those completions that share no token with this one, so that it brings no bias.
+        the mean reward of those completions that share no token with this one, so that it brings no bias. With `likely`
+        the same of values and log pi_ref together: `[M, 2]` and `[M, 2, 2]`.
     """
     layout = pack(item.tree)
     tokens = torch.from_numpy(layout.input_ids[layout.new])
@@ -81,11 +108,48 @@ def steering_parts(head: ValueHead, item: LabelledTree, states: Tensor, actions:
     said = (
         head(hidden.to(head.device), torch.cat([tokens[:, None], drawn], dim=1).to(head.device)).double().cpu().numpy()
     )
-    advantage, variance = said[:, 0] - said[:, 1:].mean(axis=1), said[:, 1:].var(axis=1, ddof=1)
-    leaves, share = item.tree.leaves(), leaf_shares(item.tree)[:, None]
-    along, spread = (_summed(item.tree, x)[leaves] for x in (advantage, variance))
+    leaves, share = item.tree.leaves(), leaf_shares(item.tree)
     centred = item.rewards - baselines(item.tree, item.rewards)
-    return (share * centred * along).sum(axis=0), (share * spread).sum(axis=0)
+    if likely is None:
+        both = said[..., None]
+    else:
+        both = np.stack(np.broadcast_arrays(said, likely.double().numpy()[..., None]), axis=-1)  # [N, 1 + J, M, 2]
+    expected = both[:, 1:].mean(axis=1)
+    apart = both[:, 1:] - expected[:, None]
+    within = np.einsum("njmf,njmg->nmfg", apart, apart) / (apart.shape[1] - 1)
+    along, spread = (_summed(item.tree, x)[leaves] for x in (both[:, 0] - expected, within))
+    covariance = np.einsum("l,lm,lmf->mf", share, centred, along)
+    variance = np.einsum("l,lmfg->mfg", share, spread)
+    return (covariance, variance) if likely is not None else (covariance[:, 0], variance[:, 0, 0])
+
+
+def log_prob_weights(parts: Sequence[tuple[Array, Array]]) -> Array:
+    """What a nat of log pi_ref is best to count for beside a head's values, `[M]`, in the values' units.
+
+    0 where the values by themselves tell nothing, and never so much that log pi_ref spreads the candidates more than
+    twice as far as the values do.
+
+    Args:
+        parts: of `steering_parts` with `likely`, tree by tree.
+    """
+    found = []
+    covariance, variance = (np.mean([part[i] for part in parts], axis=0) for i in (0, 1))
+    for c, s in zip(covariance, variance, strict=True):
+        value, likely = np.linalg.lstsq(s, c, rcond=1e-9)[0]
+        most = _MOST * np.sqrt(s[0, 0] / s[1, 1]) if s[1, 1] > 0 else 0.0
+        found.append(float(np.clip(likely / value, -most, most)) if value > 0 else 0.0)
+    return np.array(found)
+
+
+def sharpened(parts: Sequence[tuple[Array, Array]], weights: Array) -> list[tuple[Array, Array]]:
+    """What the values with `weights` of log pi_ref beside them, `[M]`, add to the estimates of `steering_efficiency`.
+
+    Args:
+        parts: of `steering_parts` with `likely`, tree by tree.
+        weights: of `log_prob_weights`; zeros for the values alone.
+    """
+    both = np.stack([np.ones_like(weights), weights], axis=-1)
+    return [(np.einsum("mf,mf->m", c, both), np.einsum("mf,mfg,mg->m", both, s, both)) for c, s in parts]
 
 
 def steering_efficiency(

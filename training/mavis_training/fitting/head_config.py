@@ -61,6 +61,8 @@ class TrainHeadConfig(FittingSettings):
             state in place of rewards (`fitting.policies`), in nats: a pass of each policy over the trees. What they say
             has no noise: little dropout and weight decay, no `bootstrap`.
         tokens: at each state, that the teachers are asked about: the likeliest.
+        sharpen: let the reference's own log pi_ref count beside values as much as the validation trees call for
+            (`log_prob_weight` of the head's config, `fitting.efficiency`).
         reward_share: how much the rewards of the trees count beside the teachers, by path consistency over the answers
             of each tree; 0 leaves them out.
     """
@@ -92,6 +94,7 @@ class TrainHeadConfig(FittingSettings):
     teachers: dict[str, str] = field(default_factory=dict, kw_only=True)
     tokens: int = field(default=32, kw_only=True)
     reward_share: float = field(default=0.0, kw_only=True)
+    sharpen: bool = field(default=True, kw_only=True)
     trees: int | None = field(default=None, kw_only=True)
     answers: int | None = field(default=None, kw_only=True)
 

@@ -218,7 +218,7 @@ def set_reward_units(function: ValueModel | ValueHead, mean: Iterable[float], sc
     """
     old_mean, old_scale = function.config.reward_units(function.device)
     function.config.reward_mean, function.config.reward_scale = list(map(float, mean)), list(map(float, scale))
-    function.config.tilt_scale = None  # found for other values, by `calibrate`
+    function.config.tilt_scale = function.config.log_prob_weight = None  # found for other values
     new_mean, new_scale = function.config.reward_units(function.device)
     layer = function.head if isinstance(function, ValueModel) else function.out
     if layer.weight.any() or layer.bias.any():
