@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -55,19 +56,9 @@ def steering(
     The `gain` is that of the values with `log_prob_weight` of log pi_ref beside them, `gain_of_values` theirs alone.
     """
     branching = [(item, states) for item, states in trees if (item.tree.parent == -1).sum() > 1][:most]
-    embedding = Backbone.of(model).output_embedding
-    generator = torch.Generator(embedding.device).manual_seed(seed)
-    parts = []
-    for item, states in branching:
-        layout = pack(item.tree)
-        final = states if head.config.layer is None else tree_states(model, layout)
-        drawn = sample_actions(embedding, final, _ACTIONS, generator, temperature, top_p)
-        before, tokens = torch.from_numpy(layout.previous), torch.from_numpy(layout.input_ids[layout.new])
-        candidates = torch.cat([tokens[:, None], drawn[before]], dim=1)
-        likely = log_probs(embedding, final[before], candidates, temperature, top_p)
-        parts.append(steering_parts(head, item, states, drawn, likely))
-    if not parts:
+    if not branching:
         return {}
+    parts = parts_of(head, model, branching, seed, temperature, top_p)
     weights, rewards = log_prob_weights(parts), [item.rewards for item, _ in branching]
     alone, found = (
         steering_efficiency(sharpened(parts, own), rewards, head.config.objectives)
@@ -80,6 +71,29 @@ def steering(
         }
         for name, weight in zip(head.config.objectives, weights, strict=True)
     }  # fmt: skip
+
+
+def parts_of(
+    head: ValueHead,
+    model: PreTrainedModel,
+    trees: Sequence[tuple[LabelledTree, Tensor]],
+    seed: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """`steering_parts` of a head's values and log pi_ref together, tree by tree; arguments as for `steering`."""
+    embedding = Backbone.of(model).output_embedding
+    generator = torch.Generator(embedding.device).manual_seed(seed)
+    parts = []
+    for item, states in trees:
+        layout = pack(item.tree)
+        final = states if head.config.layer is None else tree_states(model, layout)
+        drawn = sample_actions(embedding, final, _ACTIONS, generator, temperature, top_p)
+        before, tokens = torch.from_numpy(layout.previous), torch.from_numpy(layout.input_ids[layout.new])
+        candidates = torch.cat([tokens[:, None], drawn[before]], dim=1)
+        likely = log_probs(embedding, final[before], candidates, temperature, top_p)
+        parts.append(steering_parts(head, item, states, drawn, likely))
+    return parts
 
 
 def log_prob_weight_of(
