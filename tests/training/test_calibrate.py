@@ -16,8 +16,14 @@ from mavis_logits import MavisConfig, cli
 from mavis_logits.steering.policy import Policy
 from mavis_logits.values.value_head import ValueHead
 from mavis_training.calibrate import CalibrateConfig, calibrate, set_tilt_scale, strength
+from mavis_training.fitting.efficiency import log_prob_weights
+from mavis_training.fitting.foreseen import parts_of
+from mavis_training.fitting.states import tree_states
 from mavis_training.measure.validation import ValidationConfig, Validator
 from mavis_training.sampling.config import PolicyConfig
+from mavis_training.trees.data import load_trees
+from mavis_training.trees.packing import pack
+from random_trees import make_store, random_tree
 
 WANTED = 2.0
 
@@ -138,6 +144,35 @@ def test_settings_under_which_units_cancel_are_refused(place, tmp_path) -> None:
     head = make_head(tmp_path / "head", 1.0, settings={"normalize": "minmax"})
     with pytest.raises(ValueError, match="the unit of a value does not matter"):
         calibrate(settings(place, head))
+
+
+def make_trees(folder: Path, **metadata) -> str:
+    """Trees whose reward, under the name of the head's objective, is what their answers' likelihood is."""
+    trees = [random_tree(seed) for seed in range(30)]
+    rewards = {"o0": lambda tree: [tree.logp_ref[tree.path(leaf)].sum() for leaf in tree.leaves()]}
+    return str(make_store(folder, trees, rewards, model="chat", **metadata).folder)
+
+
+def test_what_log_pi_ref_counts_for_is_found_first_and_steered_by(place, tmp_path) -> None:
+    head, trees = make_head(tmp_path / "head", 0.3), make_trees(tmp_path / "trees")
+    calibrate(settings(place, head, store=trees, trees=20))
+    config = json.loads((head / "config.json").read_text())
+    model, _ = chat_model()
+    loaded = ValueHead.from_pretrained(head).bind(model).float().eval()
+    _, items = load_trees(trees, ["o0"], 0.0, most=20)
+    states = [(item, tree_states(model, pack(item.tree), None)) for item in items]
+    (expected,) = log_prob_weights(parts_of(loaded, model, states, 0))
+    assert config["log_prob_weight"] == [pytest.approx(expected, rel=1e-3)]
+    assert spent(place, head, "o0", tmp_path) == pytest.approx(WANTED, rel=0.35)
+
+
+def test_trees_that_a_policy_sampled_are_refused_and_nothing_is_written(place, tmp_path) -> None:
+    head = make_head(tmp_path / "head", 0.3)
+    before = (head / "config.json").read_text()
+    trees = make_trees(tmp_path / "trees", policy={"beta": 2.0})
+    with pytest.raises(ValueError, match="was not sampled from the base model alone: name a store that no policy"):
+        calibrate(settings(place, head, store=trees))
+    assert (head / "config.json").read_text() == before
 
 
 @pytest.mark.parametrize(

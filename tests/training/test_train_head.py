@@ -63,6 +63,13 @@ def test_training_learns_and_saves(config, layer, read):
     assert loaded.config.layer == read
     assert loaded.config.tokenizer_fingerprint == TOKENIZER
     assert config.store not in json.dumps(loaded.config.to_dict())
+    found = [metrics["steering"][name] for name in ("low", "high")]
+    assert loaded.config.log_prob_weight == [float(f"{one['log_prob_weight']:.4g}") for one in found]
+    assert all(one["gain"] >= one["gain_of_values"] - 1e-9 for one in found)
+
+
+def test_values_alone_where_nothing_is_to_stand_beside_them(config):
+    assert train_head(dataclasses.replace(config, sharpen=False), tiny_llama()).config.log_prob_weight is None
 
 
 def test_states_are_what_enters_the_output_embedding():
