@@ -96,6 +96,20 @@ def test_an_adapter_is_served_where_the_served_model_is_no_transformers_model(hu
     assert torch.allclose(served(ids).values, make_adapter("a")(ids).values, atol=1e-5)
 
 
+def test_an_adapter_is_served_on_the_layers_of_the_folder_that_is_served(hub: HubServer, tmp_path: Path) -> None:
+    """Its own base model cannot be reached by its name."""
+    make_adapter("a").push_to_hub("org/value")
+    make_base().save_pretrained(tmp_path / "served")
+    make_base(seed=5).save_pretrained(tmp_path / "other")
+    served, serving = torch.nn.Linear(2, 2), Serving.read("org/value")
+    (found,) = serving.load(served, torch.device("cpu"), str(tmp_path / "served")).all
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert torch.allclose(found(ids).values, make_adapter("a")(ids).values, atol=1e-5)
+    for elsewhere in (None, "org/served", str(tmp_path / "other")):
+        with pytest.raises(OSError, match="first layers of org/base, which could not be loaded"):
+            serving.load(served, torch.device("cpu"), elsewhere)
+
+
 # ---- the cache ----
 
 

@@ -11,11 +11,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..core.config import MavisConfig, settled
 from ..core.known import meant
@@ -142,16 +143,24 @@ class Serving:
             )
         return replace(self, values=own, draft_values=None)
 
-    def load(self, model: Any, device: torch.device) -> ValueFunctions:
+    def load(self, model: Any, device: torch.device, served: str | None = None) -> ValueFunctions:
         """The value functions with their weights; heads are not bound yet.
 
         Args:
             model: the served model, or anything in its place: nothing is done with it but to tell that there is one.
             device: of the value functions.
+            served: folder that the served model was loaded from. Value models that are adapters on the first layers of
+                a model which cannot be loaded by its name take them from there, if they are the same.
         """
         sources, _ = _sources(self.values)
-        served = model if model is not None else object()
-        functions = ValueFunctions(load_value_functions(sources, served, device, {}))
+        model = model if model is not None else object()
+        try:
+            found = load_value_functions(sources, model, device, {})
+        except OSError:
+            if served is None or not Path(served, "config.json").is_file():
+                raise
+            found = load_value_functions(sources, AutoModelForCausalLM.from_pretrained(served), device, {})
+        functions = ValueFunctions(found)
         for function in functions.all:
             if isinstance(function, torch.nn.Module):
                 function.eval()

@@ -122,7 +122,7 @@ class Engine:
             ValueError: a value function does not fit it.
         """
         config, parallel = self.vllm_config.model_config, self.vllm_config.parallel_config
-        functions = self.serving.load(model, self.device)
+        functions = self.serving.load(model, self.device, config.model)
         self._check_value_models(functions)
         binding.check_shapes(functions, config.get_hidden_size(), config.get_vocab_size())
         binding.bind(functions, model, self.serving.check_weights, parallel.tensor_parallel_size)
