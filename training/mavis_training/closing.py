@@ -133,7 +133,8 @@ def of_training(config: TrainModelConfig | TrainHeadConfig) -> str:
     lines = [f"{output}: on {metrics['trees']} held-out trees,"]
     lines += [f"  {name}: {foresight(metrics[name])}" for name in objectives]
     for name, found in metrics.get("steering", {}).items():
-        lines.append(f"  {name}: foreseen gain {found['gain']:.2f} standard deviations at half a nat of KL")
+        alone = f", by values without log pi_ref {found['gain_of_values']:.2f}" if "gain_of_values" in found else ""
+        lines.append(f"  {name}: foreseen gain {found['gain']:.2f} standard deviations at half a nat of KL{alone}")
     if not is_evidence(metrics):
         lines.append(f"  {metrics['trees']} held-out trees are too few to say how good it is: collect more.")
     if weaknesses(metrics, objectives) and is_evidence(metrics):
