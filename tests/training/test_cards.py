@@ -122,6 +122,15 @@ def test_the_card_of_a_value_head(tmp_path):
     compile(text.split("```python")[1].split("```")[0], "card", "exec")
 
 
+def test_what_was_said_of_it_before_is_kept(tmp_path, evaluation):
+    folder = saved(tmp_path / "value", ValueModel.from_backbone(tiny_llama(), objectives=["a"]), ["a"])
+    first = {"rewards": {"a": "as short as can be"}, "how_far": "Up to 8 nats.", "license": "mit", "plots": False}
+    write_card(CardConfig(str(folder), **first))
+    text = write_card(CardConfig(str(folder), evaluation=evaluation, license="apache-2.0", plots=False)).read_text()
+    for part in ("as short as can be", "Up to 8 nats.", "license: apache-2.0", "steered by a at beta 5"):
+        assert part in text
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_the_committed_cards_say_what_was_measured(recipe, tmp_path, monkeypatch):
     """A card and the numbers that it is rendered from do not drift apart."""
@@ -129,7 +138,7 @@ def test_the_committed_cards_say_what_was_measured(recipe, tmp_path, monkeypatch
     config = read_config(CardConfig, ["--config", str(recipe), "--plots", "false"], "card")
     folder = ROOT / config.folder
     copy = tmp_path / folder.name
-    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*.safetensors", "card.json"))
     write_card(CardConfig(**vars(config) | {"folder": str(copy)}))
     for name in ("README.md", "card.json"):
         same = (copy / name).read_text() == (folder / name).read_text()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from .base.files import read_json, replace_when_whole
 
 @dataclass(frozen=True)
 class CardConfig:
-    """Which card to write.
+    """Which card to write. What is not given is as an earlier `card.json` in the folder has it.
 
     Attributes:
         folder: of a trained value function, with its `config.json` and `metrics.json`; the card is its `README.md`.
@@ -59,20 +59,13 @@ def write_card(config: CardConfig) -> Path:
     if model.get("model_type") not in KINDS:
         raise ValueError(f"{folder} has a config.json of type {model.get('model_type')!r}, expected {list(KINDS)}.")
     objectives = model["objectives"]
-    evaluation = evaluation_of(read_json(Path(config.evaluation)), objectives) if config.evaluation else None
-    details = CardDetails(
-        rewards=config.rewards or {},
-        prompts=config.prompts,
-        datasets=config.datasets or (),
-        evaluation=evaluation,
-        base_weights=config.base_weights,
-        load_base=config.load_base,
-        how_far=config.how_far,
-        license=config.license,
-        language=config.language,
-    )
+    said = CardDetails.read(folder / CARD_DETAILS) if (folder / CARD_DETAILS).is_file() else CardDetails()
+    given = {f.name: getattr(config, f.name, None) for f in fields(CardDetails)}
+    if config.evaluation is not None:
+        given["evaluation"] = evaluation_of(read_json(Path(config.evaluation)), objectives)
+    details = replace(said, **{name: value for name, value in given.items() if value is not None})
     if config.plots:
-        draw_plots(folder, {name: metrics[name] for name in objectives}, evaluation)
+        draw_plots(folder, {name: metrics[name] for name in objectives}, details.evaluation)
     _write(folder / CARD_DETAILS, details.to_json())
     _write(folder / CARD, render_folder(folder, config.name or folder.resolve().name))
     return folder / CARD
