@@ -123,6 +123,13 @@ def test_log_pi_ref_makes_up_for_what_values_miss_of_it(items):
     assert alone == pytest.approx(plain, abs=0.05)  # other draws
 
 
+def test_tokens_outside_of_the_nucleus_count_as_the_least_likely_within():
+    embedding, states = torch.from_numpy(np.log(REFERENCE))[:, None].float(), torch.ones(2, 1)
+    tokens = torch.tensor([[0, 1], [2, 3]])
+    found = log_probs(embedding, states, tokens, top_p=0.8).exp()  # of 0.4, 0.3 and 0.2
+    torch.testing.assert_close(found, torch.tensor([[4 / 9, 3 / 9], [2 / 9, 2 / 9]]))
+
+
 def test_no_log_pi_ref_beside_values_that_tell_nothing_and_a_bound_beside_those_that_tell_little(items):
     assert log_prob_weights(parts_with_log_probs(np.ones(4), items)) == [0]
     tiny = log_prob_weights(parts_with_log_probs(1e-3 * REWARD, items))

@@ -72,6 +72,8 @@ def log_probs(
 ) -> Tensor:
     """log pi_ref of tokens at some states, float32 `[S, J]` on the CPU.
 
+    One that was sampled, but that rounding leaves out of the nucleus here, counts as the least likely within.
+
     Args:
         embedding, states, temperature, top_p: as for `sample_actions`.
         tokens: `[S, J]`.
@@ -79,7 +81,9 @@ def log_probs(
     found, shaped = [], warpers(temperature, top_p)
     for part, own in zip(states.split(_CHUNK), tokens.split(_CHUNK), strict=True):
         scores = shaped(None, (part.to(embedding) @ embedding.T).float())  # type: ignore[arg-type]
-        found.append(scores.log_softmax(dim=-1).gather(1, own.long().to(scores.device)).cpu())
+        every = scores.log_softmax(dim=-1)
+        least = every.masked_fill(every == -torch.inf, torch.inf).amin(dim=-1, keepdim=True)
+        found.append(every.gather(1, own.long().to(scores.device)).maximum(least).cpu())
     return torch.cat(found)
 
 
