@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = load_chat_model(given.model, torch.float32)[0].eval()
     found = {name: of_head(name, given, model) for name in given.heads}
     results = {
-        "heads": found, "store": given.store, "trees": given.trees, "seed": given.seed, "machine": machine(model.device),
+        "heads": found, "store": given.store, "trees": given.trees, "seed": given.seed,
+        "machine": machine(model.device),
         "versions": {name: version(name) for name in ("torch", "transformers")}, "date": date.today().isoformat(),
     }  # fmt: skip
     given.out.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
