@@ -15,6 +15,7 @@ from chat_model import chat_model
 from mavis_logits import MavisConfig, cli
 from mavis_logits.steering.policy import Policy
 from mavis_logits.values.value_head import ValueHead
+from mavis_logits.values.value_model import ValueModel
 from mavis_training.calibrate import CalibrateConfig, calibrate, set_tilt_scale, strength
 from mavis_training.fitting.efficiency import log_prob_weights
 from mavis_training.fitting.foreseen import parts_of
@@ -175,10 +176,16 @@ def test_trees_that_a_policy_sampled_are_refused_and_nothing_is_written(place, t
     assert (head / "config.json").read_text() == before
 
 
+def test_trees_beside_a_value_model_are_refused(place, tmp_path) -> None:
+    ValueModel.from_backbone(chat_model()[0], objectives=["o0"]).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="is no value head"):
+        calibrate(settings(place, tmp_path / "model", store=make_trees(tmp_path / "trees")))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"kl": 0.0}, "kl must be a positive number"), ({"beta": 0.0}, "beta must be a positive number"),
-     ({"seeds": []}, "seeds must not be empty"), ({"temperature": 0.0}, "temperature")],
+     ({"seeds": []}, "seeds must not be empty"), ({"temperature": 0.0}, "temperature"), ({"trees": 0}, "trees")],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(place, tmp_path, change, message) -> None:
     with pytest.raises(ValueError, match=message):

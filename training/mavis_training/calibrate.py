@@ -20,7 +20,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mavis_logits.core.chat import ChatTemplate
 from mavis_logits.models import DEFAULT_MODEL, load_chat_model
-from mavis_logits.values.value_head import ValueHead
+from mavis_logits.values.value_head import ValueHead, ValueHeadConfig
 
 from .base.prompts import encode_prompts, read_prompts
 from .base.ranks import join
@@ -90,6 +90,8 @@ class CalibrateConfig:
                 f"seeds must not be empty, batch_size and max_new_tokens at least 1, got {self.seeds}, "
                 f"{self.batch_size}, {self.max_new_tokens}"
             )
+        if self.trees < 1:
+            raise ValueError(f"trees must be at least 1, got {self.trees}")
         check_sampling(self.temperature, self.top_p)
         torch_dtype(self.dtype)
 
@@ -129,6 +131,10 @@ def calibrate(
         raise ValueError(
             f"{config.value_function} recommends normalize={settings['normalize']!r}, under which the unit of a value "
             "does not matter: set normalize to 'standard' in the settings of its config.json, or calibrate nothing"
+        )
+    if config.store is not None and own.model_type != ValueHeadConfig.model_type:
+        raise ValueError(
+            f"{config.value_function} is no value head ({own.model_type}), which alone a store is for: leave store out"
         )
     if loaded_base is None:
         loaded_base = load_chat_model(config.model, torch_dtype(config.dtype))
