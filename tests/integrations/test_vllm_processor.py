@@ -113,7 +113,7 @@ def configuration() -> SimpleNamespace:
         lora_config=None,
         model_config=SimpleNamespace(
             get_hidden_size=lambda: D, get_vocab_size=lambda: V, hf_config=SimpleNamespace(eos_token_id=EOS),
-            try_get_generation_config=dict,
+            try_get_generation_config=dict, model="org/served",
         ),
     )  # fmt: skip
 
