@@ -47,7 +47,7 @@ MODEL_SETTINGS = {
 HEAD_SETTINGS = {
     "teachers": {"low": "org/other"}, "tokens": 7, "reward_share": 0.5, "rank": 5, "trees": 9, "answers": 3,
     "objectives": ["high"], "layer": "output", "width": 9, "num_layers": 2, "dropout": 0.1, "bootstrap": 0.1,
-    "rule": "gain", "anchor": 0.7, "actions": 6,
+    "rule": "gain", "anchor": 0.7, "actions": 6, "sharpen": False,
     "zeta": 0.1, "penalty": "continuation", "drop_leaves": 0.1, "epochs": 9, "patience": 9, "batch_size": 9,
     "learning_rate": 0.1, "weight_decay": 0.1, "warmup_steps": 9, "validation_share": 0.4, "seed": 9,
     "dtype": "bfloat16", "iteration": 9,
