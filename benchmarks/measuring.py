@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -193,6 +194,7 @@ def peak_memory(device: torch.device) -> Iterator[list[int]]:
     The GPU's where that is the device, else the process's, which Linux tells. The list stays empty on other systems.
     """
     peak: list[int] = []
+    gc.collect()  # garbage of before that goes meanwhile would hide as much of what comes
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

@@ -25,8 +25,10 @@ class Settings:
 
     scale = torch.tensor([2.0, 0.5])
 
-    def policy(self, config: MavisConfig, weights: torch.Tensor, beta: torch.Tensor) -> Policy:
-        return Policy(config, weights, beta, self.scale, torch.tensor([0.2, -0.1]))
+    def policy(
+        self, config: MavisConfig, weights: torch.Tensor, beta: torch.Tensor, temperature: float = 1.0
+    ) -> Policy:
+        return Policy(config, weights, beta, self.scale, torch.tensor([0.2, -0.1]) * temperature)
 
 
 def make_functions() -> ValueFunctions:
@@ -72,7 +74,7 @@ def alone(asked: Asked | None, logits: torch.Tensor, state: torch.Tensor) -> tor
     """The slow twin: one row, by a policy of its own."""
     if asked is None:
         return logits
-    policy = Settings().policy(asked.config, asked.weights, torch.tensor(asked.beta))
+    policy = Settings().policy(asked.config, asked.weights, torch.tensor(asked.beta), asked.temperature)
 
     def read(choice: Choice, _: torch.Tensor) -> torch.Tensor:
         return head_values(FUNCTIONS, {1: state[None]}, Wanted(None, choice, asked.config, BUSY))
@@ -179,6 +181,17 @@ def test_a_refused_request_ends() -> None:
     result = steer(slots, logits, torch.randn(2, D), [0, 1])
     assert torch.equal(result[0], logits[0])
     assert torch.isfinite(result[1]).nonzero().flatten().tolist() == [EOS]
+
+
+def test_requests_that_differ_in_the_temperature_they_are_sampled_at_are_not_mixed_up() -> None:
+    slots, logits, states = make_slots(), torch.randn(2, V), torch.randn(2, D)
+    asked = [replace(request(3), temperature=temperature) for temperature in (1.0, 0.5)]
+    for slot, one in enumerate(asked):
+        slots.put(slot, one)
+    result = steer(slots, logits, states, [0, 1])
+    for row, one in enumerate(asked):
+        assert torch.allclose(result[row], alone(one, logits[row], states[row]), atol=1e-5)
+    assert not torch.allclose(result[1], alone(asked[0], logits[1], states[1]), atol=1e-3)
 
 
 def test_settings_that_nobody_has_any_more_are_forgotten() -> None:

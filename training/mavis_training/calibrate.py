@@ -30,7 +30,7 @@ from .fitting.states import tree_states
 from .measure.completions import Protocol, complete_all
 from .measure.settings import steerings
 from .sampling.reference import Reference, contexts, require_room
-from .trees.data import load_trees
+from .trees.data import LabelledTree, load_trees
 from .trees.packing import pack
 
 _NEAR = 0.1  # of the wanted divergence
@@ -58,9 +58,9 @@ class CalibrateConfig:
         dtype: of the base model's weights.
         device: where to sample; None for a GPU if there is one.
         store: labelled trees of the reference that a value head has not learnt from: how much the reference's own
-            log pi_ref counts beside its values (`log_prob_weight`) is found by up to `trees` of them first. None leaves
-            it as it is.
-        trees: of the store.
+            log pi_ref counts beside its values (`log_prob_weight`) is found by up to `trees` of them first. Several
+            stores say it for several temperatures. None leaves it as it is.
+        trees: of each store.
     """
 
     value_function: str
@@ -77,7 +77,7 @@ class CalibrateConfig:
     chat_template: ChatTemplate = "auto"
     dtype: str = "float32"
     device: str | None = None
-    store: str | None = None
+    store: str | list[str] | None = None
     trees: int = 200
 
     def __post_init__(self) -> None:
@@ -92,6 +92,8 @@ class CalibrateConfig:
             )
         if self.trees < 1:
             raise ValueError(f"trees must be at least 1, got {self.trees}")
+        if self.store is not None and not self.store:
+            raise ValueError("store is empty: name at least one folder of trees, or null")
         check_sampling(self.temperature, self.top_p)
         torch_dtype(self.dtype)
 
@@ -157,23 +159,25 @@ def calibrate(
     return strengths
 
 
-def _log_prob_weight(config: CalibrateConfig, model: PreTrainedModel) -> list[float]:
+def _log_prob_weight(config: CalibrateConfig, model: PreTrainedModel) -> list[float] | dict[str, list[float]]:
     """`log_prob_weight` of the value head, by trees that it has not learnt from."""
-    assert config.store is not None
     head = ValueHead.from_pretrained(config.value_function).to(model.device).bind(model).float().eval()  # type: ignore[arg-type]
-    (store,), trees = load_trees(config.store, head.config.objectives, 0.0, most=config.trees)
-    store.require_base(model)
-    how = reference_of(store)
-    if how is None:
-        raise ValueError(
-            f"{config.store} was not sampled from the base model alone: name a store that no policy sampled"
-        )
-    with_states = [
-        (item, tree_states(model, pack(item.tree), head.config.layer))
-        for item in tqdm(trees, desc="hidden states", unit="tree")
-    ]
-    foreseen = steering(head, model, with_states, config.seeds[0], *how, most=config.trees)
-    found = log_prob_weight_of([foreseen], head.config.objectives)
+    own: dict[tuple[float, float], list[LabelledTree]] = {}
+    for folder in [config.store] if isinstance(config.store, str) else config.store or []:
+        (store,), trees = load_trees(folder, head.config.objectives, 0.0, most=config.trees)
+        store.require_base(model)
+        how = reference_of(store)
+        if how is None:
+            raise ValueError(f"{folder} was not sampled from the base model alone: name a store that no policy sampled")
+        own.setdefault(how, []).extend(trees)
+    foreseen = {}
+    for how, trees in own.items():
+        with_states = [
+            (item, tree_states(model, pack(item.tree), head.config.layer))
+            for item in tqdm(trees, desc="hidden states", unit="tree")
+        ]
+        foreseen[how] = steering(head, model, with_states, config.seeds[0], *how, most=len(trees))
+    found = log_prob_weight_of(foreseen, head.config.objectives)
     if found is None:
         raise ValueError(
             f"no tree of {config.store} has two branches at its prompt: collect with root_children of at least 2"

@@ -123,8 +123,9 @@ def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) ->
     of_reference = _of_trees(trees, references)
     foreseen = steering_by_reference(head, model, validation, of_tree, of_reference, config.seed)
     if config.sharpen:
-        head.config.log_prob_weight = log_prob_weight_of(foreseen.values(), config.objectives)
-    metrics |= foreseen
+        head.config.log_prob_weight = log_prob_weight_of(foreseen, config.objectives)
+    names = ["steering", *(f"steering at temperature {at:g}, top-p {top_p:g}" for at, top_p in list(foreseen)[1:])]
+    metrics |= dict(zip(names, foreseen.values(), strict=False))
     recipe = head.config.recipe
     recipe["warmup_steps"] = metrics.pop("warmup_steps")
     output = Path(config.output)

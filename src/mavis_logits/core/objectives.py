@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,29 @@ def check_objectives(objectives: Sequence[str]) -> None:
         )
 
 
+def _log_prob_weight(given: Any) -> list[float] | dict[str, list[float]] | None:
+    """As `ObjectivesMixin` keeps it; JSON has text for the keys of an object."""
+    if given is None:
+        return None
+    if not isinstance(given, Mapping):
+        own = [float(x) for x in given]
+        if not all(map(math.isfinite, own)):
+            raise ValueError(f"log_prob_weight must be finite numbers, got {own}")
+        return own
+    try:
+        temperatures = [float(key) for key in given]
+    except ValueError:
+        temperatures = []
+    if not temperatures or not all(0 < one < math.inf for one in temperatures):
+        raise ValueError(
+            f"log_prob_weight must be numbers, or a dictionary of them by temperatures above 0, got {dict(given)}"
+        )
+    if len(set(temperatures)) != len(temperatures):
+        raise ValueError(f"log_prob_weight has a temperature twice: {sorted(map(str, given))}")
+    every = {f"{at:g}": _log_prob_weight(own) for at, own in zip(temperatures, given.values(), strict=True)}
+    return {at: own for at, own in every.items() if isinstance(own, list)}
+
+
 class ObjectivesMixin:
     """Fields shared by the configs of `ValueModel` and `ValueHead`.
 
@@ -29,7 +53,9 @@ class ObjectivesMixin:
             `reward_scale`. `mavis calibrate` sets it so that one beta tilts equally far towards every objective.
         log_prob_weight: [M] or None, what a nat of the reference's own log pi_ref(a | s) counts for beside a token's
             value, in reward units: Q_m(s, a) = V_m(s + a) + log_prob_weight_m log pi_ref(a | s). Above 0 the tilt
-            sharpens the reference as a lower temperature would, in proportion to beta and the weights; None for 0.
+            sharpens the reference as a lower temperature would, in proportion to beta and the weights; None for 0. A
+            colder reference has less to gain by it: a dictionary has one such list for each of several temperatures,
+            such as {"0.7": [0.0], "1": [0.2]}, between which it is interpolated.
         tokenizer_fingerprint: of the tokenizer whose ids the value function reads; None when unknown.
         base_model, base_revision: the model whose rollouts it was trained on.
         recipe: how it was trained, as a JSON-able dictionary.
@@ -42,7 +68,7 @@ class ObjectivesMixin:
     reward_mean: list[float]
     reward_scale: list[float]
     tilt_scale: list[float] | None
-    log_prob_weight: list[float] | None
+    log_prob_weight: list[float] | dict[str, list[float]] | None
     settings: dict[str, Any]
 
     def _take_objectives(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -53,17 +79,17 @@ class ObjectivesMixin:
         count = len(self.objectives)
         self.reward_mean = [float(x) for x in rest.pop("reward_mean", None) or [0.0] * count]
         self.reward_scale = [float(x) for x in rest.pop("reward_scale", None) or [1.0] * count]
-        for name in ("tilt_scale", "log_prob_weight"):
-            given = rest.pop(name, None)
-            setattr(self, name, None if given is None else [float(x) for x in given])
-        for name in ("reward_mean", "reward_scale", "tilt_scale", "log_prob_weight"):
-            given = getattr(self, name)
+        scale = rest.pop("tilt_scale", None)
+        self.tilt_scale = None if scale is None else [float(x) for x in scale]
+        self.log_prob_weight = _log_prob_weight(rest.pop("log_prob_weight", None))
+        weight = self.log_prob_weight
+        of_temperatures = [weight] if not isinstance(weight, dict) else list(weight.values())
+        lists = [(name, getattr(self, name)) for name in ("reward_mean", "reward_scale", "tilt_scale")]
+        for name, given in [*lists, *(("log_prob_weight", own) for own in of_temperatures)]:
             if given is not None and len(given) != count:
                 raise ValueError(f"{name} has {len(given)} numbers for {count} objectives {self.objectives}")
         if not all(0 < x < float("inf") for x in self.tilt_scale or ()):
             raise ValueError(f"tilt_scale must be positive numbers, got {self.tilt_scale}")
-        if not all(map(math.isfinite, self.log_prob_weight or ())):
-            raise ValueError(f"log_prob_weight must be finite numbers, got {self.log_prob_weight}")
         self.tokenizer_fingerprint: str | None = rest.pop("tokenizer_fingerprint", None)
         self.base_model: str | None = rest.pop("base_model", None)
         self.base_revision: str | None = rest.pop("base_revision", None)
@@ -71,6 +97,17 @@ class ObjectivesMixin:
         self.iteration: int = rest.pop("iteration", 0)
         self.settings = dict(rest.pop("settings", None) or {})
         return rest
+
+    def log_prob_weight_at(self, temperature: float) -> list[float]:
+        """[M] what a nat of log pi_ref counts for where the reference is sampled at a temperature."""
+        given = self.log_prob_weight
+        if given is None:
+            return [0.0] * len(self.objectives)
+        if not isinstance(given, dict):
+            return list(given)
+        at = sorted(given, key=float)
+        known = np.array([given[key] for key in at])
+        return [float(np.interp(temperature, [float(key) for key in at], column)) for column in known.T]
 
     def units(self) -> Tensor:
         """`reward_mean`, `reward_scale` and what stands for `tilt_scale`, [3, M] on the CPU."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel, TemperatureLogitsWarper
 
 from ..backbone import Backbone
 from ..backbone.anatomy import unwrapped
@@ -31,6 +32,22 @@ def call_of(model: PreTrainedModel) -> Mapping[str, Any]:
             if found.get("self") is own:
                 return found
     return {}
+
+
+def temperature_of(processors: Iterable[Any]) -> float:
+    """The temperature that logits processors bring scores to."""
+    return math.prod(float(one.temperature) for one in processors if isinstance(one, TemperatureLogitsWarper))
+
+
+def temperature_of_call(model: PreTrainedModel) -> float:
+    """The temperature at which the `generate` call of `model` that runs what asks samples in the end; 1 if none does.
+
+    It counts warpers that the call was given as logits processors as well.
+    """
+    call = call_of(model)
+    config = call.get("generation_config")
+    own = (getattr(config, "temperature", None) or 1.0) if getattr(config, "do_sample", False) else 1.0
+    return float(own) * temperature_of(call.get("logits_processor") or ())
 
 
 def encoder_prompts(model: PreTrainedModel, rows: int) -> Tensor:

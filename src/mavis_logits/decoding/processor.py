@@ -27,7 +27,7 @@ from ..steering.steering import Steering
 from ..steering.step import Choice, Step, check_scores
 from ..steering.trace import MavisTrace
 from ..values.function import ValueFunction
-from .calls import encoder_prompts
+from .calls import encoder_prompts, temperature_of_call
 from .given import Given
 from .scores import check_given, far_scores, is_probe, tied_first
 
@@ -179,10 +179,12 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         call = _Call(input_ids, scores, states, prompts, new or bool(prompts), self._local.begun)
         if call.begins:
             self.check_devices(scores)
+            self._local.temperature = self._temperature()
         steered = self._steered(call)
         if self.trace is None and not any(steered):
             return scores
-        step = self.policy.step(self.known(scores), partial(self._read, call))
+        policy = self.policy_at(getattr(self._local, "temperature", 1.0))
+        step = policy.step(self.known(scores), partial(self._read, call))
         # All that the host must know, in one piece: it waits for the device once.
         told = torch.cat([input_ids[:, -2:], step.broken[:, None], tied_first(step.reference)], dim=1).tolist()
         *last, broken, tied = zip(*told, strict=True)
@@ -213,6 +215,11 @@ class MavisLogitsProcessor(Steering, LogitsProcessor):
         if left := [row for row, goes_on in enumerate(going) if not goes_on]:
             log_probs[left] = scores[left]
         return log_probs
+
+    def _temperature(self) -> float:
+        """At which the reference is sampled in the end, where values hang on it."""
+        base = self.base if self.functions.heed_temperature else None
+        return 1.0 if base is None else temperature_of_call(base)
 
     def _endings(self, call: _Call, last: Sequence[Sequence[int]]) -> Endings:
         """Which rows have ended, as their `last` tokens [R, 2] tell."""

@@ -36,19 +36,22 @@ class Asked:
             them alone are steered together.
         weights: lambda, [M].
         beta: strength of the tilt.
+        temperature: that the engine samples at after it, if values hang on that; else 1.
     """
 
     config: MavisConfig
     weights: Tensor
     beta: float
+    temperature: float = 1.0
 
     @classmethod
-    def read(cls, given: Mapping[str, Any] | None, offer: Offer) -> Asked | None:
+    def read(cls, given: Mapping[str, Any] | None, offer: Offer, temperature: float | None = None) -> Asked | None:
         """The settings that a request's extra arguments ask for.
 
         Args:
             given: extra arguments; those whose names do not begin with `mavis_` are another's.
             offer: what there is to ask for.
+            temperature: that the engine samples at; 0 if it takes the likeliest, None if it is not known.
 
         Returns:
             None if none of them is ours: the request is not steered.
@@ -90,7 +93,8 @@ class Asked:
             raise ValueError(f"mavis_beta and mavis_weights must be at most {MAX_BETA:g} in size")
         if not _COLDEST <= config.reference_temperature <= _HOTTEST:
             raise ValueError(f"mavis_reference_temperature must lie between {_COLDEST:g} and {_HOTTEST:g}")
-        return cls(replace(config, weights=None, beta=MavisConfig.beta), weights, beta)
+        after = (temperature or 1.0) if offer.functions.heed_temperature else 1.0
+        return cls(replace(config, weights=None, beta=MavisConfig.beta), weights, beta, float(after))
 
 
 def _config(base: MavisConfig, settings: Mapping[str, Any]) -> MavisConfig:

@@ -209,9 +209,11 @@ class Offer:
         """[M] units of the objectives, for `normalize="standard"`."""
         return self.functions.units()[2]
 
-    def policy(self, config: MavisConfig, weights: Tensor, beta: Tensor) -> Policy:
-        """That of requests under `config`, weighted [N, M] and tilted [N] as these say."""
-        return Policy(config, weights, beta, self.scale, self.functions.log_prob_weights())
+    def policy(self, config: MavisConfig, weights: Tensor, beta: Tensor, temperature: float = 1.0) -> Policy:
+        """That of requests under `config` that are sampled at `temperature`, weighted [N, M] and tilted [N] as these
+        say."""
+        weight = self.functions.log_prob_weights(config.reference_temperature * temperature)
+        return Policy(config, weights, beta, self.scale, weight)
 
 
 @lru_cache(maxsize=8)

@@ -115,7 +115,7 @@ class Slots:
         self._weights = torch.zeros(count, len(functions.objectives))
         self._beta = torch.zeros(count)
         self._group = [_UNSTEERED] * count
-        self._configs: list[MavisConfig] = []
+        self._configs: list[tuple[MavisConfig, float]] = []  # by group, with the temperature after the tilt
         self._policies: dict[int, Policy] = {}
 
     def put(self, slot: int, asked: Asked | None) -> None:
@@ -128,10 +128,11 @@ class Slots:
         if asked is None:
             self._group[slot] = _UNSTEERED
             return
-        if asked.config not in self._configs:
+        settings = asked.config, asked.temperature
+        if settings not in self._configs:
             self._forget_unused(slot)
-            self._configs.append(asked.config)
-        self._group[slot] = self._configs.index(asked.config)
+            self._configs.append(settings)
+        self._group[slot] = self._configs.index(settings)
         self._weights[slot], self._beta[slot] = asked.weights, asked.beta
         self._policies.clear()
 
@@ -246,7 +247,8 @@ class Slots:
 
     def _policy(self, group: int) -> Policy:
         if group not in self._policies:
-            self._policies[group] = self.offer.policy(self._configs[group], self._weights, self._beta)
+            config, temperature = self._configs[group]
+            self._policies[group] = self.offer.policy(config, self._weights, self._beta, temperature)
         return self._policies[group]
 
     def _forget_unused(self, slot: int) -> None:

@@ -102,6 +102,7 @@ class Steering(Copied):
         if reading not in get_args(WantedReading):
             raise ValueError(f"reading must be one of {', '.join(get_args(WantedReading))}, got {reading!r}")
         self._policy: Policy
+        self._policy_kept: tuple[Policy, float, Policy] | None = None  # the last of `policy_at`
         self._base: weakref.ref[PreTrainedModel] | None = None
         weights = weights if weights is not None or config is None else config.weights
         self.functions = ValueFunctions(with_words(value_functions, objectives, weights, tokenizer), tokenizer, fuse)
@@ -187,6 +188,16 @@ class Steering(Copied):
         """Settings and weights as they are now. Each of them may be set between steps, by its own name."""
         return self._policy
 
+    def policy_at(self, temperature: float) -> Policy:
+        """`policy` where `generate` samples at a temperature, beside `reference_temperature`."""
+        own, kept = self._policy, self._policy_kept
+        if temperature == 1.0:
+            return own
+        if kept is None or kept[0] is not own or kept[1] != temperature:
+            weight = self.functions.log_prob_weights(own.config.reference_temperature * temperature)
+            kept = self._policy_kept = own, temperature, replace(own, log_prob_weight=weight)
+        return kept[2]
+
     @property
     def regions(self) -> Regions | Sequence[Regions | None] | None:
         """Where answers are steered: in all requests alike, or one for each; None for everywhere. May be set between
@@ -210,7 +221,8 @@ class Steering(Copied):
     @config.setter
     def config(self, config: MavisConfig) -> None:
         self._check_config(config)
-        self._policy = replace(self._policy, config=config)
+        weight = self.functions.log_prob_weights(config.reference_temperature)
+        self._policy = replace(self._policy, config=config, log_prob_weight=weight)
 
     @property
     def weights(self) -> Tensor:
@@ -232,8 +244,8 @@ class Steering(Copied):
 
     def _steer_by(self, config: MavisConfig, weights: Any, beta: Any) -> None:
         own = self.functions.weights(weights)
-        scale, log_prob_weight = self.functions.units()[2], self.functions.log_prob_weights()
-        self._policy = Policy(config, own, torch.as_tensor(beta, dtype=torch.float32), scale, log_prob_weight)
+        scale, weight = self.functions.units()[2], self.functions.log_prob_weights(config.reference_temperature)
+        self._policy = Policy(config, own, torch.as_tensor(beta, dtype=torch.float32), scale, weight)
         self.idle = self.functions.idle(own)
 
     def _check_config(self, config: MavisConfig) -> None:

@@ -111,10 +111,19 @@ class ValueFunctions:
         """Of each objective: mean and scale of the rewards, and what counts as one in a tilt, [3, M] on the CPU."""
         return torch.stack([f.units[:, output] for _, f, output in self.outputs], dim=1)
 
-    def log_prob_weights(self) -> Tensor:
-        """[M] what a nat of log pi_ref counts for beside the values, in reward units, on the CPU."""
-        every = [(getattr(f.config, "log_prob_weight", None), output) for _, f, output in self.outputs]
-        return torch.tensor([0.0 if own is None else own[output] for own, output in every])
+    def log_prob_weights(self, temperature: float = 1.0) -> Tensor:
+        """[M] what a nat of log pi_ref counts for beside the values, in reward units, on the CPU.
+
+        Args:
+            temperature: that the reference is sampled at.
+        """
+        every = [(getattr(f.config, "log_prob_weight_at", None), output) for _, f, output in self.outputs]
+        return torch.tensor([0.0 if of is None else of(temperature)[output] for of, output in every])
+
+    @property
+    def heed_temperature(self) -> bool:
+        """Whether what a nat of log pi_ref counts for hangs on the temperature of the reference."""
+        return any(isinstance(getattr(f.config, "log_prob_weight", None), dict) for f in self.all)
 
     def idle(self, weights: Tensor) -> list[bool]:
         """[M] whether the objective is a value function's all of whose objectives have weight 0: it need not be asked.

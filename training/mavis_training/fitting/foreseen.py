@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from ..trees.tree_store import TreeStore
 from .efficiency import log_prob_weights, log_probs, sample_actions, sharpened, steering_efficiency, steering_parts
 from .states import tree_states
 
+Found = Mapping[str, Mapping[str, float]]  # by objective, of `steering`
+
 _TREES = 64  # that are looked at, unless said otherwise
 _ACTIONS = 8  # drawn from the reference at each of their states
 
@@ -30,14 +32,13 @@ def steering_by_reference(
     of_tree: Mapping[int, Tensor],
     of_reference: Mapping[int, tuple[float, float] | None],
     seed: int,
-) -> dict[str, dict[str, dict[str, float]]]:
-    """`steering` on held-out trees, by a name for metrics; of stores at several temperatures, each by itself."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
+) -> dict[tuple[float, float], dict[str, dict[str, float]]]:
+    """`steering` on held-out trees, of stores at several temperatures each by itself, by temperature and nucleus."""
+    found: dict[tuple[float, float], dict[str, dict[str, float]]] = {}
     for how in dict.fromkeys(of_reference.values()):
         own = [(item, of_tree[id(item)]) for item in validation if of_reference[id(item)] == how]
         if how is not None and own:
-            name = f"steering at temperature {how[0]:g}, top-p {how[1]:g}" if found else "steering"
-            found[name] = steering(head, model, own, seed, *how)
+            found[how] = steering(head, model, own, seed, *how)
     return found
 
 
@@ -97,13 +98,20 @@ def parts_of(
 
 
 def log_prob_weight_of(
-    foreseen: Iterable[Mapping[str, Mapping[str, float]]], objectives: Sequence[str]
-) -> list[float] | None:
-    """`ObjectivesMixin.log_prob_weight` by what `steering` found, the mean over references; None if that is nothing."""
-    found = [one for one in foreseen if one]
-    if not found:
-        return None
-    return [float(f"{np.mean([one[name]['log_prob_weight'] for one in found]):.4g}") for name in objectives]
+    foreseen: Mapping[tuple[float, float], Found], objectives: Sequence[str]
+) -> list[float] | dict[str, list[float]] | None:
+    """`ObjectivesMixin.log_prob_weight` by what `steering_by_reference` found; None if that is nothing."""
+    at: dict[str, list[Found]] = {}
+    for (temperature, _), found in foreseen.items():
+        if found:
+            at.setdefault(f"{temperature:g}", []).append(found)
+    weights = {temperature: _mean_weight(every, objectives) for temperature, every in at.items()}
+    return next(iter(weights.values()), None) if len(weights) < 2 else weights
+
+
+def _mean_weight(every: Sequence[Found], objectives: Sequence[str]) -> list[float]:
+    """[M] over nuclei at one temperature."""
+    return [float(f"{np.mean([found[name]['log_prob_weight'] for found in every]):.4g}") for name in objectives]
 
 
 def reference_of(store: TreeStore) -> tuple[float, float] | None:

@@ -13,6 +13,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
+from ..calls import temperature_of
+
 _MOST = 10_000  # parts of a processor that are looked at for changes
 
 # They look at every row alone, at nothing but its ids and scores, and remember nothing.
@@ -77,6 +79,9 @@ class RowProcessors:
         pad: token that fills up ended rows.
         search: the strategy, if it moves rows; None if every row is written to its end, in order.
 
+    Attributes:
+        temperature: that they bring the scores to.
+
     Raises:
         ValueError: a processor that keeps a state of each row, in a search.
     """
@@ -90,6 +95,7 @@ class RowProcessors:
         search: str | None = "a search",
     ) -> None:
         self._processors, self._given, self._copies, self._pad, self._search = processors, given, copies, pad, search
+        self.temperature = temperature_of(processors)
         self._whole: Tensor | None = None  # [given, T] the batch, for those that must see all of it
         nowhere = torch.zeros(0, dtype=torch.long)
         self._watched = [_Watched(p) if _for_rows(p, lambda _: nowhere) is None else None for p in processors]

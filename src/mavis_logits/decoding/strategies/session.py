@@ -188,7 +188,8 @@ class Session:
             return values
 
         scores = steering.known(self.reference())
-        step = steering.policy.step(scores, read, self.of_requests, all_values=need_values)
+        policy = steering.policy_at(self._processors.temperature)
+        step = policy.step(scores, read, self.of_requests, all_values=need_values)
         steering.stats.add(len(self), step.kl, seconds)
         return step
 

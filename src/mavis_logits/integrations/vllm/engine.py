@@ -169,7 +169,8 @@ class Engine:
         """
         every = [self.slots] if self.drafts is None else [self.slots, self.drafts.slots]
         try:
-            asked = Asked.read(getattr(sampling_params, "extra_args", None), self._offer)
+            given, temperature = (getattr(sampling_params, name, None) for name in ("extra_args", "temperature"))
+            asked = Asked.read(given, self._offer, temperature)
             for slots in every:
                 slots.put(slot, asked)
         except Exception as error:
