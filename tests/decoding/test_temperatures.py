@@ -44,7 +44,8 @@ def written(
     if given is not None:
         how["logits_processor"] = LogitsProcessorList([*given, *how.get("logits_processor", [])])
     torch.manual_seed(0)
-    return base.generate(**prompts, max_new_tokens=12, pad_token_id=PAD, **options, **how)
+    output: Tensor = base.generate(**prompts, max_new_tokens=12, pad_token_id=PAD, **options, **how)
+    return output
 
 
 CASES: list[tuple[type, dict[str, Any], dict[str, Any], float]] = [
