@@ -37,7 +37,8 @@ def head(base: Any, weight: Any) -> Any:
 
 def written(
     kind: type, base: Any, prompts: dict[str, Tensor], weight: Any, options: dict[str, Any], **more: Any
-) -> Any:
+) -> Tensor:
+    """[R, T] what a head with a `log_prob_weight` has written."""
     mavis = kind(head(base, weight), WEIGHTS, model=base, **SETTINGS, **more)
     how = {"custom_generate": mavis} if kind is not MavisLogitsProcessor else {"logits_processor": [mavis]}
     given = options.pop("before", None)
@@ -93,7 +94,7 @@ def test_fused_value_models_keep_their_tables() -> None:
     from tiny import make_adapter
 
     models = [make_adapter("a", seed=2), make_adapter("b", "c", seed=3), make_adapter("d", seed=4)]
-    assert FusedValueModel(models).config.log_prob_weight == [0.0] * 4
+    assert FusedValueModel(models).config.log_prob_weight is None
     models[0].config.log_prob_weight, models[1].config.log_prob_weight = {"0.5": [0.0], "1": [1.0]}, [2.0, 3.0]
     fused = FusedValueModel(models).config
     assert fused.log_prob_weight_at(0.75) == [0.5, 2.0, 3.0, 0.0]

@@ -167,6 +167,22 @@ def test_what_log_pi_ref_counts_for_is_found_first_and_steered_by(place, tmp_pat
     assert spent(place, head, "o0", tmp_path) == pytest.approx(WANTED, rel=0.35)
 
 
+def test_stores_of_several_temperatures_give_a_table(place, tmp_path) -> None:
+    head = make_head(tmp_path / "head", 0.3)
+    cold = {"max_new_tokens": 12, "temperature": 0.5}
+    stores = [make_trees(tmp_path / "trees"), make_trees(tmp_path / "cold", sampling=cold)]
+    calibrate(settings(place, head, store=stores, trees=20))
+    config = json.loads((head / "config.json").read_text())
+    model, _ = chat_model()
+    loaded = ValueHead.from_pretrained(head).bind(model).float().eval()
+    _, items = load_trees(stores[0], ["o0"], 0.0, most=20)
+    states = [(item, tree_states(model, pack(item.tree), None)) for item in items]
+    expected = {at: log_prob_weights(parts_of(loaded, model, states, 0, float(at)))[0] for at in ("1", "0.5")}
+    assert config["log_prob_weight"] == {at: [pytest.approx(own, rel=1e-3)] for at, own in expected.items()}
+    assert expected["1"] != pytest.approx(expected["0.5"], rel=0.05)
+    assert spent(place, head, "o0", tmp_path) == pytest.approx(WANTED, rel=0.35)
+
+
 def test_trees_that_a_policy_sampled_are_refused_and_nothing_is_written(place, tmp_path) -> None:
     head = make_head(tmp_path / "head", 0.3)
     before = (head / "config.json").read_text()
@@ -185,7 +201,8 @@ def test_trees_beside_a_value_model_are_refused(place, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"kl": 0.0}, "kl must be a positive number"), ({"beta": 0.0}, "beta must be a positive number"),
-     ({"seeds": []}, "seeds must not be empty"), ({"temperature": 0.0}, "temperature"), ({"trees": 0}, "trees")],
+     ({"seeds": []}, "seeds must not be empty"), ({"temperature": 0.0}, "temperature"), ({"trees": 0}, "trees"),
+     ({"store": []}, "store is empty")],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(place, tmp_path, change, message) -> None:
     with pytest.raises(ValueError, match=message):

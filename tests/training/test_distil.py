@@ -31,7 +31,8 @@ def folders(tmp_path_factory):
     common = {"tokenizer_fingerprint": TOKENIZER, "reward_mean": [3.0], "reward_scale": [2.0]}
     small = ValueModel.from_backbone(tiny_llama(), ["low"], iteration=1, num_layers=1, **common)
     large = ValueModel.from_backbone(tiny_llama(seed=3), ["high"], iteration=2, **common)
-    head = ValueHead.for_model(tiny_llama(), ["mid"], width=8, **common)
+    nat = {"log_prob_weight": {"0.5": [0.1], "1": [0.3]}}
+    head = ValueHead.for_model(tiny_llama(), ["mid"], width=8, **common, **nat)
     torch.manual_seed(0)
     with torch.no_grad():
         for model in (small, large):
@@ -91,6 +92,7 @@ def test_teachers_of_different_kinds_sizes_and_iterations(config, folders, tmp_p
     loaded = ValueModel.from_pretrained(three.output, backbone=base)
     assert loaded.config.objectives == ["low", "high", "mid"]
     assert loaded.config.iteration == 2
+    assert loaded.config.log_prob_weight == {"0.5": [0.0, 0.0, 0.1], "1": [0.0, 0.0, 0.3]}
     assert loaded.config.recipe["teacher_iterations"] == {"low": 1, "high": 2, "mid": 0}
     assert (loaded.config.tokenizer_fingerprint, loaded.config.base_model) == (
         TOKENIZER,

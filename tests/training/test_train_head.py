@@ -68,6 +68,24 @@ def test_training_learns_and_saves(config, layer, read):
     assert all(one["gain"] >= one["gain_of_values"] - 1e-9 for one in found)
 
 
+def test_trees_of_several_temperatures_say_what_log_pi_ref_counts_for_at_each(config, tmp_path):
+    trees = [random_tree(i) for i in range(100, 140)]
+    rewards = {"low": lambda t: 10 * share_of_low(t), "high": lambda t: 1 - share_of_low(t)}
+    cold = make_store(tmp_path / "cold", trees, rewards, sampling={"max_new_tokens": 12, "temperature": 0.5})
+    both = dataclasses.replace(config, store=[config.store, str(cold.folder)])
+    head = train_head(both, tiny_llama())
+    metrics = json.loads(Path(config.output, "metrics.json").read_text())
+    found = {"1": metrics["steering"], "0.5": metrics["steering at temperature 0.5, top-p 1"]}
+    expected = {
+        at: [float(f"{one[name]['log_prob_weight']:.4g}") for name in head.config.objectives]
+        for at, one in found.items()
+    }
+    assert head.config.log_prob_weight == expected
+    assert ValueHead.from_pretrained(config.output).config.log_prob_weight == expected
+    middle = [(a + b) / 2 for a, b in zip(expected["1"], expected["0.5"], strict=True)]
+    assert head.config.log_prob_weight_at(0.75) == pytest.approx(middle)
+
+
 def test_values_alone_where_nothing_is_to_stand_beside_them(config):
     assert train_head(dataclasses.replace(config, sharpen=False), tiny_llama()).config.log_prob_weight is None
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, set_seed
 
 from mavis_logits.backbone.fingerprint import tokenizer_fingerprint
+from mavis_logits.core.objectives import log_prob_weight_of
 from mavis_logits.models import DEFAULT_MODEL, load_chat_model
 from mavis_logits.values.value_model import ValueModel
 
@@ -264,6 +265,8 @@ def _teachers_and_student(
     teacher_of = {name: teacher for teacher in teachers for name in teacher.outputs}
     units = [teacher_of[name].units(name) for name in config.teachers]
     set_reward_units(student, [mean for mean, _ in units], [scale for _, scale in units])
+    columns = ((teacher_of[name].function.config, teacher_of[name].outputs[name]) for name in config.teachers)
+    student.config.log_prob_weight = log_prob_weight_of(columns)
     return teachers, student
 
 

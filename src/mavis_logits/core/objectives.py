@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,20 @@ def _log_prob_weight(given: Any) -> list[float] | dict[str, list[float]] | None:
         raise ValueError(f"log_prob_weight has a temperature twice: {sorted(map(str, given))}")
     every = {f"{at:g}": _log_prob_weight(own) for at, own in zip(temperatures, given.values(), strict=True)}
     return {at: own for at, own in every.items() if isinstance(own, list)}
+
+
+def log_prob_weight_of(outputs: Iterable[tuple[ObjectivesMixin, int]]) -> list[float] | dict[str, list[float]] | None:
+    """`ObjectivesMixin.log_prob_weight` of a value function that says what single outputs of others say."""
+    every = list(outputs)
+    given = [config.log_prob_weight for config, _ in every if config.log_prob_weight is not None]
+    temperatures = {at for own in given if isinstance(own, dict) for at in own}
+
+    def at(temperature: float) -> list[float]:
+        return [config.log_prob_weight_at(temperature)[output] for config, output in every]
+
+    if not given:
+        return None
+    return {key: at(float(key)) for key in sorted(temperatures, key=float)} or at(1.0)
 
 
 class ObjectivesMixin:

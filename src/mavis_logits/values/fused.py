@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from ..backbone import Backbone
 from ..backbone.watch import Watch
 from ..core.config import recommended
+from ..core.objectives import log_prob_weight_of
 from .value_model import ValueModel, ValueModelOutput
 from .value_model_config import ValueModelConfig
 
@@ -59,15 +60,6 @@ class StackedLoRALinear(nn.Module):
         return y
 
 
-def _log_prob_weight(configs: Sequence[ValueModelConfig]) -> list[float] | dict[str, list[float]]:
-    """What a nat of log pi_ref counts for by each of their objectives."""
-    tables = [config.log_prob_weight for config in configs if isinstance(config.log_prob_weight, dict)]
-    if not tables:
-        return [x for config in configs for x in config.log_prob_weight_at(1.0)]
-    every = {at for table in tables for at in table}
-    return {at: [x for config in configs for x in config.log_prob_weight_at(float(at))] for at in every}
-
-
 class FusedValueModel(nn.Module):
     """Several value models on one backbone, whose values come out of one forward.
 
@@ -105,7 +97,7 @@ class FusedValueModel(nn.Module):
             reward_mean=[x for model in models for x in model.config.reward_mean],
             reward_scale=[x for model in models for x in model.config.reward_scale],
             tilt_scale=[x for model in models for x in model.units[2].tolist()],
-            log_prob_weight=_log_prob_weight([model.config for model in models]),
+            log_prob_weight=log_prob_weight_of((m.config, i) for m in models for i in range(len(m.config.objectives))),
             settings=recommended(model.config.settings for model in models),
             base_model=first.base_model,
             tokenizer_fingerprint=first.tokenizer_fingerprint,
