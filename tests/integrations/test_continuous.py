@@ -11,7 +11,9 @@ from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from mavis_logits import MavisLogitsProcessor
+from mavis_logits.integrations.asked import Asked
 from mavis_logits.integrations.continuous import steered_batching
+from mavis_logits.integrations.slots import Slots
 from tiny import EOS, PAD, make_base, make_head, make_value_model
 
 NEW = 6
@@ -73,6 +75,24 @@ def test_requests_are_answered_as_by_generate(layer: int | None) -> None:
     finally:
         manager.stop(block=True)
     assert [answers[name] for name in names] == expected
+
+
+def test_what_log_pi_ref_counts_for_follows_the_temperature_of_each_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = make_base()
+    head = make_head(base, "kind", "short")
+    head.config.log_prob_weight = {"0.5": [0.0, 0.0], "1": [1.0, 1.0]}
+    read: list[Asked | None] = []
+    monkeypatch.setattr(Slots, "put", lambda self, slot, asked: read.append(asked))
+    for sampled, expected in ((True, [0.5, 0.8]), (False, [1.0])):  # without sampling both are one kind of settings
+        base = make_base()
+        head.bind(base)
+        config = GenerationConfig(do_sample=sampled, temperature=0.5, eos_token_id=EOS, pad_token_id=PAD)
+        steering = steered_batching(base, MavisLogitsProcessor(head, model=base), generation_config=config).mavis
+        read.clear()
+        for own in ({}, {"temperature": 0.8}):
+            steering._number({"mavis_beta": 1.0, **own})
+        assert [asked.temperature for asked in read if asked is not None] == expected
+        steering.close()
 
 
 def test_what_cannot_be_is_refused_at_once() -> None:

@@ -24,6 +24,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import Con
 from ..backbone import Backbone
 from ..backbone.hidden import Layer
 from ..backbone.hooks import before
+from ..decoding.calls import temperature_of
 from .asked import PREFIX, Asked, arguments
 from .serving import Offer
 from .slots import Rows, Slots, Wanted, head_values
@@ -64,7 +65,9 @@ def steered_batching(model: PreTrainedModel, mavis: Steering, **given: Any) -> A
     prepare = model._get_logits_processor
 
     def with_ours(*args: Any, **named: Any) -> LogitsProcessorList:
-        return LogitsProcessorList([steering, *prepare(*args, **named)])
+        prepared = prepare(*args, **named)
+        steering.temperature = temperature_of(prepared)
+        return LogitsProcessorList([steering, *prepared])
 
     model._get_logits_processor = with_ours  # type: ignore[method-assign]
     try:
@@ -99,6 +102,7 @@ class ContinuousSteering(ContinuousBatchingLogitsProcessor):
 
     Attributes:
         offer: what requests may ask for.
+        temperature: that requests are sampled at which name no other; at 1 the manager lets none do so.
     """
 
     supported_kwargs: dict[str, type] = dict.fromkeys(arguments(), object)
@@ -108,6 +112,7 @@ class ContinuousSteering(ContinuousBatchingLogitsProcessor):
         names = dict(zip(mavis.objectives, mavis.weights.reshape(-1, len(mavis.objectives))[0].tolist(), strict=True))
         config = {**vars(mavis.config), "weights": names, "beta": float(mavis.beta.reshape(-1)[0])}
         self.offer = Offer(mavis.functions, type(mavis.config)(**config))
+        self.temperature = 1.0
         self._functions = mavis.functions
         self._slots = Slots(_KINDS, mavis.functions, self.offer, mavis.special.eos)
         self._known: OrderedDict[str, int] = OrderedDict()  # settings as text, the last used at the end
@@ -153,12 +158,13 @@ class ContinuousSteering(ContinuousBatchingLogitsProcessor):
         own = {key: value for key, value in given.items() if key.startswith(PREFIX)}
         if not own:
             return _UNSTEERED
-        key = repr(sorted(own.items(), key=lambda item: item[0]))
+        temperature = self.temperature if self.temperature == 1.0 else given.get("temperature", self.temperature)
+        key = repr([temperature, *sorted(own.items(), key=lambda item: item[0])])
         if key not in self._known:
             full = len(self._known) == _KINDS - 1
             number = self._known.popitem(last=False)[1] if full else len(self._known) + 1
             self._known[key] = number
-            self._slots.put(number, Asked.read(own, self.offer))
+            self._slots.put(number, Asked.read(own, self.offer, temperature))
         self._known.move_to_end(key)
         return self._known[key]
 
