@@ -119,20 +119,25 @@ _WAYS = ("prompt", "steered", "both")
 
 
 def prompted(results: Path) -> str:
-    """Return what a system prompt, steering and both gain in the objective that they are for."""
-    run = read(results / "prompted.json")
-    if run is None:
+    """Return what a system prompt, steering and both gain in the objective that they are for, by the latest run."""
+    found = [read(results / f"{name}.json") for name in ("prompted_sharpened", "prompted")]
+    runs = [run for run in found if run is not None]
+    if not runs:
         return ""
-    paired = {(one["setting"], one["against"]): one for one in run["contrasts"]}
+    of_run: dict[int, list[str]] = {}
     rows = []
-    for name in run["config"]["rewards"]:
+    for name in runs[-1]["config"]["rewards"]:
+        number, run = next((n, one) for n, one in enumerate(runs) if f"{name} prompt" in one["settings"])
+        of_run.setdefault(number, []).append(name)
+        paired = {(one["setting"], one["against"]): one for one in run["contrasts"]}
         own = [run["settings"][f"{name} {way}"] for way in _WAYS]
         cells = [f"{plus_minus_sd(one[name])} ({one['kl']:.1f})" for one in own]
         rows.append((name, *cells, plus_minus_sd(paired[f"{name} steered", f"{name} prompt"][name])))
+    dates = " and ".join(f"{', '.join(names)}: {measured(runs[number])}" for number, names in of_run.items())
     about = (
         "Gain in each objective, in standard deviations of the unsteered reward, and in brackets the nats that it "
-        f"costs: the best of four wordings of a system prompt, the shipped value heads, and both; {measured(run)}, "
-        f"temperature {run['config']['temperature']:g}. The last column is paired by prompt."
+        "costs: the best of four wordings of a system prompt, the shipped value heads, and both; temperature "
+        f"{runs[0]['config']['temperature']:g}; {dates}. The last column is paired by prompt."
     )
     head = ["objective", "system prompt", "steered", "both", "steered beyond the prompt"]
     return "\n".join([about, "", *table(head, rows), ""])

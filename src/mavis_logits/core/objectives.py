@@ -37,10 +37,11 @@ def _log_prob_weight(given: Any) -> list[float] | dict[str, list[float]] | None:
         raise ValueError(
             f"log_prob_weight must be numbers, or a dictionary of them by temperatures above 0, got {dict(given)}"
         )
-    if len(set(temperatures)) != len(temperatures):
+    names = [f"{at:g}" for at in temperatures]
+    if len(set(names)) != len(names):
         raise ValueError(f"log_prob_weight has a temperature twice: {sorted(map(str, given))}")
-    every = {f"{at:g}": _log_prob_weight(own) for at, own in zip(temperatures, given.values(), strict=True)}
-    return {at: own for at, own in every.items() if isinstance(own, list)}
+    every = {name: _log_prob_weight(own) for name, own in zip(names, given.values(), strict=True)}
+    return {name: own for name, own in every.items() if isinstance(own, list)}
 
 
 def log_prob_weight_of(outputs: Iterable[tuple[ObjectivesMixin, int]]) -> list[float] | dict[str, list[float]] | None:
