@@ -123,6 +123,14 @@ def test_the_strength_is_found_where_the_square_law_holds(size: float, kl: float
     assert found.kl == pytest.approx(kl, rel=0.1)
 
 
+@given(st.floats(0.3, 3), st.floats(0.5, 20), st.floats(1.0, 2.5))
+def test_the_strength_is_found_where_more_is_spent_more_slowly(size: float, kl: float, power: float) -> None:
+    """As far from the reference, where log pi_ref counts beside the values."""
+    found = strength(lambda beta: (beta * size) ** power, kl)
+    assert found is not None
+    assert found.kl == pytest.approx(kl, rel=0.1)
+
+
 @given(st.floats(0.3, 3), st.floats(0.5, 20), st.floats(1.0, 4.0))
 def test_the_strength_is_neared_under_other_laws(size: float, kl: float, power: float) -> None:
     first = (4 * size) ** power

@@ -270,15 +270,23 @@ def strength(spent: Callable[[float], float], kl: float, first: float = 4.0) -> 
 
 
 def next_strength(tried: Sequence[tuple[float, float]], kl: float) -> float:
-    """The next strength to try, of (strength, nats) before: between the nearest on both sides, or by the square law."""
+    """The next strength to try, of (strength, nats) before: between the nearest on both sides, or by a power law.
+
+    It is that of the last two, or the square law, which holds where little is spent; what is far from the reference
+    grows more slowly.
+    """
     below = max((t for t in tried if t[1] < kl), key=lambda t: t[1], default=None)
     above = min((t for t in tried if t[1] >= kl), key=lambda t: t[1], default=None)
     if below is not None and above is not None:
         low, high = (float(np.sqrt(max(0.0, t[1]))) for t in (below, above))
         share = (np.sqrt(kl) - low) / max(1e-9, high - low)
         return float(below[0] + (above[0] - below[0]) * min(0.9, max(0.1, share)))
-    beta, spent = tried[-1]
-    return float(beta * min(4.0, max(0.25, np.sqrt(kl / max(spent, 1e-3)))))
+    beta, spent = tried[-1][0], max(tried[-1][1], 1e-3)
+    power = 2.0
+    if len(tried) > 1 and tried[-2][0] != beta:
+        other, before = tried[-2][0], max(tried[-2][1], 1e-3)
+        power = float(np.clip(np.log(spent / before) / np.log(beta / other), 0.5, 3.0))
+    return float(beta * np.clip((kl / spent) ** (1 / power), 0.25, 4.0))
 
 
 def told(config: CalibrateConfig, found: dict[str, Calibrated]) -> str:
