@@ -179,8 +179,9 @@ class Runner:
         return self.logits
 
 
-def params(**arguments: Any) -> SimpleNamespace:
-    return SimpleNamespace(extra_args={f"mavis_{key}": value for key, value in arguments.items()})
+def params(temperature: float = 1.0, **arguments: Any) -> SimpleNamespace:
+    extra_args = {f"mavis_{key}": value for key, value in arguments.items()}
+    return SimpleNamespace(extra_args=extra_args, temperature=temperature)
 
 
 ASKED: dict[int, Any] = {
@@ -203,7 +204,7 @@ def expected(runner: Runner, head: ValueHead, batch: Batch, logits: Tensor, aske
         if own is None:
             rows.append(logits[row])
             continue
-        policy = offer.policy(own.config, own.weights, torch.tensor(own.beta))
+        policy = offer.policy(own.config, own.weights, torch.tensor(own.beta), asked[slot].temperature or 1.0)
         states = {head.config.layer: runner.hidden[head.config.layer][token][None]}
         busy = [False] * len(offer.objectives)
         step = policy.step(
@@ -250,6 +251,27 @@ def test_a_slot_is_used_again(processor_class: type, head: ValueHead) -> None:
         processor.add_request(4, own)
         logits, found = runner.step(batch)
         assert torch.allclose(found, expected(runner, head, batch, logits, {4: own}), atol=1e-5)
+
+
+def test_what_log_pi_ref_counts_for_follows_the_temperature_of_each_request(
+    processor_class: type, head: ValueHead, tmp_path: Path
+) -> None:
+    head.config.log_prob_weight = {"0.5": [0.0, 0.3], "1": [0.9, -0.4]}
+    head.save_pretrained(tmp_path / "head")
+    offer_of.cache_clear()
+    runner = Runner()
+    processor = runner.load_v2(processor_class)
+    asked = {
+        slot: params(temperature, weights="kind=1,short=1") for slot, temperature in enumerate((1.0, 0.5, 0.75, 0.0))
+    }
+    for slot, own in asked.items():
+        processor.add_request(slot, own)
+    batch = Batch([2, 0, 3, 1], [1] * 4, [1] * 4)
+    logits, found = runner.step(batch)
+    assert torch.allclose(found, expected(runner, head, batch, logits, asked), atol=1e-5)
+    warm = {slot: params(1.0, weights="kind=1,short=1") for slot in asked}
+    alike = torch.isclose(found, expected(runner, head, batch, logits, warm), atol=1e-5).all(dim=1)
+    assert alike.tolist() == [False, True, True, False]  # greedy, as at 1
 
 
 def test_a_drafter_sees_the_states_it_would_see_without_us(processor_class: type, head: ValueHead) -> None:
