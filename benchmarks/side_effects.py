@@ -67,14 +67,24 @@ def correct(prompts: list[str], completions: list[str], answer: list[str], **col
 
 
 def main() -> None:
-    """Measure every variant and the questions, and write both tables."""
+    """Measure the questions and every variant, and write both tables as they grow."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--config", type=Path, required=True, help="recipe of mavis evaluate")
     config = read_config(EvaluateConfig, ["--config", str(parser.parse_args().config)], "evaluate")
     rows, folder, output = read_prompts(config.prompts, config.limit), Path(config.completions), Path(config.output)
     plain = next(name for name, setting in config.settings.items() if not setting)
     steered = [name for name in config.settings if name != plain]
+    questions = evaluate(
+        replace(
+            config, prompts=QUESTIONS, output=str(folder / "questions.json"), completions=str(folder / "questions"),
+            rewards={"correct": f"{__file__}:correct"}, limit=None, contrasts=[], combined=None,
+        )
+    )  # fmt: skip
     variants: dict[str, Any] = {}
+    results = {key: questions[key] for key in ("date", "machine", "versions")} | {
+        "temperature": config.temperature, "top_p": config.top_p, "dtype": config.dtype, "seeds": config.seeds,
+        "prompts": len(rows), "questions": questions["prompts"], "variants": variants, "correct": questions["settings"],
+    }  # fmt: skip
     for name, make in VARIANTS.items():
         file = folder / f"{name}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -83,18 +93,8 @@ def main() -> None:
             replace(config, prompts=str(file), output=str(folder / f"{name}.json"), completions=str(folder / name))
         )
         variants[name] = found["settings"]
-    questions = evaluate(
-        replace(
-            config, prompts=QUESTIONS, output=str(folder / "questions.json"), completions=str(folder / "questions"),
-            rewards={"correct": f"{__file__}:correct"}, limit=None, contrasts=[], combined=None,
-        )
-    )  # fmt: skip
-    results = {key: questions[key] for key in ("date", "machine", "versions")} | {
-        "temperature": config.temperature, "top_p": config.top_p, "dtype": config.dtype, "seeds": config.seeds,
-        "prompts": len(rows), "questions": questions["prompts"], "variants": variants, "correct": questions["settings"],
-    }  # fmt: skip
-    write_json(output, results)
-    output.with_suffix(".md").write_text(table(results, steered, plain), encoding="utf-8")
+        write_json(output, results)  # what is there already, should the rest be interrupted
+        output.with_suffix(".md").write_text(table(results, steered, plain), encoding="utf-8")
 
 
 def table(results: dict[str, Any], steered: list[str], plain: str) -> str:
