@@ -77,13 +77,15 @@ def main() -> None:
     questions = evaluate(
         replace(
             config, prompts=QUESTIONS, output=str(folder / "questions.json"), completions=str(folder / "questions"),
-            rewards={"correct": f"{__file__}:correct"}, limit=None, contrasts=[], combined=None,
+            rewards={"correct": f"{__file__}:correct"}, limit=None, combined=None,
+            contrasts=[[name, plain] for name in steered],
         )
     )  # fmt: skip
     variants: dict[str, Any] = {}
     results = {key: questions[key] for key in ("date", "machine", "versions")} | {
         "temperature": config.temperature, "top_p": config.top_p, "dtype": config.dtype, "seeds": config.seeds,
         "prompts": len(rows), "questions": questions["prompts"], "variants": variants, "correct": questions["settings"],
+        "contrasts": questions["contrasts"],
     }  # fmt: skip
     for name, make in VARIANTS.items():
         file = folder / f"{name}.jsonl"
@@ -111,6 +113,13 @@ def table(results: dict[str, Any], steered: list[str], plain: str) -> str:
     lines += ["", "| questions | " + " | ".join([plain, *steered]) + " |", "|" + "---|" * (len(steered) + 2)]
     right = [results["correct"][name]["correct"] for name in (plain, *steered)]
     lines.append("| right | " + " | ".join(f"{one['reward']:.1%} ± {one['error']:.1%}" for one in right) + " |")
+    paired = {one["setting"]: one["correct"] for one in results["contrasts"]}
+    share = results["correct"][plain]["correct"]["reward"]
+    spread = (share * (1 - share)) ** 0.5  # the unit of gains, of answers that are right or wrong
+    cells = [
+        f"{paired[name]['gain_sd'] * spread:+.1%} ± {paired[name]['gain_sd_error'] * spread:.1%}" for name in steered
+    ]
+    lines.append(f"| beyond {plain}, question by question | | {' | '.join(cells)} |")
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     lines += [
         "",
