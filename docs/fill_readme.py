@@ -124,23 +124,23 @@ def prompted(results: Path) -> str:
     runs = [run for run in found if run is not None]
     if not runs:
         return ""
-    of_run: dict[int, list[str]] = {}
-    rows = []
-    for name in runs[-1]["config"]["rewards"]:
-        number, run = next((n, one) for n, one in enumerate(runs) if f"{name} prompt" in one["settings"])
-        of_run.setdefault(number, []).append(name)
+    rows: dict[str, tuple[str, ...]] = {}
+    dates = []
+    for run in runs:
+        new = [name for name in run["config"]["rewards"] if f"{name} prompt" in run["settings"] and name not in rows]
+        dates.append(f"{', '.join(new)}: {measured(run)}")
         paired = {(one["setting"], one["against"]): one for one in run["contrasts"]}
-        own = [run["settings"][f"{name} {way}"] for way in _WAYS]
-        cells = [f"{plus_minus_sd(one[name])} ({one['kl']:.1f})" for one in own]
-        rows.append((name, *cells, plus_minus_sd(paired[f"{name} steered", f"{name} prompt"][name])))
-    dates = " and ".join(f"{', '.join(names)}: {measured(runs[number])}" for number, names in of_run.items())
+        for name in new:
+            own = [run["settings"][f"{name} {way}"] for way in _WAYS]
+            cells = [f"{plus_minus_sd(one[name])} ({one['kl']:.1f})" for one in own]
+            rows[name] = (name, *cells, plus_minus_sd(paired[f"{name} steered", f"{name} prompt"][name]))
     about = (
         "Gain in each objective, in standard deviations of the unsteered reward, and in brackets the nats that it "
         "costs: the best of four wordings of a system prompt, the shipped value heads, and both; temperature "
-        f"{runs[0]['config']['temperature']:g}; {dates}. The last column is paired by prompt."
+        f"{runs[0]['config']['temperature']:g}; {' and '.join(dates)}. The last column is paired by prompt."
     )
     head = ["objective", "system prompt", "steered", "both", "steered beyond the prompt"]
-    return "\n".join([about, "", *table(head, rows), ""])
+    return "\n".join([about, "", *table(head, list(rows.values())), ""])
 
 
 def search(results: Path) -> str:

@@ -39,6 +39,7 @@ def test_one_list_is_for_every_temperature(temperature: float) -> None:
         ({}, "by temperatures above 0"), ({"warm": [0.1, 0.1]}, "by temperatures above 0"),
         ({"0": [0.1, 0.1]}, "by temperatures above 0"), ({"1": [0.1]}, "1 numbers for 2 objectives"),
         ({"1": [0.1, float("nan")]}, "must be finite"), ({"1": [0.1, 0.1], 1.0: [0.1, 0.1]}, "a temperature twice"),
+        ({"1": None}, "must be finite"), ({"1": {"1": [0.1, 0.1]}}, "must be finite"), (0.1, "must be finite"),
         ([0.1], "1 numbers for 2 objectives"), ([0.1, float("inf")], "must be finite"),
     ],
 )  # fmt: skip

@@ -78,14 +78,11 @@ def test_requests_are_answered_as_by_generate(layer: int | None) -> None:
 
 
 def test_what_log_pi_ref_counts_for_follows_the_temperature_of_each_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    base = make_base()
-    head = make_head(base, "kind", "short")
-    head.config.log_prob_weight = {"0.5": [0.0, 0.0], "1": [1.0, 1.0]}
     read: list[Asked | None] = []
     monkeypatch.setattr(Slots, "put", lambda self, slot, asked: read.append(asked))
     for sampled, expected in ((True, [0.5, 0.8]), (False, [1.0])):  # without sampling both are one kind of settings
         base = make_base()
-        head.bind(base)
+        head = make_head(base, "kind", "short")
         config = GenerationConfig(do_sample=sampled, temperature=0.5, eos_token_id=EOS, pad_token_id=PAD)
         steering = steered_batching(base, MavisLogitsProcessor(head, model=base), generation_config=config).mavis
         read.clear()

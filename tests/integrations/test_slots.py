@@ -26,14 +26,15 @@ class Settings:
     scale = torch.tensor([2.0, 0.5])
 
     def policy(
-        self, config: MavisConfig, weights: torch.Tensor, beta: torch.Tensor, temperature: float = 1.0
+        self, config: MavisConfig, weights: torch.Tensor, beta: torch.Tensor, log_prob_weight: torch.Tensor
     ) -> Policy:
-        return Policy(config, weights, beta, self.scale, torch.tensor([0.2, -0.1]) * temperature)
+        return Policy(config, weights, beta, self.scale, log_prob_weight)
 
 
 def make_functions() -> ValueFunctions:
     torch.manual_seed(0)
-    head = ValueHead(ValueHeadConfig(D, D, V, 16, objectives=["kind", "short"], layer=1)).eval()
+    nat = {"0.5": [0.1, -0.05], "1": [0.2, -0.1]}
+    head = ValueHead(ValueHeadConfig(D, D, V, 16, objectives=["kind", "short"], layer=1, log_prob_weight=nat)).eval()
     torch.nn.init.normal_(head.out.weight)
     return ValueFunctions(head.bind_embedding(torch.randn(V, D)))
 
@@ -74,7 +75,8 @@ def alone(asked: Asked | None, logits: torch.Tensor, state: torch.Tensor) -> tor
     """The slow twin: one row, by a policy of its own."""
     if asked is None:
         return logits
-    policy = Settings().policy(asked.config, asked.weights, torch.tensor(asked.beta), asked.temperature)
+    nat = FUNCTIONS.log_prob_weights(asked.config.reference_temperature * asked.temperature)
+    policy = Settings().policy(asked.config, asked.weights, torch.tensor(asked.beta), nat)
 
     def read(choice: Choice, _: torch.Tensor) -> torch.Tensor:
         return head_values(FUNCTIONS, {1: state[None]}, Wanted(None, choice, asked.config, BUSY))

@@ -204,7 +204,8 @@ def expected(runner: Runner, head: ValueHead, batch: Batch, logits: Tensor, aske
         if own is None:
             rows.append(logits[row])
             continue
-        policy = offer.policy(own.config, own.weights, torch.tensor(own.beta), asked[slot].temperature or 1.0)
+        nat = functions.log_prob_weights(own.config.reference_temperature * (asked[slot].temperature or 1.0))
+        policy = offer.policy(own.config, own.weights, torch.tensor(own.beta), nat)
         states = {head.config.layer: runner.hidden[head.config.layer][token][None]}
         busy = [False] * len(offer.objectives)
         step = policy.step(

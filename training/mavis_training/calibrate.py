@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,7 +26,7 @@ from mavis_logits.values.value_head import ValueHead, ValueHeadConfig
 from .base.prompts import encode_prompts, read_prompts
 from .base.ranks import join
 from .base.settings import check_sampling, torch_dtype
-from .fitting.foreseen import log_prob_weight_of, reference_of, steering
+from .fitting.foreseen import log_prob_weight_of, reference_of, steering_by_reference
 from .fitting.states import tree_states
 from .measure.completions import Protocol, complete_all
 from .measure.settings import steerings
@@ -162,21 +163,19 @@ def calibrate(
 def _log_prob_weight(config: CalibrateConfig, model: PreTrainedModel) -> list[float] | dict[str, list[float]]:
     """`log_prob_weight` of the value head, by trees that it has not learnt from."""
     head = ValueHead.from_pretrained(config.value_function).to(model.device).bind(model).float().eval()  # type: ignore[arg-type]
-    own: dict[tuple[float, float], list[LabelledTree]] = {}
+    every: list[LabelledTree] = []
+    of_tree: dict[int, Tensor] = {}
+    of_reference: dict[int, tuple[float, float] | None] = {}
     for folder in [config.store] if isinstance(config.store, str) else config.store or []:
         (store,), trees = load_trees(folder, head.config.objectives, 0.0, most=config.trees)
         store.require_base(model)
         how = reference_of(store)
         if how is None:
             raise ValueError(f"{folder} was not sampled from the base model alone: name a store that no policy sampled")
-        own.setdefault(how, []).extend(trees)
-    foreseen = {}
-    for how, trees in own.items():
-        with_states = [
-            (item, tree_states(model, pack(item.tree), head.config.layer))
-            for item in tqdm(trees, desc="hidden states", unit="tree")
-        ]
-        foreseen[how] = steering(head, model, with_states, config.seeds[0], *how, most=len(trees))
+        every += trees
+        for item in tqdm(trees, desc="hidden states", unit="tree"):
+            of_tree[id(item)], of_reference[id(item)] = tree_states(model, pack(item.tree), head.config.layer), how
+    foreseen = steering_by_reference(head, model, every, of_tree, of_reference, config.seeds[0], most=len(every))
     found = log_prob_weight_of(foreseen, head.config.objectives)
     if found is None:
         raise ValueError(

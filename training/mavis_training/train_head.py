@@ -124,8 +124,8 @@ def train_head(config: TrainHeadConfig, model: PreTrainedModel | None = None) ->
     foreseen = steering_by_reference(head, model, validation, of_tree, of_reference, config.seed)
     if config.sharpen:
         head.config.log_prob_weight = log_prob_weight_of(foreseen, config.objectives)
-    names = ["steering", *(f"steering at temperature {at:g}, top-p {top_p:g}" for at, top_p in list(foreseen)[1:])]
-    metrics |= dict(zip(names, foreseen.values(), strict=False))
+    for number, ((temperature, top_p), found) in enumerate(foreseen.items()):
+        metrics[f"steering at temperature {temperature:g}, top-p {top_p:g}" if number else "steering"] = found
     recipe = head.config.recipe
     recipe["warmup_steps"] = metrics.pop("warmup_steps")
     output = Path(config.output)

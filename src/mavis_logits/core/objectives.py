@@ -25,10 +25,7 @@ def _log_prob_weight(given: Any) -> list[float] | dict[str, list[float]] | None:
     if given is None:
         return None
     if not isinstance(given, Mapping):
-        own = [float(x) for x in given]
-        if not all(map(math.isfinite, own)):
-            raise ValueError(f"log_prob_weight must be finite numbers, got {own}")
-        return own
+        return _finite(given)
     try:
         temperatures = [float(key) for key in given]
     except ValueError:
@@ -40,8 +37,15 @@ def _log_prob_weight(given: Any) -> list[float] | dict[str, list[float]] | None:
     names = [f"{at:g}" for at in temperatures]
     if len(set(names)) != len(names):
         raise ValueError(f"log_prob_weight has a temperature twice: {sorted(map(str, given))}")
-    every = {name: _log_prob_weight(own) for name, own in zip(names, given.values(), strict=True)}
-    return {name: own for name, own in every.items() if isinstance(own, list)}
+    return {name: _finite(own) for name, own in zip(names, given.values(), strict=True)}
+
+
+def _finite(given: Any) -> list[float]:
+    """The numbers of one temperature, or of all."""
+    own = [float(x) for x in given] if isinstance(given, list | tuple) else []
+    if not own or not all(map(math.isfinite, own)):
+        raise ValueError(f"log_prob_weight must be finite numbers, got {given}")
+    return own
 
 
 def log_prob_weight_of(outputs: Iterable[tuple[ObjectivesMixin, int]]) -> list[float] | dict[str, list[float]] | None:

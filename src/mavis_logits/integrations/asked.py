@@ -36,7 +36,7 @@ class Asked:
             them alone are steered together.
         weights: lambda, [M].
         beta: strength of the tilt.
-        temperature: that the engine samples at after it, if values hang on that; else 1.
+        temperature: that the engine samples at after it.
     """
 
     config: MavisConfig
@@ -93,8 +93,7 @@ class Asked:
             raise ValueError(f"mavis_beta and mavis_weights must be at most {MAX_BETA:g} in size")
         if not _COLDEST <= config.reference_temperature <= _HOTTEST:
             raise ValueError(f"mavis_reference_temperature must lie between {_COLDEST:g} and {_HOTTEST:g}")
-        after = (temperature or 1.0) if offer.functions.heed_temperature else 1.0
-        return cls(replace(config, weights=None, beta=MavisConfig.beta), weights, beta, float(after))
+        return cls(replace(config, weights=None, beta=MavisConfig.beta), weights, beta, float(temperature or 1.0))
 
 
 def _config(base: MavisConfig, settings: Mapping[str, Any]) -> MavisConfig:

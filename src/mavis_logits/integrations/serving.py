@@ -209,11 +209,9 @@ class Offer:
         """[M] units of the objectives, for `normalize="standard"`."""
         return self.functions.units()[2]
 
-    def policy(self, config: MavisConfig, weights: Tensor, beta: Tensor, temperature: float = 1.0) -> Policy:
-        """That of requests under `config` that are sampled at `temperature`, weighted [N, M] and tilted [N] as these
-        say."""
-        weight = self.functions.log_prob_weights(config.reference_temperature * temperature)
-        return Policy(config, weights, beta, self.scale, weight)
+    def policy(self, config: MavisConfig, weights: Tensor, beta: Tensor, log_prob_weight: Tensor) -> Policy:
+        """That of requests under `config`, weighted [N, M] and tilted [N] as these say; `log_prob_weight` [N, M]."""
+        return Policy(config, weights, beta, self.scale, log_prob_weight)
 
 
 @lru_cache(maxsize=8)

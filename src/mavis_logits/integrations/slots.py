@@ -115,7 +115,8 @@ class Slots:
         self._weights = torch.zeros(count, len(functions.objectives))
         self._beta = torch.zeros(count)
         self._group = [_UNSTEERED] * count
-        self._configs: list[tuple[MavisConfig, float]] = []  # by group, with the temperature after the tilt
+        self._log_prob_weight = torch.zeros_like(self._weights)
+        self._configs: list[MavisConfig] = []
         self._policies: dict[int, Policy] = {}
 
     def put(self, slot: int, asked: Asked | None) -> None:
@@ -128,12 +129,13 @@ class Slots:
         if asked is None:
             self._group[slot] = _UNSTEERED
             return
-        settings = asked.config, asked.temperature
-        if settings not in self._configs:
+        if asked.config not in self._configs:
             self._forget_unused(slot)
-            self._configs.append(settings)
-        self._group[slot] = self._configs.index(settings)
+            self._configs.append(asked.config)
+        self._group[slot] = self._configs.index(asked.config)
         self._weights[slot], self._beta[slot] = asked.weights, asked.beta
+        temperature = asked.config.reference_temperature * asked.temperature
+        self._log_prob_weight[slot] = self.functions.log_prob_weights(temperature)
         self._policies.clear()
 
     def refuse(self, slot: int) -> None:
@@ -154,7 +156,7 @@ class Slots:
         pair = [target, source]
         self._group[target], other = self._group[source], self._group[target]
         self._group[source] = other if swap else _UNSTEERED
-        for table in (self._weights, self._beta):
+        for table in (self._weights, self._beta, self._log_prob_weight):
             table[pair] = table[pair[::-1]].clone()
         self._policies.clear()
 
@@ -247,8 +249,8 @@ class Slots:
 
     def _policy(self, group: int) -> Policy:
         if group not in self._policies:
-            config, temperature = self._configs[group]
-            self._policies[group] = self.offer.policy(config, self._weights, self._beta, temperature)
+            config = self._configs[group]
+            self._policies[group] = self.offer.policy(config, self._weights, self._beta, self._log_prob_weight)
         return self._policies[group]
 
     def _forget_unused(self, slot: int) -> None:

@@ -88,7 +88,8 @@ class Policy:
         weights: lambda, float32 [M] or [R, M].
         beta: strength of the tilt, float32 [] or [R].
         scale: units of the objectives' values, [M], for `normalize="standard"`; None for 1.
-        log_prob_weight: what a nat of log pi_ref counts for beside the values, [M], in their units; None for 0.
+        log_prob_weight: what a nat of log pi_ref counts for beside the values, [M] or [R, M], in their units; None
+            for 0.
 
     Raises:
         ValueError: beta is negative, not finite, or no number or vector.
@@ -191,7 +192,7 @@ class Policy:
         beta = self.beta_of(values, requests)
         weights, reference = self.weights_of(values, requests), choice.reference
         combined = combine(values, weights).masked_fill_(absent, 0.0)
-        nat = self._nat(weights)
+        nat = self._nat(weights, requests)
         likely = None if nat is None else (nat * reference).masked_fill_(absent, 0.0)
         # Where values are stretched by step, log pi_ref is part of what is stretched.
         stretched = config.normalize in ("minmax", "gap")
@@ -226,11 +227,12 @@ class Policy:
         """Whether log pi_ref counts beside the values."""
         return self.log_prob_weight is not None and bool((self.weights * self.log_prob_weight.to(self.weights)).any())
 
-    def _nat(self, weights: Tensor) -> Tensor | None:
+    def _nat(self, weights: Tensor, requests: Requests) -> Tensor | None:
         """[1 or R, 1] what a nat of log pi_ref counts for, under `weights_of` some rows; None for nothing."""
         if self.log_prob_weight is None or not self.sharpens:
             return None
-        return (weights * self.log_prob_weight.to(weights)).sum(dim=-1).reshape(-1, 1)
+        own = requests.spread(self.log_prob_weight.to(weights), 1, len(weights), "log_prob_weight")
+        return (weights * own).sum(dim=-1).reshape(-1, 1)
 
     @cached_property
     def is_reference(self) -> bool:

@@ -32,13 +32,14 @@ def steering_by_reference(
     of_tree: Mapping[int, Tensor],
     of_reference: Mapping[int, tuple[float, float] | None],
     seed: int,
+    most: int = _TREES,
 ) -> dict[tuple[float, float], dict[str, dict[str, float]]]:
     """`steering` on held-out trees, of stores at several temperatures each by itself, by temperature and nucleus."""
     found: dict[tuple[float, float], dict[str, dict[str, float]]] = {}
     for how in dict.fromkeys(of_reference.values()):
         own = [(item, of_tree[id(item)]) for item in validation if of_reference[id(item)] == how]
         if how is not None and own:
-            found[how] = steering(head, model, own, seed, *how)
+            found[how] = steering(head, model, own, seed, *how, most=most)
     return found
 
 
